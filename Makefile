@@ -1,0 +1,73 @@
+# Every target makes or refreshes .venv by itself; `make help` lists them.
+PYTHON    ?= python3
+PROCESSOR ?= cpu
+DATA      ?=
+SEED      ?= 0
+DEVICE    ?= auto
+PRECISION ?= fp32
+MODEL     ?=
+
+VENV  := .venv
+PY    := $(VENV)/bin/python
+READY := $(VENV)/.ready-$(PROCESSOR)
+
+DATA_OPTION  = $(if $(DATA),--data $(DATA))
+TRAIN_OPTIONS = --seed $(SEED) --device $(DEVICE) --precision $(PRECISION) --resume $(DATA_OPTION)
+
+# `make train export` is a sequence, whatever -j says.
+.NOTPARALLEL:
+.PHONY: help setup data train export evaluate test test-slow lint format bench-training clean
+.DEFAULT_GOAL := help
+
+help: ## list the targets and what can be set
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo
+	@echo "  DATA=cifar10 | FOLDER | synthetic[:N]   the data (default: \$$CIFAR10_DATA, or the official archive, downloaded)"
+	@echo "  SEED=0  DEVICE=auto|cpu|cuda  PRECISION=fp32|bf16   of training"
+	@echo "  MODEL=exported/model.onnx | runs/RECIPE/SEED        what evaluate measures"
+	@echo "  PROCESSOR=cpu|cuda                      which onnxruntime is installed"
+
+setup: $(READY) ## make or refresh .venv
+
+# The two builds of onnxruntime provide the same module and must not meet.
+$(READY): pyproject.toml constraints.txt
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	if ls $(VENV)/.ready-* >/dev/null 2>&1 && ! test -e $@; then $(PY) -m pip uninstall -q -y onnxruntime onnxruntime-gpu; fi
+	$(PY) -m pip install -q -c constraints.txt -e '.[$(PROCESSOR),train,dev]'
+	rm -f $(VENV)/.ready-*
+	touch $@
+
+data: $(READY) ## summary of the data, its statistics, figure 1
+	$(PY) -m cifar_core.data $(DATA_OPTION)
+
+train: $(READY) ## train dropout-0.2 and deep to the end; goes on where it was stopped, skips what is finished
+	$(PY) -m cifar_core.train dropout-0.2 $(TRAIN_OPTIONS)
+	$(PY) -m cifar_core.train deep $(TRAIN_OPTIONS)
+
+export: $(READY) ## write the finished run of best validation accuracy to exported/
+	$(PY) -m cifar_core.export $(DATA_OPTION)
+
+evaluate: $(READY) ## test accuracy of the exported model
+	$(PY) -m cifar_core.evaluate $(if $(MODEL),--model $(MODEL)) $(DATA_OPTION)
+
+test: $(READY) ## all tests but the slow ones
+	$(PY) -m pytest
+
+test-slow: $(READY) ## the slow ones
+	$(PY) -m pytest -m slow
+
+lint: $(READY) ## ruff and mypy
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+format: $(READY) ## let ruff format
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+bench-training: $(READY) ## training throughput beside a plain PyTorch loop
+	$(PY) -m benchmarks.training $(DATA_OPTION)
+
+clean: ## remove what tools left; keeps .venv, data, runs and exports
+	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

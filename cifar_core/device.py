@@ -1,0 +1,52 @@
+"""The machine: which device computes, and what it is called in tables."""
+
+import platform
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from cifar_core.errors import CifarError
+
+DEVICES = ("auto", "cpu", "cuda")
+
+
+class DeviceError(CifarError):
+    """A device that was asked for and is not there."""
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` takes CUDA where there is one; asked for CUDA by name, nothing else is taken.
+
+    Raises:
+        DeviceError: CUDA was asked for and torch finds none.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+        raise DeviceError(
+            f"--device cuda: torch {torch.__version__} ({built}) finds no CUDA device; check the driver, or use --device cpu"
+        )
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def processor_name() -> str:
+    """The CPU's own name where the system tells it, its architecture otherwise."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+def describe_environment(device: torch.device) -> dict[str, str | int]:
+    """Versions and machine, as they are saved beside a run."""
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": version("numpy"),
+    }

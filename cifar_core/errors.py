@@ -1,0 +1,18 @@
+"""What goes wrong by a user's or a machine's doing, as against a defect of this library."""
+
+import sys
+from collections.abc import Callable
+
+
+class CifarError(Exception):
+    """Its message names the thing, the limit and the way out; no traceback is needed to act on it."""
+
+
+def run_command(main: Callable[[], int]) -> None:
+    """Runs a command line's main and exits with its code; a `CifarError` becomes one message and exit code 2."""
+    try:
+        code = main()
+    except CifarError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+    sys.exit(code)
