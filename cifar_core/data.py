@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import Sampler, SubsetRandomSampler, WeightedRandomSampler
 
 from cifar_core.errors import run_command
-from cifar_core.image_folder import OTHER_DATA, DataError, read_image_folder
+from cifar_core.image_folder import OTHER_DATA, DataError, Split, read_image_folder
 from cifar_core.synthetic import SYNTHETIC_CLASSES, synthetic_images
 
 PUBLISHED_MEANS = (0.49139967861519607, 0.48215840839460783, 0.44653091444546567)
@@ -63,18 +63,14 @@ class Dataset:
 
 
 def _dataset(
-    kind: Literal["cifar10", "folder", "synthetic"],
-    name: str,
-    arrays: dict[str, np.ndarray],  # type: ignore[type-arg]
-    classes: Iterable[str],
+    kind: Literal["cifar10", "folder", "synthetic"], name: str, train: Split, test: Split, classes: Iterable[str]
 ) -> Dataset:
-    classes = tuple(str(class_name) for class_name in classes)
+    classes = tuple(classes)
     digest = hashlib.sha256("\0".join(classes).encode())
-    for key in ("train_images", "train_labels", "test_images", "test_labels"):
-        digest.update(memoryview(np.ascontiguousarray(arrays[key])).cast("B"))
-    train = Images(torch.from_numpy(arrays["train_images"]), torch.from_numpy(arrays["train_labels"]))
-    test = Images(torch.from_numpy(arrays["test_images"]), torch.from_numpy(arrays["test_labels"]))
-    return Dataset(kind, name, train, test, classes, digest.hexdigest())
+    for array in (*train, *test):
+        digest.update(np.ascontiguousarray(array).data)
+    sets = [Images(torch.from_numpy(images), torch.from_numpy(labels)) for images, labels in (train, test)]
+    return Dataset(kind, name, sets[0], sets[1], classes, digest.hexdigest())
 
 
 def _load_official(root: Path, download: bool) -> Dataset:
@@ -86,28 +82,19 @@ def _load_official(root: Path, download: bool) -> Dataset:
         test = CIFAR10(str(root), train=False)
     except (RuntimeError, OSError) as error:  # torchvision's own refusals; URLError is an OSError
         raise DataError(
-            f"{root}: the official CIFAR-10 is not there, incomplete or corrupt, and could not be downloaded ({error}); "
-            f"with a network, remove what is there and try again; without one, put {_OFFICIAL_ARCHIVE} there{OTHER_DATA}"
+            f"{root}: the official CIFAR-10 is not there, incomplete or corrupt, and could not be downloaded "
+            f"({error}); "
+            "with a network, remove what is there and try again; without one, put "
+            f"{_OFFICIAL_ARCHIVE} there{OTHER_DATA}"
         ) from error
-    arrays = {
-        "train_images": train.data,
-        "train_labels": np.asarray(train.targets, np.int64),
-        "test_images": test.data,
-        "test_labels": np.asarray(test.targets, np.int64),
-    }
-    return _dataset("cifar10", "CIFAR-10, official archive", arrays, train.classes)
+    arrays = [(part.data, np.asarray(part.targets, np.int64)) for part in (train, test)]
+    return _dataset("cifar10", "CIFAR-10, official archive", arrays[0], arrays[1], train.classes)
 
 
 def _load_synthetic(size: int) -> Dataset:
-    train_images, train_labels = synthetic_images(size, seed=0)
-    test_images, test_labels = synthetic_images(max(size // 3, len(SYNTHETIC_CLASSES)), seed=1)
-    arrays = {
-        "train_images": train_images,
-        "train_labels": train_labels,
-        "test_images": test_images,
-        "test_labels": test_labels,
-    }
-    return _dataset("synthetic", f"synthetic, {size} images", arrays, SYNTHETIC_CLASSES)
+    test_size = max(size // 3, len(SYNTHETIC_CLASSES))
+    train, test = synthetic_images(size, seed=0), synthetic_images(test_size, seed=1)
+    return _dataset("synthetic", f"synthetic, {size} images", train, test, SYNTHETIC_CLASSES)
 
 
 def load_dataset(data: str | None = None) -> Dataset:
@@ -135,8 +122,7 @@ def load_dataset(data: str | None = None) -> Dataset:
     if (folder / "cifar-10-batches-py").is_dir() or (folder / _OFFICIAL_ARCHIVE).is_file():
         # torchvision unpacks an archive that lies there only when asked to download.
         return _load_official(folder, download=not (folder / "cifar-10-batches-py").is_dir())
-    arrays = read_image_folder(folder)
-    return _dataset("folder", folder.resolve().name, arrays, arrays["classes"].tolist())  # type: ignore[arg-type]
+    return _dataset("folder", folder.resolve().name, *read_image_folder(folder))
 
 
 def split(count: int, validation_images: int = 1000, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -162,8 +148,10 @@ def split(count: int, validation_images: int = 1000, seed: int = 0) -> tuple[Ten
 
 
 def epoch_generator(seed: int, epoch: int) -> torch.Generator:
-    """A generator for one epoch's order, so that the order depends on seed and epoch alone and a resumed run draws the
-    same batches as one that was never interrupted."""
+    """A generator for one epoch's order.
+
+    The order depends on seed and epoch alone, so that a resumed run draws the same batches as one never interrupted.
+    """
     state = np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state) % 2**63)
 

@@ -24,7 +24,8 @@ def choose_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
         raise DeviceError(
-            f"--device cuda: torch {torch.__version__} ({built}) finds no CUDA device; check the driver, or use --device cpu"
+            f"--device cuda: torch {torch.__version__} ({built}) finds no CUDA device; "
+            "check the driver, or use --device cpu"
         )
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"

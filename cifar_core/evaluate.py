@@ -102,7 +102,7 @@ def onnx_predictor(model: Path | bytes, device: torch.device) -> Predictor:
         )
     try:
         session = onnxruntime.InferenceSession(model if isinstance(model, bytes) else str(model), providers=[provider])
-    except Exception as error:  # noqa: BLE001 (onnxruntime's exceptions have no common class of their own)
+    except Exception as error:
         raise EvaluationError(
             f"{name}: cannot be read as an ONNX file ({str(error).splitlines()[0]}); export it again"
         ) from error
@@ -155,8 +155,8 @@ def check_classes(predictor: Predictor, dataset: Dataset) -> None:
     """Raises EvaluationError unless the model's classes are the data's, in the same order."""
     if predictor.classes != dataset.classes:
         raise EvaluationError(
-            f"{predictor.name} knows the classes {', '.join(predictor.classes)}, but {dataset.name} holds {', '.join(dataset.classes)}; "
-            "evaluate it on the data it was trained for, with --data"
+            f"{predictor.name} knows the classes {', '.join(predictor.classes)}, but {dataset.name} holds "
+            f"{', '.join(dataset.classes)}; evaluate it on the data it was trained for, with --data"
         )
 
 
@@ -277,8 +277,8 @@ def main() -> int:
         "--model",
         type=Path,
         metavar="PATH",
-        help="an .onnx file, a run folder or a .pt file; default: exported/model.onnx (synthetic/exported/model.onnx for "
-        "generated data)",
+        help="an .onnx file, a run folder or a .pt file; default: exported/model.onnx "
+        "(synthetic/exported/model.onnx for generated data)",
     )
     add_data_argument(parser)
     parser.add_argument("--split", choices=("test", "validation"), default="test", help="default: %(default)s")

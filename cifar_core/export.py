@@ -134,8 +134,8 @@ def measure_parity(reference: Predictor, exported: Predictor, dataset: Dataset) 
     if not greatest < PARITY_LIMIT or differing:
         raise ExportError(
             f"the exported graph differs from torch: probabilities by up to {greatest:.1e} (limit {PARITY_LIMIT:.0e}), "
-            f"the class of {differing} images (limit 0); nothing was exported; try other versions of torch, onnx and onnxruntime "
-            "(constraints.txt has those that were tested)"
+            f"the class of {differing} images (limit 0); nothing was exported; "
+            "try other versions of torch, onnx and onnxruntime (constraints.txt has those that were tested)"
         )
     return {
         "images": len(images),
@@ -203,7 +203,8 @@ def publish(target: Path, files: dict[str, bytes]) -> None:
             staging.rename(target)
     except OSError as error:
         raise ExportError(
-            f"{target}: cannot be written, {error.strerror}; what it held is untouched; make room or choose --output DIR"
+            f"{target}: cannot be written, {error.strerror}; what it held is untouched; "
+            "make room or choose --output DIR"
         ) from error
     finally:
         if staging is not None:
@@ -228,8 +229,8 @@ def _check_data(description: dict[str, Any], dataset: Dataset, run: RunFolder) -
     trained_on = description["data"]
     if trained_on["fingerprint"] != dataset.fingerprint:
         raise ExportError(
-            f"{run.path} was trained on {trained_on['name']} (fingerprint {trained_on['fingerprint'][:12]}), but --data is "
-            f"{dataset.name} ({dataset.fingerprint[:12]}); export with the data of its training"
+            f"{run.path} was trained on {trained_on['name']} (fingerprint {trained_on['fingerprint'][:12]}), but "
+            f"--data is {dataset.name} ({dataset.fingerprint[:12]}); export with the data of its training"
         )
 
 
@@ -252,7 +253,8 @@ def export_run(run: RunFolder, dataset: Dataset, target: Path) -> dict[str, Any]
     description = run.description()
     if not run.is_finished():
         raise ExportError(
-            f"{run.path}: not trained to the end; go on with: python -m cifar_core.train {description['recipe']['name']} --resume"
+            f"{run.path}: not trained to the end; go on with: "
+            f"python -m cifar_core.train {description['recipe']['name']} --resume"
         )
     _check_data(description, dataset, run)
     checkpoint = load_checkpoint(run.best)
@@ -327,10 +329,11 @@ def main() -> int:
     target = arguments.output or default_place(dataset.kind, "exported")
     manifest = export_run(run, dataset, target)
     variant, parity = manifest["variants"]["fp32"], manifest["parity"]
+    batches = ", ".join(map(str, parity["batch_sizes"]))
     print(
         f"{target}: {manifest['model_version']}, validation accuracy {manifest['validation_accuracy']:.2%}, "
         f"test accuracy {variant['test_accuracy']:.2%} on {manifest['data']['name']}\n"
-        f"parity with torch on {parity['images']:,} images, batches of {', '.join(map(str, parity['batch_sizes']))}: probabilities "
+        f"parity with torch on {parity['images']:,} images, batches of {batches}: probabilities "
         f"within {parity['max_abs_difference_of_probabilities']:.1e}, {parity['differing_classes']} differing classes"
     )
     return 0

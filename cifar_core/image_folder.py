@@ -23,6 +23,9 @@ logger = logging.getLogger(__name__)
 _CACHE_VERSION = 1
 _ARRAYS = ("train_images", "train_labels", "test_images", "test_labels", "classes")
 
+Split = tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]
+"""Images [N, 32, 32, 3] and their labels [N]."""
+
 
 class DataError(CifarError):
     """Data that is not there, incomplete, corrupt or of the wrong form."""
@@ -78,8 +81,8 @@ def _decode_split(folder: Path) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.i
 def _content_key(folder: Path) -> str:
     """Changes when a file below train/ or test/ is added, removed, renamed or written.
 
-    From names, sizes and times of change as the file system tells them: reading 60,000 files would take longer than
-    decoding them saves. The change time (ctime) is among them since, unlike the modification time, no program can set it.
+    From names, sizes and times as the file system tells them: reading 60,000 files would take longer than a start may.
+    The change time (ctime) is among them since, unlike the modification time, no program can set it.
     """
     digest = hashlib.sha256(f"{_CACHE_VERSION}".encode())
     for split in ("train", "test"):
@@ -103,12 +106,13 @@ def _cache_file(folder: Path) -> Path:
     return cache / "cifar-core" / (hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16] + ".npz")
 
 
-def _read_cache(file: Path, key: str) -> dict[str, npt.NDArray[np.generic]] | None:
+def _read_cache(file: Path, key: str) -> tuple[Split, Split, list[str]] | None:
     try:
         with np.load(file, allow_pickle=False) as arrays:
             if str(arrays["key"]) != key:
                 return None
-            return {name: arrays[name] for name in _ARRAYS}
+            train_images, train_labels, test_images, test_labels, classes = (arrays[name] for name in _ARRAYS)
+            return (train_images, train_labels), (test_images, test_labels), classes.tolist()
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
@@ -116,7 +120,8 @@ def _read_cache(file: Path, key: str) -> dict[str, npt.NDArray[np.generic]] | No
         return None
 
 
-def _write_cache(file: Path, key: str, arrays: dict[str, npt.NDArray[np.generic]]) -> None:
+def _write_cache(file: Path, key: str, train: Split, test: Split, classes: list[str]) -> None:
+    arrays: dict[str, npt.ArrayLike] = dict(zip(_ARRAYS, (*train, *test, np.asarray(classes)), strict=True))
     partial = file.with_suffix(f".{os.getpid()}.partial")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -130,11 +135,11 @@ def _write_cache(file: Path, key: str, arrays: dict[str, npt.NDArray[np.generic]
         )
 
 
-def read_image_folder(folder: Path) -> dict[str, npt.NDArray[np.generic]]:
+def read_image_folder(folder: Path) -> tuple[Split, Split, list[str]]:
     """Both splits of a folder, from the cache where it is still true.
 
     Returns:
-        `train_images`, `test_images`: uint8 [N, 32, 32, 3]; `train_labels`, `test_labels`: int64 [N]; `classes`: names.
+        The training and the test images with their labels, and the class names that the labels index.
 
     Raises:
         DataError: a folder or class that is missing or empty, one class only, classes that differ between the splits,
@@ -145,7 +150,12 @@ def read_image_folder(folder: Path) -> dict[str, npt.NDArray[np.generic]]:
     missing = [split for split in ("train", "test") if not (folder / split).is_dir()]
     if missing:
         raise DataError(f"{folder}: has no {' and no '.join(f'{split}/' for split in missing)}; create it{OTHER_DATA}")
-    file, key = _cache_file(folder), _content_key(folder)
+    try:
+        file, key = _cache_file(folder), _content_key(folder)
+    except OSError as error:  # a link that leads nowhere, a folder that may not be listed
+        raise DataError(
+            f"{error.filename}: cannot be read, {error.strerror}; replace or remove it{OTHER_DATA}"
+        ) from error
     cached = _read_cache(file, key)
     if cached is not None:
         return cached
@@ -156,7 +166,6 @@ def read_image_folder(folder: Path) -> dict[str, npt.NDArray[np.generic]]:
         raise DataError(
             f"{folder}: train/ and test/ do not hold the same classes ({different}); add what is missing{OTHER_DATA}"
         )
-    values = (train_images, train_labels, test_images, test_labels, np.asarray(classes))
-    arrays = dict(zip(_ARRAYS, values, strict=True))
-    _write_cache(file, key, arrays)
-    return arrays
+    train, test = (train_images, train_labels), (test_images, test_labels)
+    _write_cache(file, key, train, test, classes)
+    return train, test, classes

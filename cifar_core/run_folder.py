@@ -1,4 +1,4 @@
-"""The run folder, `runs/<recipe>/<seed>/`: what training leaves behind, and all that evaluation, export and report read.
+"""The run folder, `runs/<recipe>/<seed>/`: what training leaves behind, and all that others read of a run.
 
     recipe.json     the recipe's values, seed, precision, data and machine
     history.jsonl   a line per epoch
@@ -52,8 +52,8 @@ def atomic_write(path: Path, content: bytes) -> None:
         partial.unlink(missing_ok=True)
         before = "what was there before is intact" if path.exists() else "nothing was there before"
         raise RunError(
-            f"{path}: cannot be written, {error.strerror} ({len(content):,} bytes); {before}; make room or permit writing, "
-            "then go on with --resume"
+            f"{path}: cannot be written, {error.strerror} ({len(content):,} bytes); {before}; "
+            "make room or permit writing, then go on with --resume"
         ) from error
 
 
@@ -161,14 +161,16 @@ class RunFolder:
         atomic_write(path, buffer.getvalue())
 
     def write_history(self, history: list[dict[str, Any]]) -> None:
-        """Writes history.jsonl as a whole."""
-        atomic_write(self.path / "history.jsonl", "".join(json.dumps(line) + "\n" for line in history).encode())
+        """Writes history.jsonl as a whole, unless it holds that already."""
+        path, content = self.path / "history.jsonl", "".join(json.dumps(line) + "\n" for line in history).encode()
+        if not path.exists() or path.read_bytes() != content:
+            atomic_write(path, content)
 
     def history(self) -> list[dict[str, Any]]:
         """A dictionary per finished epoch; empty before the first.
 
-        Each holds `epoch` (from 1), `train_loss`, `train_accuracy`, `validation_loss`, `validation_accuracy` (shares, not
-        per cent), `learning_rate` and `seconds`.
+        Each holds `epoch` (from 1), `train_loss`, `train_accuracy`, `validation_loss`, `validation_accuracy` (shares,
+        not per cent), `learning_rate` and `seconds`.
         """
         try:
             lines = (self.path / "history.jsonl").read_text().splitlines()

@@ -52,7 +52,7 @@ class TrainingError(CifarError):
     """Training cannot go on: the loss is not finite."""
 
 
-class Interrupted(CifarError):
+class Interrupted(CifarError):  # noqa: N818 (an event, not a fault)
     """Training was stopped by a signal, after its state was saved."""
 
     def __init__(self, message: str, signal_number: int) -> None:
@@ -260,8 +260,9 @@ class Trainer:
             )
             what = f"the loss is {float(training.losses[step - 1])}" if len(bad) else "a weight is not finite"
             raise TrainingError(
-                f"{what} at epoch {training.epoch + 1}, step {step} of {self.steps}, learning rate {self.recipe.learning_rate}; "
-                f"{kept}; try a lower one: --set learning_rate={self.recipe.learning_rate / 10:g}"
+                f"{what} at epoch {training.epoch + 1}, step {step} of {self.steps}, "
+                f"learning rate {self.recipe.learning_rate}; {kept}; "
+                f"try a lower one: --set learning_rate={self.recipe.learning_rate / 10:g}"
             )
 
     def window(self, first: int, last: int) -> tuple[float, float]:
@@ -308,8 +309,8 @@ class Trainer:
         self.folder.save(self._checkpoint(), None)
         training = self.training
         return Interrupted(
-            f"stopped by {signal.Signals(signal_number).name} after epoch {training.epoch}, step {training.step} of {self.steps}, and saved; "
-            "go on with the same command and --resume",
+            f"stopped by {signal.Signals(signal_number).name} after epoch {training.epoch}, "
+            f"step {training.step} of {self.steps}, and saved; go on with the same command and --resume",
             signal_number,
         )
 
@@ -324,7 +325,7 @@ class Trainer:
         training = self.training
         total = self.recipe.epochs * self.steps
         done = training.epoch * self.steps + training.step
-        events = SummaryWriter(str(self.folder.path), purge_step=done)  # type: ignore[no-untyped-call]
+        events = SummaryWriter(str(self.folder.path), purge_step=done)
         # disable=None: no bar where nobody watches, such as a log file.
         with contextlib.closing(events), tqdm(total=total, initial=done, unit="step", disable=None) as bar:
             self.model.train()
@@ -340,7 +341,7 @@ class Trainer:
                         raise self.interrupt(stop.number)
                 line = self.finish_epoch()
                 for key in ("train_loss", "train_accuracy", "validation_loss", "validation_accuracy", "learning_rate"):
-                    events.add_scalar(f"epoch/{key}", line[key], training.epoch * self.steps)  # type: ignore[no-untyped-call]
+                    events.add_scalar(f"epoch/{key}", line[key], training.epoch * self.steps)
                 yield line
                 if stop.number is not None and training.epoch < self.recipe.epochs:
                     raise self.interrupt(stop.number)
@@ -354,8 +355,13 @@ class Trainer:
             f"training loss {loss:.4f}  training accuracy {accuracy:7.2%}"
         )
         step = training.epoch * self.steps + training.step
-        events.add_scalar("step/train_loss", loss, step)  # type: ignore[no-untyped-call]
-        events.add_scalar("step/train_accuracy", accuracy, step)  # type: ignore[no-untyped-call]
+        events.add_scalar("step/train_loss", loss, step)
+        events.add_scalar("step/train_accuracy", accuracy, step)
+
+
+def _best_text(history: list[dict[str, Any]]) -> str:
+    best = best_epoch(history)
+    return f"best validation accuracy {best['validation_accuracy']:.2%} at epoch {best['epoch']}"
 
 
 def run(trainer: Trainer, resume: bool) -> list[dict[str, Any]]:
@@ -365,26 +371,21 @@ def run(trainer: Trainer, resume: bool) -> list[dict[str, Any]]:
         trainer.start(resume)
         training = trainer.training
         if training.epoch == recipe.epochs:
-            best = best_epoch(training.history)
-            print(
-                f"{folder.path}: finished before; best validation accuracy {best['validation_accuracy']:.2%} at epoch {best['epoch']}"
-            )
+            print(f"{folder.path}: finished before; {_best_text(training.history)}")
             return training.history
-        print(
-            f"{recipe}\nseed {trainer.seed}, {trainer.precision} on {describe_environment(trainer.device)['device']}, {trainer.dataset.name}"
-        )
+        machine = describe_environment(trainer.device)["device"]
+        print(f"{recipe}\nseed {trainer.seed}, {trainer.precision} on {machine}, {trainer.dataset.name}")
         if training.epoch or training.step:
             print(f"resuming after epoch {training.epoch}, step {training.step} of {trainer.steps}")
         for line in trainer.epochs(stop):
-            best = best_epoch(training.history)
             left = (recipe.epochs - training.epoch) * sum(each["seconds"] for each in training.history) / training.epoch
             tqdm.write(
                 f"epoch {line['epoch']:2d}/{recipe.epochs}  {line['seconds']:.1f} s  "
                 f"training loss {line['train_loss']:.4f} accuracy {line['train_accuracy']:.2%}  "
                 f"validation loss {line['validation_loss']:.4f} accuracy {line['validation_accuracy']:.2%}  "
-                f"(best {best['validation_accuracy']:.2%} at epoch {best['epoch']}; {left / 60:.0f} min left)"
+                f"({_best_text(training.history)}; {left / 60:.0f} min left)"
             )
-    print(f"{folder.path}: best validation accuracy {best['validation_accuracy']:.2%} at epoch {best['epoch']}")
+    print(f"{folder.path}: finished; {_best_text(training.history)}")
     return training.history
 
 

@@ -1,0 +1,133 @@
+import pytest
+import torch
+from torch import nn
+from torchvision import transforms
+
+from cifar_core.models import BaselineConvNet, DeepConvNet, Dropout, Normalise
+
+
+def parameters(model):
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_the_networks_have_the_studys_number_of_parameters():
+    assert parameters(BaselineConvNet()) == 890_410
+    assert parameters(DeepConvNet()) == 1_702_186
+    assert parameters(DeepConvNet(classes=3)) == 1_702_186 - 7 * 513
+
+
+@pytest.fixture
+def images():
+    return torch.randint(0, 256, (6, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def as_the_study_writes_it(model, padding):
+    """The same weights in the order of the study's text: every ReLU right behind its convolution."""
+    layers = []
+    weights = [layer for layer in model if isinstance(layer, nn.Conv2d | nn.Linear)]
+    convolutions = [layer for layer in weights if isinstance(layer, nn.Conv2d)]
+    for number, layer in enumerate(convolutions):
+        assert (layer.kernel_size, layer.stride, layer.padding) == ((3, 3), (1, 1), (padding, padding))
+        layers += [layer, nn.ReLU()]
+        if number % 2:
+            layers.append(nn.MaxPool2d(2, stride=2))
+    hidden, output = weights[len(convolutions) :]
+    assert hidden.out_features == 512
+    return nn.Sequential(*layers, nn.Flatten(), hidden, nn.ReLU(), output)
+
+
+@pytest.mark.parametrize(("network", "padding"), [(BaselineConvNet, 0), (DeepConvNet, 1)])
+def test_logits_and_gradients_are_those_of_the_studys_layers(images, network, padding):
+    torch.manual_seed(0)
+    model = network(dropout=0.0)
+    plain = as_the_study_writes_it(model, padding)
+    to_tensor = transforms.Compose(
+        [transforms.ToTensor(), transforms.Normalize((0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261))]
+    )
+    normalised = torch.stack([to_tensor(image.numpy()) for image in images])
+    labels = torch.arange(6)
+    gradients = []
+    for logits in (model(images), plain(normalised)):
+        assert logits.shape == (6, 10)
+        model.zero_grad()
+        nn.functional.cross_entropy(logits, labels).backward()
+        gradients.append([logits.detach()] + [parameter.grad.clone() for parameter in model.parameters()])
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("network", "widths"), [(BaselineConvNet, (32, 64)), (DeepConvNet, (32, 64, 128, 256))])
+def test_there_are_two_convolutions_a_pooling_and_a_dropout_per_block(network, widths):
+    model = network(dropout=0.2)
+    convolutions = [layer.out_channels for layer in model if isinstance(layer, nn.Conv2d)]
+    assert convolutions == [width for width in widths for _ in range(2)]
+    kinds = [type(layer) for layer in model]
+    assert kinds.count(nn.MaxPool2d) == kinds.count(Dropout) == len(widths)
+
+
+def test_normalisation_is_the_first_layer_and_travels_with_the_weights():
+    model = DeepConvNet()
+    assert isinstance(model[0], Normalise)
+    assert {"0.mean", "0.std"} <= model.state_dict().keys()
+    black = model[0](torch.zeros(1, 32, 32, 3, dtype=torch.uint8))
+    torch.testing.assert_close(black[0, :, 0, 0], torch.tensor([-0.4914 / 0.247, -0.4822 / 0.243, -0.4465 / 0.261]))
+    assert black.is_contiguous(memory_format=torch.channels_last)
+
+
+# Dropout
+
+
+@pytest.mark.parametrize("p", [0.2, 0.5, 0.8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_zeroes_the_share_p_and_keeps_the_expectation(p, dtype):
+    torch.manual_seed(0)
+    x = torch.ones(64, 32, 13, 13, dtype=dtype).to(memory_format=torch.channels_last)
+    y = Dropout(p)(x)
+    count = y.numel()
+    assert float((y == 0).double().mean()) == pytest.approx(p, abs=5 * (p * (1 - p) / count) ** 0.5)
+    kept = y[y != 0].double().unique()
+    assert len(kept) == 1
+    assert float(kept) == pytest.approx(1 / (1 - p), rel=0.005 if dtype == torch.bfloat16 else 1e-4)
+    assert y.dtype == dtype
+    assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_dropout_takes_every_activation_independently():
+    torch.manual_seed(1)
+    kept = (Dropout(0.5)(torch.ones(100_001)) != 0).double()
+    # Four activations share one draw: neither neighbours nor every fourth may be alike.
+    for distance in (1, 2, 3, 4):
+        assert abs(float(torch.corrcoef(torch.stack([kept[distance:], kept[:-distance]]))[0, 1])) < 0.02
+
+
+def test_gradients_flow_where_activations_were_kept():
+    torch.manual_seed(2)
+    x = torch.rand(50, 50, requires_grad=True)
+    y = Dropout(0.3)(x)
+    y.sum().backward()
+    torch.testing.assert_close(x.grad * x.detach(), y.detach())
+
+
+def test_a_tensor_of_any_layout_can_be_dropped():
+    torch.manual_seed(3)
+    strided = torch.rand(8, 16, 10).transpose(0, 2)[::2]
+    y = Dropout(0.5)(strided)
+    assert ((y == 0) | torch.isclose(y, 2 * strided)).all()
+    assert 0.4 < float((y == 0).double().mean()) < 0.6
+
+
+def test_dropout_is_the_identity_in_evaluation_and_at_zero():
+    x = torch.rand(5, 5)
+    assert Dropout(0.5).eval()(x) is x
+    assert Dropout(0.0)(x) is x
+
+
+@pytest.mark.parametrize("dropout", [-0.1, 1.0, float("nan")])
+def test_an_impossible_dropout_is_refused(dropout):
+    with pytest.raises(ValueError, match="at least 0 and below 1"):
+        BaselineConvNet(dropout=dropout)
+
+
+def test_a_single_class_is_refused():
+    with pytest.raises(ValueError, match="at least 2"):
+        DeepConvNet(classes=1)

@@ -1,0 +1,75 @@
+"""The questions of the study's section 1.4, each as a property. (The third is a remark: there is nothing to hold.)"""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as st_numpy
+
+from cifar_core.export import Classifier
+from cifar_core.models import BaselineConvNet, DeepConvNet
+
+
+class Given(torch.nn.Module):
+    """A network whose logits are given."""
+
+    def forward(self, logits):
+        return logits
+
+
+@given(
+    st_numpy.arrays(
+        np.float32, st.tuples(st.integers(1, 8), st.integers(2, 12)), elements=st.floats(-1e4, 1e4, width=32)
+    )
+)
+def test_1_softmax_turns_logits_into_probabilities(logits):
+    same, probabilities = Classifier(Given())(torch.from_numpy(logits))
+    assert torch.equal(same, torch.from_numpy(logits))
+    assert ((probabilities >= 0) & (probabilities <= 1)).all()
+    torch.testing.assert_close(probabilities.sum(1), torch.ones(len(logits)), atol=1e-5, rtol=0)
+    # p_i = e^{a_i} / Σ e^{a_j}, in double and shifted so that nothing overflows
+    exponentials = np.exp(logits.astype(np.float64) - logits.max(1, keepdims=True))
+    np.testing.assert_allclose(probabilities, exponentials / exponentials.sum(1, keepdims=True), atol=1e-6)
+
+
+@settings(deadline=None)
+@given(
+    momentum=st.floats(0, 0.99),
+    dampening=st.floats(0, 1),
+    learning_rate=st.floats(1e-4, 0.5),
+    fused=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_2_the_optimizer_accumulates_the_velocity(momentum, dampening, learning_rate, fused, seed):
+    """b_t = μ·b_{t−1} + (1 − τ)·g_t, and θ_t = θ_{t−1} − γ·b_t; the first velocity is the first gradient itself."""
+    generator = torch.Generator().manual_seed(seed)
+    parameter = torch.randn(7, dtype=torch.float64, generator=generator).requires_grad_()
+    # momentum 0 keeps no velocity: torch then takes the bare gradient, whatever the dampening.
+    optimizer = torch.optim.SGD([parameter], lr=learning_rate, momentum=momentum, dampening=dampening, fused=fused)
+    expected, velocity = parameter.detach().clone(), None
+    for _ in range(6):
+        gradient = torch.randn(7, dtype=torch.float64, generator=generator)
+        parameter.grad = gradient.clone()
+        optimizer.step()
+        if momentum == 0:
+            velocity = gradient
+        else:
+            velocity = gradient if velocity is None else momentum * velocity + (1 - dampening) * gradient
+            torch.testing.assert_close(optimizer.state[parameter]["momentum_buffer"], velocity)
+        expected = expected - learning_rate * velocity
+        torch.testing.assert_close(parameter.detach(), expected)
+
+
+@pytest.mark.parametrize("network", [BaselineConvNet, DeepConvNet])
+def test_4_dropout_acts_in_training_and_not_in_testing(network):
+    torch.manual_seed(0)
+    model = network(dropout=0.5)
+    images = torch.randint(0, 256, (4, 32, 32, 3), dtype=torch.uint8)
+    with torch.inference_mode():
+        assert not torch.equal(model(images), model(images))
+        model.eval()
+        assert torch.equal(model(images), model(images))
+        without = network(dropout=0.0)
+        without.load_state_dict(model.state_dict())
+        assert torch.equal(model(images), without.train()(images))

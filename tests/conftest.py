@@ -1,0 +1,77 @@
+"""What several rooms' tests share: small generated data, folders made from it, and the real images if there are any."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from cifar_core.data import Dataset, load_dataset
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def small() -> Dataset:
+    """300 generated training and 100 test images."""
+    return load_dataset("synthetic:300")
+
+
+@pytest.fixture(scope="session")
+def real() -> Dataset:
+    """The real images, where CIFAR10_DATA names them."""
+    data = os.environ.get("CIFAR10_DATA")
+    if not data:
+        pytest.skip("CIFAR10_DATA is not set, so there are no real images to test on")
+    return load_dataset(data)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+):
+    """Tests of folders they make leave nothing in the user's cache; only real images are worth keeping there."""
+    if "real" not in request.fixturenames:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
+def write_folder(dataset: Dataset, folder: Path) -> Path:
+    """The images of a data set as PNG files, train/<class>/* and test/<class>/*."""
+    for name, part in (("train", dataset.train), ("test", dataset.test)):
+        for row, (image, label) in enumerate(zip(part.images, part.labels, strict=True)):
+            place = folder / name / dataset.classes[int(label)]
+            place.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image.numpy()).save(place / f"{row:05d}.png")
+    return folder
+
+
+@pytest.fixture
+def image_folder(small: Dataset, tmp_path: Path) -> Path:
+    return write_folder(small, tmp_path / "pictures")
+
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> Command:
+    """Runs `python -m MODULE ARGUMENT…` to its end in an empty folder, where CIFAR10_DATA is not set."""
+
+    def run(module: str, *arguments: str | Path, **options: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(  # type: ignore[call-overload, no-any-return]
+            command_line(module, arguments), cwd=tmp_path, env=environment(), capture_output=True, text=True, **options
+        )
+
+    return run
+
+
+def command_line(module: str, arguments: Sequence[str | Path]) -> list[str]:
+    return [sys.executable, "-m", module, *map(str, arguments)]
+
+
+def environment() -> dict[str, str]:
+    """Without CIFAR10_DATA, so that a test uses the data that it names."""
+    return {key: value for key, value in os.environ.items() if key != "CIFAR10_DATA"}

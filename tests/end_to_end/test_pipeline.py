@@ -1,0 +1,37 @@
+"""The whole way as a user goes it, by the commands: train, evaluate, export, evaluate the exported file."""
+
+import json
+
+import pytest
+
+from tests.conftest import write_folder
+
+RECIPE = ("dropout-0.2", "--set", "epochs=2", "--set", "batch_size=4", "--set", "learning_rate=0.005")
+
+
+@pytest.mark.parametrize("kind", ["synthetic", "folder"])
+def test_a_model_is_trained_exported_and_has_the_same_accuracy_from_both(command, small, tmp_path, kind):
+    data = ("--data", "synthetic:300" if kind == "synthetic" else write_folder(small, tmp_path / "pictures"))
+    place = tmp_path / "synthetic" if kind == "synthetic" else tmp_path
+
+    def succeed(module, *arguments):
+        done = command(module, *arguments, *data)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def accuracy(*model):
+        succeed("cifar_core.evaluate", *model, "--json", tmp_path / "result.json")
+        return json.loads((tmp_path / "result.json").read_text())
+
+    succeed("cifar_core.train", *RECIPE)
+    run = next((place / "runs").glob("*/0"))
+    succeed("cifar_core.export", "--run", run)
+    assert {path.name for path in (place / "exported").iterdir()} == {"model.onnx", "manifest.json"}
+
+    from_torch, from_onnx = accuracy("--model", run), accuracy()
+    assert from_torch["confusion"] == from_onnx["confusion"]
+    assert from_torch["accuracy"] == from_onnx["accuracy"] > 0.2  # a guess is right once in ten
+    assert from_onnx["loss"] == pytest.approx(from_torch["loss"], rel=1e-4)
+    manifest = json.loads((place / "exported/manifest.json").read_text())
+    assert manifest["variants"]["fp32"]["test_accuracy"] == from_onnx["accuracy"]
+    assert manifest["validation_accuracy"] == accuracy("--split", "validation")["accuracy"]
