@@ -16,7 +16,7 @@ TRAIN_OPTIONS = --seed $(SEED) --device $(DEVICE) --precision $(PRECISION) --res
 
 # `make train export` is a sequence, whatever -j says.
 .NOTPARALLEL:
-.PHONY: help setup data train export evaluate test test-slow lint format bench-training clean
+.PHONY: help setup data train export evaluate test test-slow lint format protos bench-training clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets and what can be set
@@ -65,8 +65,12 @@ format: $(READY) ## let ruff format
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
+protos: $(READY) ## generate service/generated from protos/
+	$(PY) -m grpc_tools.protoc -Iservice/generated=protos --python_out=. --pyi_out=. --grpc_python_out=. \
+	  $(patsubst protos/%,service/generated/%,$(shell find protos -name '*.proto' | sort))
+
 bench-training: $(READY) ## training throughput beside a plain PyTorch loop
-	$(PY) -m benchmarks.training $(DATA_OPTION)
+	$(PY) benchmarks/training.py $(DATA_OPTION)
 
 clean: ## remove what tools left; keeps .venv, data, runs and exports
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist

@@ -15,4 +15,7 @@ def run_command(main: Callable[[], int]) -> None:
     except CifarError as error:
         print(f"error: {error}", file=sys.stderr)
         code = 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130  # as shells have it: 128 + SIGINT
     sys.exit(code)

@@ -225,7 +225,8 @@ class Trainer:
                 "%s: was begun elsewhere (%s); its last bits will differ", self.folder.path, before.get("environment")
             )
 
-    def _batches(self) -> Batches:
+    def batches(self) -> Batches:
+        """What is left of the epoch under way, in its order."""
         generator = epoch_generator(self.seed, self.training.epoch)
         if self.recipe.sampler == "weighted":
             sampler = weighted_sampler(self.indices, len(self.train_data), generator)
@@ -331,7 +332,7 @@ class Trainer:
             self.model.train()
             while training.epoch < self.recipe.epochs:
                 started = time.perf_counter() - training.seconds
-                for images, labels in self._batches():
+                for images, labels in self.batches():
                     self.train_step(images, labels)
                     training.seconds = time.perf_counter() - started
                     bar.update()

@@ -113,7 +113,7 @@ def test_the_loop_does_what_a_textbook_loop_does(small, tmp_path):
 def test_held_out_images_are_never_trained_on(small, tmp_path):
     ours = trainer(small, tmp_path, overrides=("epochs=1", "batch_size=270"))
     _, held_out = split(len(small.train))
-    seen = {image.numpy().tobytes() for images, _ in ours._batches() for image in images}
+    seen = {image.numpy().tobytes() for images, _ in ours.batches() for image in images}
     assert not seen & {small.train.images[row].numpy().tobytes() for row in held_out}
     assert len(seen) == 270
 
@@ -216,7 +216,7 @@ def test_a_run_stopped_within_an_epoch_goes_on_at_the_next_step(small, tmp_path)
     parts = trainer(small, tmp_path / "parts")
     with parts.folder.lock():
         parts.start(resume=False)
-        batches = parts._batches
+        batches = parts.batches
 
         def signalled_in_the_fifth_step():
             for step, batch in enumerate(batches(), start=1):
@@ -224,7 +224,7 @@ def test_a_run_stopped_within_an_epoch_goes_on_at_the_next_step(small, tmp_path)
                     signal.raise_signal(signal.SIGTERM)
                 yield batch
 
-        parts._batches = signalled_in_the_fifth_step
+        parts.batches = signalled_in_the_fifth_step
         with StopSignal() as stop, pytest.raises(Interrupted, match="step 5 of 9"):
             next(parts.epochs(stop))
     again = trainer(small, tmp_path / "parts")
