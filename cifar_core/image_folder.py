@@ -38,6 +38,12 @@ OTHER_DATA = (
 """The second way out, which every error of reading data ends with."""
 
 
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16 bits a pixel; Pillow's own conversion clips at 255 instead of scaling
+        image = Image.fromarray((np.asarray(image).clip(0, 2**16 - 1) // 256).astype(np.uint8))
+    return image.convert("RGB")
+
+
 def decode_image(path: str | Path) -> npt.NDArray[np.uint8]:
     """One image file as RGB uint8 [32, 32, 3]; another size is cropped to its central square and resized.
 
@@ -46,7 +52,7 @@ def decode_image(path: str | Path) -> npt.NDArray[np.uint8]:
     """
     try:
         with Image.open(path) as opened:
-            image = ImageOps.exif_transpose(opened).convert("RGB")
+            image = _to_rgb(ImageOps.exif_transpose(opened))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         # Pillow raises all of these for files that are not what their name says.
         raise DataError(
@@ -61,8 +67,6 @@ def _decode_split(folder: Path) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.i
     """All images of `<folder>/<class>/*`, in the order of class and file name."""
     import torchvision
 
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder, but a data set needs train/ and test/; create it{OTHER_DATA}")
     try:
         listing = torchvision.datasets.ImageFolder(folder)
     except FileNotFoundError as error:  # no class at all, or a class without an image

@@ -7,11 +7,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 from PIL import Image
 
 from cifar_core.data import Dataset, load_dataset
 
 REPOSITORY = Path(__file__).parents[1]
+
+# The same examples in every run, and no judgement by the clock: a busy machine must not fail a test.
+settings.register_profile("deterministic", deadline=None, derandomize=True)
+settings.load_profile("deterministic")
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
 
@@ -33,7 +33,6 @@ def test_1_softmax_turns_logits_into_probabilities(logits):
     np.testing.assert_allclose(probabilities, exponentials / exponentials.sum(1, keepdims=True), atol=1e-6)
 
 
-@settings(deadline=None)
 @given(
     momentum=st.floats(0, 0.99),
     dampening=st.floats(0, 1),
