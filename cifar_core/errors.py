@@ -1,5 +1,6 @@
 """What goes wrong by a user's or a machine's doing, as against a defect of this library."""
 
+import io
 import sys
 from collections.abc import Callable
 
@@ -10,6 +11,8 @@ class CifarError(Exception):
 
 def run_command(main: Callable[[], int]) -> None:
     """Runs a command line's main and exits with its code; a `CifarError` becomes one message and exit code 2."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # a log file shows each line as it is written
     try:
         code = main()
     except CifarError as error:

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import time
 
+import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -193,6 +194,23 @@ def test_a_run_killed_again_and_again_ends_with_the_same_bits(uninterrupted, tmp
         process.communicate()
         assert process.returncode == -signal.SIGKILL
     assert "resuming after epoch 3" in finish(tmp_path)
+    assert_same_run(folder_of(tmp_path), uninterrupted)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_run_killed_at_twenty_arbitrary_moments_ends_with_the_same_bits(uninterrupted, tmp_path):
+    moments = np.random.RandomState(0).uniform(0, 1, 20)
+    for delay in moments:
+        process = start(tmp_path, "--resume")
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("seed 0"):  # what follows is training
+                break
+        time.sleep(delay)
+        process.kill()
+        process.communicate()
+    finish(tmp_path)
     assert_same_run(folder_of(tmp_path), uninterrupted)
 
 
