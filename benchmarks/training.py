@@ -7,16 +7,19 @@ fp32, PyTorch's default layout; it sums up loss and accuracy as ours does. It is
 as PIL sees them, as `torchvision.datasets.CIFAR10` keeps them, and, where the data is a folder, also on
 `torchvision.datasets.ImageFolder`, which opens a file for each image.
 
-All loops take turns, a few steps each, so that the machine's moods meet all of them; what is printed is each loop's
-median over the rounds, and the median of the ratios within a round.
+Each loop has a process of its own, and all take turns, a few steps each, so that the machine's moods meet all of them;
+what is printed is each loop's median over the rounds, and the median of the ratios within a round. The share of the
+computing time that convolutions take says how much there is to gain: all loops compute them with the same kernels.
 """
 
 import argparse
+import multiprocessing
 import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
@@ -36,6 +39,14 @@ from cifar_core.train import Precision, Trainer
 
 CPU = torch.device("cpu")
 Steps = Callable[[int], None]
+
+FOLDER_LOOP = "plain, image folder"
+LOOPS = ("plain, in memory", FOLDER_LOOP, "ours, fp32", "ours, bf16")
+
+
+def data_folder(data: str | None) -> Path:
+    """The folder that --data or CIFAR10_DATA names."""
+    return Path(data or os.environ["CIFAR10_DATA"])
 
 
 class InMemory(TorchDataset[tuple[Tensor, int]]):
@@ -115,32 +126,79 @@ def our_loop(recipe_name: str, dataset: Dataset, precision: Precision, place: Pa
     return train
 
 
-def build_loops(recipe_name: str, dataset: Dataset, folder: Path | None, place: Path) -> dict[str, Steps]:
-    """Every loop to be measured, by name; the plain ones first."""
+def build_loop(name: str, recipe_name: str, data: str | None, place: Path) -> Steps:
+    """The loop of that name, one of `LOOPS`."""
+    dataset = load_dataset(data)
+    if name.startswith("ours"):
+        return our_loop(recipe_name, dataset, "bf16" if name.endswith("bf16") else "fp32", place)
     transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize(CIFAR10_MEAN, CIFAR10_STD)])
-    classes = len(dataset.classes)
-    loops = {"plain, in memory": plain_loop(recipe_name, InMemory(dataset, transform), classes)}
-    if folder is not None:
-        loops["plain, image folder"] = plain_loop(
-            recipe_name, datasets.ImageFolder(folder / "train", transform), classes
-        )
-    return loops | {
-        "ours, fp32": our_loop(recipe_name, dataset, "fp32", place),
-        "ours, bf16": our_loop(recipe_name, dataset, "bf16", place),
-    }
+    images: TorchDataset[tuple[Tensor, int]] = InMemory(dataset, transform)
+    if name == FOLDER_LOOP:
+        images = datasets.ImageFolder(data_folder(data) / "train", transform)
+    return plain_loop(recipe_name, images, len(dataset.classes))
 
 
-def measure(loops: dict[str, Steps], rounds: int, steps: int, batch_size: int) -> dict[str, list[float]]:
-    """Images per second of every loop in every round."""
-    for train in loops.values():
-        train(5)  # the first steps pay for memory and for oneDNN's kernels
-    speeds: dict[str, list[float]] = {name: [] for name in loops}
-    for _ in tqdm(range(rounds), unit="round", disable=None):
-        for name, train in loops.items():
+def serve_loop(connection: Connection, name: str, recipe_name: str, data: str | None) -> None:
+    """What a loop's own process does, by what it is sent.
+
+    For a number of steps it trains them and sends back the seconds; for 0 it sends the share of convolutions and ends.
+    """
+    with tempfile.TemporaryDirectory() as place:
+        train = build_loop(name, recipe_name, data, Path(place))
+        train(8)  # the first steps pay for memory and for oneDNN's kernels
+        while steps := connection.recv():
+            train(3)  # and the first of a turn for caches that others used meanwhile
             started = time.perf_counter()
             train(steps)
-            speeds[name].append(steps * batch_size / (time.perf_counter() - started))
-    return speeds
+            connection.send(time.perf_counter() - started)
+        connection.send(share_of_convolutions(train))
+
+
+def measure(
+    names: list[str], recipe_name: str, data: str | None, rounds: int, steps: int
+) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Images per second of every loop in every round, and the share of convolutions in each loop's time."""
+    context = multiprocessing.get_context("spawn")
+    connections = {}
+    for name in names:
+        connections[name], theirs = context.Pipe()
+        context.Process(target=serve_loop, args=(theirs, name, recipe_name, data), daemon=True).start()
+    images = steps * get_recipe(recipe_name).batch_size
+    speeds: dict[str, list[float]] = {name: [] for name in names}
+    for round_number in tqdm(range(rounds + 1), unit="round", disable=None):
+        for name, connection in connections.items():
+            connection.send(steps)
+            seconds = connection.recv()
+            if round_number:  # in the first, others are still starting
+                speeds[name].append(images / seconds)
+    shares = {}
+    for name, connection in connections.items():
+        connection.send(0)
+        shares[name] = connection.recv()
+    return speeds, shares
+
+
+def share_of_convolutions(train: Steps) -> float:
+    """Which part of the computing time of a few steps is spent in convolutions, 0 to 1."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        train(10)
+    times: dict[str, float] = {event.key: event.self_cpu_time_total for event in profile.key_averages()}
+    return sum(seconds for name, seconds in times.items() if "convolution" in name) / sum(times.values())
+
+
+def print_table(recipe_name: str, speeds: dict[str, list[float]], shares: dict[str, float]) -> None:
+    """One line a loop: images per second, share of convolutions, ratio to each plain loop."""
+    peers = [name for name in speeds if name.startswith("plain")]
+    print(
+        f"\n{recipe_name:20s}  images/s  (lowest to highest)  convolutions" + "".join(f"   × {peer}" for peer in peers)
+    )
+    for name, values in speeds.items():
+        columns = ""
+        for peer in peers:
+            ratio = statistics.median(ours / theirs for ours, theirs in zip(values, speeds[peer], strict=True))
+            columns += f"{ratio:{len(peer) + 5}.2f}"
+        spread = f"({min(values):6,.0f} to {max(values):6,.0f})"
+        print(f"{name:20s}  {statistics.median(values):8,.0f}  {spread}  {shares[name]:12.0%}{columns}")
 
 
 def main() -> None:
@@ -151,24 +209,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30, help="of each loop in a round; default: %(default)s")
     arguments = parser.parse_args()
     dataset = load_dataset(arguments.data)
-    folder = Path(arguments.data or os.environ.get("CIFAR10_DATA", "")) if dataset.kind == "folder" else None
+    names = [name for name in LOOPS if name != FOLDER_LOOP or dataset.kind == "folder"]
     machine = describe_environment(CPU)
     print(f"{dataset.name}; {machine['device']}, {machine['threads']} threads, torch {machine['torch']}; batch size 32")
     for recipe_name in ("baseline", "deep"):
-        with tempfile.TemporaryDirectory() as place:
-            loops = build_loops(recipe_name, dataset, folder, Path(place))
-            speeds = measure(loops, arguments.rounds, arguments.steps, get_recipe(recipe_name).batch_size)
-        peers = [name for name in loops if name.startswith("plain")]
-        print(f"\n{recipe_name:20s}  images/s  (lowest to highest)" + "".join(f"   × {peer}" for peer in peers))
-        for name, values in speeds.items():
-            ratios = [
-                statistics.median(ours / theirs for ours, theirs in zip(values, speeds[peer], strict=True))
-                for peer in peers
-            ]
-            columns = "".join(f"{ratio:{len(peer) + 5}.2f}" for ratio, peer in zip(ratios, peers, strict=True))
-            print(
-                f"{name:20s}  {statistics.median(values):8,.0f}  ({min(values):6,.0f} to {max(values):6,.0f}){columns}"
-            )
+        print_table(recipe_name, *measure(names, recipe_name, arguments.data, arguments.rounds, arguments.steps))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The machine: which device computes, and what it is called in tables."""
 
+import ctypes
 import platform
 from importlib.metadata import version
 from pathlib import Path
@@ -30,6 +31,20 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)
+
+
+def keep_freed_memory() -> None:
+    """Makes this process keep the memory it frees, instead of giving it back and asking for it anew every step.
+
+    glibc returns the top of its heap to the system as soon as a training step has freed it; getting it back costs
+    thousands of page faults a step, up to a fifth of the base model's time on two cores. What is kept is bounded by
+    what was needed at once. Where the C library is another, nothing happens.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        trim_threshold, mmap_threshold, gigabyte = -1, -3, 2**30  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
+        libc.mallopt(trim_threshold, gigabyte)
+        libc.mallopt(mmap_threshold, gigabyte)
 
 
 def processor_name() -> str:

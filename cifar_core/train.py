@@ -35,7 +35,7 @@ from cifar_core.data import (
     subset_sampler,
     weighted_sampler,
 )
-from cifar_core.device import DEVICES, choose_device, describe_environment
+from cifar_core.device import DEVICES, choose_device, describe_environment, keep_freed_memory
 from cifar_core.errors import CifarError, run_command
 from cifar_core.models import MODELS
 from cifar_core.recipes import RECIPES, Recipe, get_recipe
@@ -164,6 +164,8 @@ class Trainer:
     ) -> None:
         self.recipe, self.dataset, self.folder, self.seed = recipe, dataset, folder, seed
         self.device, self.precision = device, precision
+        if device.type == "cpu":
+            keep_freed_memory()
         self.indices, held_out = split(len(dataset.train), recipe.validation_images, recipe.split_seed)
         self.validation = Images(dataset.train.images[held_out], dataset.train.labels[held_out]).to(device)
         self.train_data = dataset.train.to(device)
