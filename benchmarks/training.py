@@ -8,8 +8,7 @@ as PIL sees them, as `torchvision.datasets.CIFAR10` keeps them, and, where the d
 `torchvision.datasets.ImageFolder`, which opens a file for each image.
 
 Each loop has a process of its own, and all take turns, a few steps each, so that the machine's moods meet all of them;
-what is printed is each loop's median over the rounds, and the median of the ratios within a round. The share of the
-computing time that convolutions take says how much there is to gain: all loops compute them with the same kernels.
+what is printed is each loop's median over the rounds, and the median of the ratios within a round.
 """
 
 import argparse
@@ -141,7 +140,7 @@ def build_loop(name: str, recipe_name: str, data: str | None, place: Path) -> St
 def serve_loop(connection: Connection, name: str, recipe_name: str, data: str | None) -> None:
     """What a loop's own process does, by what it is sent.
 
-    For a number of steps it trains them and sends back the seconds; for 0 it sends the share of convolutions and ends.
+    For a number of steps it trains them and sends back the seconds; for 0 it ends.
     """
     with tempfile.TemporaryDirectory() as place:
         train = build_loop(name, recipe_name, data, Path(place))
@@ -151,13 +150,10 @@ def serve_loop(connection: Connection, name: str, recipe_name: str, data: str | 
             started = time.perf_counter()
             train(steps)
             connection.send(time.perf_counter() - started)
-        connection.send(share_of_convolutions(train))
 
 
-def measure(
-    names: list[str], recipe_name: str, data: str | None, rounds: int, steps: int
-) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """Images per second of every loop in every round, and the share of convolutions in each loop's time."""
+def measure(names: list[str], recipe_name: str, data: str | None, rounds: int, steps: int) -> dict[str, list[float]]:
+    """Images per second of every loop in every round."""
     context = multiprocessing.get_context("spawn")
     connections = {}
     for name in names:
@@ -171,34 +167,22 @@ def measure(
             seconds = connection.recv()
             if round_number:  # in the first, others are still starting
                 speeds[name].append(images / seconds)
-    shares = {}
-    for name, connection in connections.items():
+    for connection in connections.values():
         connection.send(0)
-        shares[name] = connection.recv()
-    return speeds, shares
+    return speeds
 
 
-def share_of_convolutions(train: Steps) -> float:
-    """Which part of the computing time of a few steps is spent in convolutions, 0 to 1."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        train(10)
-    times: dict[str, float] = {event.key: event.self_cpu_time_total for event in profile.key_averages()}
-    return sum(seconds for name, seconds in times.items() if "convolution" in name) / sum(times.values())
-
-
-def print_table(recipe_name: str, speeds: dict[str, list[float]], shares: dict[str, float]) -> None:
-    """One line a loop: images per second, share of convolutions, ratio to each plain loop."""
+def print_table(recipe_name: str, speeds: dict[str, list[float]]) -> None:
+    """One line a loop: images per second, ratio to each plain loop."""
     peers = [name for name in speeds if name.startswith("plain")]
-    print(
-        f"\n{recipe_name:20s}  images/s  (lowest to highest)  convolutions" + "".join(f"   × {peer}" for peer in peers)
-    )
+    print(f"\n{recipe_name:20s}  images/s  (lowest to highest)" + "".join(f"   × {peer}" for peer in peers))
     for name, values in speeds.items():
         columns = ""
         for peer in peers:
             ratio = statistics.median(ours / theirs for ours, theirs in zip(values, speeds[peer], strict=True))
             columns += f"{ratio:{len(peer) + 5}.2f}"
         spread = f"({min(values):6,.0f} to {max(values):6,.0f})"
-        print(f"{name:20s}  {statistics.median(values):8,.0f}  {spread}  {shares[name]:12.0%}{columns}")
+        print(f"{name:20s}  {statistics.median(values):8,.0f}  {spread}{columns}")
 
 
 def main() -> None:
@@ -213,7 +197,7 @@ def main() -> None:
     machine = describe_environment(CPU)
     print(f"{dataset.name}; {machine['device']}, {machine['threads']} threads, torch {machine['torch']}; batch size 32")
     for recipe_name in ("baseline", "deep"):
-        print_table(recipe_name, *measure(names, recipe_name, arguments.data, arguments.rounds, arguments.steps))
+        print_table(recipe_name, measure(names, recipe_name, arguments.data, arguments.rounds, arguments.steps))
 
 
 if __name__ == "__main__":
