@@ -50,6 +50,7 @@ def test_a_write_replaces_the_file_as_a_whole(tmp_path):
     assert opened.read() == b"one"  # whoever had it open reads the old one, whole
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")  # torch's word on the plain pickle, before it refuses
 def test_a_pickle_from_outside_is_refused_unopened(tmp_path):
     class Bomb:
         def __reduce__(self):
