@@ -217,7 +217,9 @@ class Trainer:
     def _check_same_run(self, before: dict[str, Any]) -> None:
         now = self.description()
         for key in ("recipe", "seed", "precision", "classes", "data"):
-            if before[key] != now[key]:
+            # The same data may lie elsewhere by now, under another name: its fingerprint decides.
+            same = before[key]["fingerprint"] == now[key]["fingerprint"] if key == "data" else before[key] == now[key]
+            if not same:
                 raise RunError(
                     f"{self.folder.path}: was begun with {key} {before[key]}, not {now[key]}; give the same again, "
                     "or choose another place with --runs DIR"

@@ -1,4 +1,5 @@
 import contextlib
+import dataclasses
 import json
 import resource
 import signal
@@ -272,6 +273,13 @@ def test_another_run_does_not_go_on_in_its_place(small, tmp_path, change, named)
     run(trainer(small, tmp_path), resume=False)
     with pytest.raises(RunError, match=f"was begun with {named}"):
         run(trainer(small, tmp_path, **change), resume=True)
+
+
+def test_the_same_data_under_another_name_goes_on_and_other_data_does_not(small, tmp_path):
+    run(trainer(small, tmp_path), resume=False)
+    run(trainer(dataclasses.replace(small, name="moved"), tmp_path), resume=True)
+    with pytest.raises(RunError, match="was begun with data"):
+        run(trainer(dataclasses.replace(small, fingerprint="other"), tmp_path), resume=True)
 
 
 def test_a_full_disk_leaves_the_checkpoint_before_and_the_run_can_go_on(uninterrupted, tmp_path):
