@@ -1,0 +1,28 @@
+"""`python -m service`: serve."""
+
+import sys
+
+from service import logs
+from service.errors import StartError
+from service.settings import parse
+
+
+def main() -> int:
+    """Serves as the command line says; returns the exit code."""
+    try:
+        settings = parse(sys.argv[1:])
+        logs.configure(settings.log_level, settings.log_format)
+        if settings.workers > 1:
+            from service.scale_out import supervise
+
+            return supervise(settings)
+        from service.server import run
+
+        return run(settings)
+    except StartError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

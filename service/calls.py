@@ -1,0 +1,176 @@
+"""What lies around every call: counting, draining, the log, and errors turned into gRPC statuses.
+
+The servicers raise service.errors; here, and only here, they become status codes.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any, NoReturn, TypeAlias, TypeVar
+
+import grpc
+from google.protobuf.any_pb2 import Any as AnyMessage
+from google.protobuf.duration_pb2 import Duration
+from google.rpc.error_details_pb2 import RetryInfo
+from google.rpc.status_pb2 import Status
+
+from service.errors import (
+    DeadlineExpired,
+    EngineFailed,
+    InvalidRequest,
+    NotFound,
+    Overloaded,
+    RequestError,
+    ShuttingDown,
+    Unsupported,
+)
+from service.metrics import Metrics
+
+logger = logging.getLogger(__name__)
+
+Request = TypeVar("Request")
+Response = TypeVar("Response")
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+
+CODES: dict[type[RequestError], grpc.StatusCode] = {
+    InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
+    NotFound: grpc.StatusCode.NOT_FOUND,
+    Unsupported: grpc.StatusCode.UNIMPLEMENTED,
+    Overloaded: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    DeadlineExpired: grpc.StatusCode.DEADLINE_EXCEEDED,
+    ShuttingDown: grpc.StatusCode.UNAVAILABLE,
+    EngineFailed: grpc.StatusCode.INTERNAL,
+}
+# Another server may take the request at once.
+SHUTDOWN_RETRY_SECONDS = 0.1
+
+
+class Failure(Exception):
+    """A status instead of a response."""
+
+    def __init__(self, code: grpc.StatusCode, message: str, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.code, self.message, self.retry_after = code, message, retry_after
+
+
+class Calls:
+    """The calls that are being answered. After `drain` new ones are refused."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self.draining = asyncio.Event()
+        self.answered = 0
+        self._metrics = metrics
+        self._in_flight = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    async def drain(self, grace: float) -> int:
+        """Refuses new calls and waits for those in flight, `grace` seconds at most; returns how many are left."""
+        self.draining.set()
+        try:
+            async with asyncio.timeout(grace):
+                await self._idle.wait()
+        except TimeoutError:
+            pass
+        return self._in_flight
+
+    async def unary(
+        self,
+        method: str,
+        behaviour: Callable[[Request, Context], Awaitable[Response]],
+        request: Request,
+        context: Context,
+    ) -> Response:
+        """The response to a call with one request, or the status that ends it."""
+        try:
+            return await self.answer(method, behaviour, request, context)
+        except Failure as failure:
+            await abort(context, failure)
+
+    async def answer(
+        self,
+        method: str,
+        behaviour: Callable[[Request, Context], Awaitable[Response]],
+        request: Request,
+        context: Context,
+    ) -> Response:
+        """The response of `behaviour` to one request.
+
+        Raises:
+            Failure: It has none, for whatever reason but that nobody waits for it any more.
+        """
+        started = time.perf_counter()
+        code = grpc.StatusCode.OK
+        self._begin()
+        try:
+            self._refuse_if_draining()
+            response = await behaviour(request, context)
+        except RequestError as error:
+            code = CODES[type(error)]
+            raise Failure(code, error.message, error.retry_after) from error
+        except asyncio.CancelledError:
+            remaining = context.time_remaining()
+            expired = remaining is not None and remaining <= 0
+            code = grpc.StatusCode.DEADLINE_EXCEEDED if expired else grpc.StatusCode.CANCELLED
+            raise
+        except Exception as error:
+            code = grpc.StatusCode.INTERNAL
+            logger.exception("%s failed", method)
+            raise Failure(code, "the server failed on this request; its log says why") from error
+        else:
+            return response
+        finally:
+            self._end(method, code, time.perf_counter() - started, request, context)
+
+    def _refuse_if_draining(self) -> None:
+        if self.draining.is_set():
+            raise ShuttingDown("the server is shutting down: ask another, or again", SHUTDOWN_RETRY_SECONDS)
+
+    def _begin(self) -> None:
+        self._in_flight += 1
+        self._metrics.in_flight.set(self._in_flight)
+        self._idle.clear()
+
+    def _end(self, method: str, code: grpc.StatusCode, seconds: float, request: object, context: Context) -> None:
+        self._in_flight -= 1
+        self._metrics.in_flight.set(self._in_flight)
+        self._metrics.on_request(method, code.name, seconds)
+        if code is grpc.StatusCode.OK:
+            self.answered += 1
+        if not self._in_flight:
+            self._idle.set()
+        if logger.isEnabledFor(logging.DEBUG):
+            logger.debug(
+                "request",
+                extra={
+                    "method": method,
+                    "code": code.name,
+                    "milliseconds": round(seconds * 1000, 3),
+                    "request_id": getattr(request, "request_id", "") or getattr(request, "id", ""),
+                    "peer": context.peer(),
+                },
+            )
+
+
+async def abort(context: Context, failure: Failure) -> NoReturn:
+    """Ends a call with a status; its trailing metadata tells when to ask again, in both ways that clients know."""
+    metadata: tuple[tuple[str, str | bytes], ...] = ()
+    if failure.retry_after is not None:
+        retry = RetryInfo(retry_delay=Duration(nanos=0))
+        retry.retry_delay.FromNanoseconds(int(failure.retry_after * 1e9))
+        detail = AnyMessage()
+        detail.Pack(retry)
+        status = Status(code=failure.code.value[0], message=failure.message, details=[detail])
+        metadata = (
+            ("grpc-retry-pushback-ms", str(int(failure.retry_after * 1000))),
+            ("grpc-status-details-bin", status.SerializeToString()),
+        )
+    await context.abort(failure.code, failure.message, trailing_metadata=metadata)
+    raise AssertionError("abort returned")
+
+
+def deadline_of(context: Context) -> float | None:
+    """When the client gives up, on time.monotonic(); None if never."""
+    remaining = context.time_remaining()
+    return None if remaining is None else time.monotonic() + remaining
