@@ -4,9 +4,10 @@
         for image in client.classify(["cat.jpg", "ship.png"]):
             print(image.best.name, image.best.probability)
 
-Images are paths, bytes of image files, PIL images, or uint8 arrays: [height, width, 3], or [n, 32, 32, 3] for many at once,
-the fast way. Large lists are sent in batches that the server's limits allow. Calls are repeated, with growing pauses, where
-the server could not take them (UNAVAILABLE, RESOURCE_EXHAUSTED) and never otherwise; classifying twice does no harm.
+Images are paths, bytes of image files, PIL images, or uint8 arrays: [height, width, 3], or [n, 32, 32, 3] for many at
+once, the fast way. Large lists are sent in batches that the server's limits allow. Calls are repeated, with growing
+pauses, where the server could not take them (UNAVAILABLE, RESOURCE_EXHAUSTED) and never otherwise; classifying twice
+does no harm.
 """
 
 import argparse
@@ -146,7 +147,7 @@ class Client:
             self._channel = grpc.insecure_channel(target, CHANNEL_OPTIONS)
         else:
             self._channel = grpc.secure_channel(target, credentials, CHANNEL_OPTIONS)
-        self._stub = rpc.ImageClassifierStub(self._channel)
+        self._stub = rpc.ImageClassifierStub(self._channel)  # type: ignore[no-untyped-call]
         self._pool = ThreadPoolExecutor(IN_FLIGHT, thread_name_prefix="classify")
         self._model: messages.GetModelResponse | None = None
 
@@ -183,10 +184,11 @@ class Client:
             timeout: Seconds for the whole call instead of the options'.
 
         Raises:
-            ClassificationError: A batch could not be answered as a whole. An image that cannot be read is no such error:
-                its answer has no classes and says why.
+            ClassificationError: A batch could not be answered as a whole. An image that cannot be read is no such
+                error: its answer has no classes and says why.
             OSError: A path cannot be read.
             ValueError: An array is not of a form that images have.
+            TypeError: `images` is one image instead of a list, or holds something that is none.
         """
         return [answer for response in self._responses(images, top_k, timeout) for answer in _answers(response)]
 
@@ -196,7 +198,7 @@ class Client:
         Raises:
             ClassificationError: As `classify`.
         """
-        return np.concatenate([_table(response) for response in self._responses(images, 0, timeout)])
+        return _joined([_table(response) for response in self._responses(images, 0, timeout)])
 
     def _responses(
         self, images: Iterable[ImageSource] | NDArray[np.uint8], top_k: int, timeout: float | None
@@ -231,7 +233,7 @@ class AsyncClient:
             self._channel = grpc.aio.insecure_channel(target, CHANNEL_OPTIONS)
         else:
             self._channel = grpc.aio.secure_channel(target, credentials, CHANNEL_OPTIONS)
-        self._stub: Any = rpc.ImageClassifierStub(self._channel)
+        self._stub: Any = rpc.ImageClassifierStub(self._channel)  # type: ignore[no-untyped-call]
         self._model: messages.GetModelResponse | None = None
 
     async def __aenter__(self) -> Self:
@@ -259,7 +261,7 @@ class AsyncClient:
 
     async def probabilities(self, images: NDArray[np.uint8], timeout: float | None = None) -> NDArray[np.float32]:
         """As `Client.probabilities`."""
-        return np.concatenate([_table(response) async for response in self._responses(images, 0, timeout)])
+        return _joined([_table(response) async for response in self._responses(images, 0, timeout)])
 
     async def _responses(
         self, images: Iterable[ImageSource] | NDArray[np.uint8], top_k: int, timeout: float | None
@@ -268,10 +270,13 @@ class AsyncClient:
         limits = (self._model or await self.model()).limits
         requests = _requests(images, top_k, limits)
         while window := list(itertools.islice(requests, IN_FLIGHT)):
-            async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(self._call(self._stub.Classify, request, deadline)) for request in window]
-            for task in tasks:
-                yield task.result()
+            tasks = [asyncio.create_task(self._call(self._stub.Classify, request, deadline)) for request in window]
+            try:
+                for response in await asyncio.gather(*tasks):
+                    yield response
+            finally:
+                for task in tasks:
+                    task.cancel()
 
     async def _call(self, method: Callable[..., Any], request: Any, deadline: "_Deadline") -> Any:  # noqa: ANN401
         async for attempt in tenacity.AsyncRetrying(**_retrying(self.options, deadline)):
@@ -288,8 +293,8 @@ class _Failed(ClassificationError):
 
     def __init__(self, error: grpc.RpcError) -> None:
         super().__init__(error)
-        trailing = dict(error.trailing_metadata() or ())
-        hint = trailing.get("grpc-retry-pushback-ms")
+        trailing: Any = error.trailing_metadata() or ()  # pairs, which their types do not say
+        hint = dict(trailing).get("grpc-retry-pushback-ms")
         self.pause = None if hint is None else int(hint) / 1000
         # A message that is too large stays too large; gRPC has no status of its own for that.
         too_large = self.code is grpc.StatusCode.RESOURCE_EXHAUSTED and self.pause is None
@@ -340,9 +345,9 @@ def _requests(
             yield messages.ClassifyRequest(packed_rgb=packed, top_k=top_k)
         return
     if isinstance(images, (str, os.PathLike, bytes, PillowImage.Image, np.ndarray)):
-        raise ValueError(
+        raise TypeError(
             f"images is a single {type(images).__name__}; it must be a list of images, or one array of many"
-        )  # noqa: TRY004
+        )
     request = messages.ClassifyRequest(top_k=top_k)
     size = 0
     for source in images:
@@ -382,6 +387,10 @@ def _answers(response: messages.ClassifyResponse) -> Iterator[Classification]:
             error=result.error.message if result.HasField("error") else None,
             model_version=response.model_version,
         )
+
+
+def _joined(tables: list[NDArray[np.float32]]) -> NDArray[np.float32]:
+    return np.concatenate(tables) if tables else np.empty((0, 0), np.float32)
 
 
 def _table(response: messages.ClassifyResponse) -> NDArray[np.float32]:
