@@ -4,14 +4,17 @@ The servicers raise service.errors; here, and only here, they become status code
 """
 
 import asyncio
+import functools
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, NoReturn, TypeAlias, TypeVar
 
 import grpc
 from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import DecodeError
 from google.rpc.error_details_pb2 import RetryInfo
 from google.rpc.status_pb2 import Status
 
@@ -54,6 +57,53 @@ class Failure(Exception):
         self.code, self.message, self.retry_after = code, message, retry_after
 
 
+@dataclass(frozen=True)
+class Malformed:
+    """Stands for a request whose bytes are no message of its type."""
+
+    reason: str
+    request_id: str = ""
+
+
+class Registrar:
+    """What generated code registers servicers with: gives the server their methods, with requests parsed by `_parse`.
+
+    By itself gRPC answers malformed bytes with UNKNOWN, and writes a traceback into the log for each.
+    """
+
+    def __init__(self, server: grpc.aio.Server) -> None:
+        self._server = server
+
+    def add_generic_rpc_handlers(self, handlers: object) -> None:
+        """Nothing: the same methods are registered by name."""
+
+    def add_registered_method_handlers(
+        self, service: str, handlers: "Mapping[str, grpc.RpcMethodHandler[Any, Any]]"
+    ) -> None:
+        """Gives them to the server."""
+        tolerant = {}
+        for name, handler in handlers.items():
+            make: Any
+            behaviour: Any
+            make, behaviour = (
+                (grpc.stream_stream_rpc_method_handler, handler.stream_stream)
+                if handler.request_streaming
+                else (grpc.unary_unary_rpc_method_handler, handler.unary_unary)
+            )
+            parse = functools.partial(_parse, handler.request_deserializer)
+            tolerant[name] = make(
+                behaviour, request_deserializer=parse, response_serializer=handler.response_serializer
+            )
+        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, tolerant),))
+
+
+def _parse(parser: Callable[[bytes], Any] | None, data: bytes) -> Any:  # noqa: ANN401 -- any message
+    try:
+        return parser(data) if parser else data
+    except DecodeError as error:
+        return Malformed(str(error))
+
+
 class Calls:
     """The calls that are being answered. After `drain` new ones are refused."""
 
@@ -81,10 +131,12 @@ class Calls:
         behaviour: Callable[[Request, Context], Awaitable[Response]],
         request: Request,
         context: Context,
+        *,
+        while_draining: bool = False,
     ) -> Response:
         """The response to a call with one request, or the status that ends it."""
         try:
-            return await self.answer(method, behaviour, request, context)
+            return await self.answer(method, behaviour, request, context, while_draining=while_draining)
         except Failure as failure:
             await abort(context, failure)
 
@@ -94,6 +146,8 @@ class Calls:
         behaviour: Callable[[Request, Context], Awaitable[Response]],
         request: Request,
         context: Context,
+        *,
+        while_draining: bool = False,
     ) -> Response:
         """The response of `behaviour` to one request.
 
@@ -104,7 +158,7 @@ class Calls:
         code = grpc.StatusCode.OK
         self._begin()
         try:
-            self._refuse_if_draining()
+            self._check(request, while_draining)
             response = await behaviour(request, context)
         except RequestError as error:
             code = CODES[type(error)]
@@ -123,8 +177,10 @@ class Calls:
         finally:
             self._end(method, code, time.perf_counter() - started, request, context)
 
-    def _refuse_if_draining(self) -> None:
-        if self.draining.is_set():
+    def _check(self, request: object, while_draining: bool) -> None:
+        if isinstance(request, Malformed):
+            raise InvalidRequest(f"the request is no message of its type: {request.reason}")
+        if self.draining.is_set() and not while_draining:
             raise ShuttingDown("the server is shutting down: ask another, or again", SHUTDOWN_RETRY_SECONDS)
 
     def _begin(self) -> None:

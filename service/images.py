@@ -10,6 +10,7 @@ import io
 import logging
 import struct
 import time
+import warnings
 import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -44,6 +45,7 @@ SLICE_SECONDS = 0.005
 
 # The limit is our own, told to clients and checked before decoding; PIL's would print warnings.
 Image.MAX_IMAGE_PIXELS = None
+warnings.filterwarnings("ignore", module="PIL")  # what is wrong with a client's file is no news of the server's
 
 _EXIF_ORIENTATION = 0x0112
 _TURNS = {
@@ -97,7 +99,9 @@ def decode(data: bytes, limits: ImageLimits) -> NDArray[np.uint8]:
             _check_pixels(image, limits.max_pixels)
             return _to_model_input(image)
     except UnidentifiedImageError as error:
-        raise ImageRejected(f"this is no image in {', '.join(FORMATS)}: it begins with {data[:8]!r}") from error
+        raise ImageRejected(
+            f"this is no image in {', '.join(FORMATS)}, or its head is damaged: it begins with {data[:8]!r}"
+        ) from error
     except ImageRejected:
         raise
     except _DAMAGED as error:

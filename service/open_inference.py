@@ -42,26 +42,25 @@ class OpenInference(rpc.GRPCInferenceServiceServicer):
         self, request: messages.ServerLiveRequest, context: Context
     ) -> messages.ServerLiveResponse:
         """Whether the server runs."""
-        del request, context
-        return messages.ServerLiveResponse(live=True)
+        return await self._calls.unary(
+            f"{SERVICE}/ServerLive", self._server_live, request, context, while_draining=True
+        )
 
     async def ServerReady(  # noqa: N802
         self, request: messages.ServerReadyRequest, context: Context
     ) -> messages.ServerReadyResponse:
         """Whether it takes requests; it does not while it stops."""
-        del request, context
-        return messages.ServerReadyResponse(ready=not self._calls.draining.is_set())
+        return await self._calls.unary(
+            f"{SERVICE}/ServerReady", self._server_ready, request, context, while_draining=True
+        )
 
     async def ModelReady(  # noqa: N802
         self, request: messages.ModelReadyRequest, context: Context
     ) -> messages.ModelReadyResponse:
         """Whether a model, by name and version, is served."""
-        del context
-        try:
-            self._model(request.name, request.version)
-        except NotFound:
-            return messages.ModelReadyResponse(ready=False)
-        return messages.ModelReadyResponse(ready=not self._calls.draining.is_set())
+        return await self._calls.unary(
+            f"{SERVICE}/ModelReady", self._model_ready, request, context, while_draining=True
+        )
 
     async def ServerMetadata(  # noqa: N802
         self, request: messages.ServerMetadataRequest, context: Context
@@ -124,6 +123,24 @@ class OpenInference(rpc.GRPCInferenceServiceServicer):
         if version not in ("", model.version):
             raise NotFound(f"model '{name}' has no version '{version}'; version '{model.version}' is served")
         return model
+
+    async def _server_live(self, request: messages.ServerLiveRequest, context: Context) -> messages.ServerLiveResponse:
+        del request, context
+        return messages.ServerLiveResponse(live=True)
+
+    async def _server_ready(
+        self, request: messages.ServerReadyRequest, context: Context
+    ) -> messages.ServerReadyResponse:
+        del request, context
+        return messages.ServerReadyResponse(ready=not self._calls.draining.is_set())
+
+    async def _model_ready(self, request: messages.ModelReadyRequest, context: Context) -> messages.ModelReadyResponse:
+        del context
+        try:
+            self._model(request.name, request.version)
+        except NotFound:
+            return messages.ModelReadyResponse(ready=False)
+        return messages.ModelReadyResponse(ready=not self._calls.draining.is_set())
 
     async def _server_metadata(
         self, request: messages.ServerMetadataRequest, context: Context

@@ -17,7 +17,7 @@ from prometheus_client import start_http_server
 
 from service import classify, open_inference, ports
 from service.batcher import Batcher
-from service.calls import Calls
+from service.calls import Calls, Registrar
 from service.classify import ImageClassifier
 from service.errors import StartError
 from service.generated.cifar.v1 import image_classifier_pb2_grpc
@@ -63,13 +63,14 @@ async def _run(settings: Settings, shares_port: bool, on_ready: Callable[[], Non
         inference = await stack.enter_async_context(_inference(settings, models, metrics))
         tokens = Tokens(settings.token_file) if settings.token_file else None
         server = _server(settings, metrics, tokens, shares_port)
+        registrar = Registrar(server)
         health = Health((classify.SERVICE, open_inference.SERVICE))
         version = importlib.metadata.version("cifar-classifier")
         image_classifier_pb2_grpc.add_ImageClassifierServicer_to_server(  # type: ignore[no-untyped-call]
-            ImageClassifier(inference, calls), server
+            ImageClassifier(inference, calls), registrar
         )
         open_inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(  # type: ignore[no-untyped-call]
-            OpenInference(inference, calls, version, settings.max_queue_delay_ms), server
+            OpenInference(inference, calls, version, settings.max_queue_delay_ms), registrar
         )
         health_pb2_grpc.add_HealthServicer_to_server(health, server)
         health_service = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name

@@ -1,0 +1,142 @@
+"""Real exports for the server to load: small ONNX graphs with the project's contract, and their manifests."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+
+def graph(seed: int = 0, *, loops: int = 0, fails_on: int | None = None, batch: str | int = "batch") -> bytes:
+    """A linear classifier with random weights.
+
+    Args:
+        seed: Of the weights, so that two seeds are two models.
+        loops: Multiplications of a large matrix that each batch costs besides; some 15 ms each.
+        fails_on: A batch whose first byte is this fails in the middle of the computation.
+        batch: First dimension of the input.
+    """
+    generator = np.random.default_rng(seed)
+    weights = (generator.standard_normal((3072, len(CLASSES))) / 20).astype(np.float32)
+    nodes = [
+        helper.make_node("Cast", ["images"], ["float"], to=TensorProto.FLOAT),
+        helper.make_node("Div", ["float", "scale"], ["scaled"]),
+        helper.make_node("Reshape", ["scaled", "flat"], ["rows"]),
+        helper.make_node("MatMul", ["rows", "weights"], ["product"]),
+    ]
+    initializers = [
+        numpy_helper.from_array(np.float32(255), "scale"),
+        numpy_helper.from_array(np.array([-1, 3072]), "flat"),
+        numpy_helper.from_array(weights, "weights"),
+    ]
+    last = "product"
+    if loops:
+        # A loop that cannot be folded away: it begins with the images' sum, and its end is added, times zero.
+        initializers += [
+            numpy_helper.from_array(np.int64(loops), "loops"),
+            numpy_helper.from_array(np.bool_(True), "yes"),
+            numpy_helper.from_array((generator.standard_normal((768, 768)) / 60).astype(np.float32), "work"),
+            numpy_helper.from_array(np.float32(0), "zero"),
+        ]
+        body = helper.make_graph(
+            [
+                helper.make_node("MatMul", ["before", "work"], ["product_inside"]),
+                helper.make_node("Tanh", ["product_inside"], ["after"]),
+                helper.make_node("Identity", ["go_on"], ["still"]),
+            ],
+            "body",
+            [
+                helper.make_tensor_value_info("turn", TensorProto.INT64, []),
+                helper.make_tensor_value_info("go_on", TensorProto.BOOL, []),
+                helper.make_tensor_value_info("before", TensorProto.FLOAT, [768, 768]),
+            ],
+            [
+                helper.make_tensor_value_info("still", TensorProto.BOOL, []),
+                helper.make_tensor_value_info("after", TensorProto.FLOAT, [768, 768]),
+            ],
+        )
+        nodes += [
+            helper.make_node("ReduceSum", ["scaled"], ["total"], keepdims=0),
+            helper.make_node("Add", ["work", "total"], ["begin"]),
+            helper.make_node("Loop", ["loops", "yes", "begin"], ["end"], body=body),
+            helper.make_node("ReduceSum", ["end"], ["sum"], keepdims=0),
+            helper.make_node("Mul", ["sum", "zero"], ["nothing"]),
+            helper.make_node("Add", [last, "nothing"], ["slow"]),
+        ]
+        last = "slow"
+    if fails_on is not None:
+        # Gather with an index out of bounds where the first byte is `fails_on`, with index 0 elsewhere.
+        initializers += [
+            numpy_helper.from_array(np.array([0]), "at"),
+            numpy_helper.from_array(np.array([0]), "origin"),
+            numpy_helper.from_array(np.array(fails_on, np.uint8), "trap"),
+            numpy_helper.from_array(np.array([1.0], np.float32), "one"),
+            numpy_helper.from_array(np.array(99), "outside"),
+        ]
+        nodes += [
+            helper.make_node("Reshape", ["images", "all"], ["bytes"]),
+            helper.make_node("Gather", ["bytes", "at"], ["first"]),
+            helper.make_node("Equal", ["first", "trap"], ["trapped"]),
+            helper.make_node("Cast", ["trapped"], ["number"], to=TensorProto.INT64),
+            helper.make_node("Mul", ["number", "outside"], ["index"]),
+            helper.make_node("Gather", ["one", "index"], ["factor"]),
+            helper.make_node("Mul", [last, "factor"], ["checked"]),
+        ]
+        initializers.append(numpy_helper.from_array(np.array([-1]), "all"))
+        last = "checked"
+    nodes += [
+        helper.make_node("Identity", [last], ["logits"]),
+        helper.make_node("Softmax", [last], ["probabilities"], axis=1),
+    ]
+    outputs = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, [batch, len(CLASSES)])
+        for name in ("logits", "probabilities")
+    ]
+    images = helper.make_tensor_value_info("images", TensorProto.UINT8, [batch, 32, 32, 3])
+    whole = helper.make_graph(nodes, "linear", [images], outputs, initializers)
+    model = helper.make_model(whole, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    onnx.checker.check_model(model)
+    return model.SerializeToString()
+
+
+def write_export(folder: Path, content: bytes, version: str = "linear-0", **changes: object) -> Path:
+    """An export's folder with this graph; `changes` are keys of the manifest."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "model.onnx").write_bytes(content)
+    manifest = {
+        "schema_version": 1,
+        "model_version": version,
+        "classes": list(CLASSES),
+        "variants": {
+            "fp32": {
+                "file": "model.onnx",
+                "sha256": hashlib.sha256(content).hexdigest(),
+                "test_accuracy": 0.5,
+                "test_images": 100,
+            }
+        },
+        **changes,
+    }
+    # Last, and at once: the server looks at the folder while this writes.
+    temporary = folder / "manifest.json.new"
+    temporary.write_text(json.dumps(manifest))
+    temporary.replace(folder / "manifest.json")
+    return folder
+
+
+def expected(seed: int, images: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """Probabilities of `graph(seed)`, in NumPy."""
+    weights = (np.random.default_rng(seed).standard_normal((3072, len(CLASSES))) / 20).astype(np.float32)
+    logits = (images.reshape(len(images), -1) / 255.0) @ weights.astype(np.float64)
+    powers = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return powers / powers.sum(axis=1, keepdims=True)
+
+
+def pictures(count: int, seed: int = 0) -> NDArray[np.uint8]:
+    """Random images, uint8 [count, 32, 32, 3], none of which begins with the byte 255."""
+    return np.random.default_rng(seed).integers(0, 255, (count, 32, 32, 3), np.uint8)
