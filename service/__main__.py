@@ -1,5 +1,6 @@
 """`python -m service`: serve."""
 
+import signal
 import sys
 
 from service import logs
@@ -9,6 +10,8 @@ from service.settings import parse
 
 def main() -> int:
     """Serves as the command line says; returns the exit code."""
+    # It asks for a reload, and must not end a process that has not yet begun to listen to it.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         settings = parse(sys.argv[1:])
         logs.configure(settings.log_level, settings.log_format)

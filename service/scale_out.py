@@ -11,6 +11,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry, Counter, start_http_server
@@ -57,7 +58,8 @@ class Supervisor:
     def __init__(self, settings: Settings, port: int, metrics_folder: Path) -> None:
         self._settings, self._port, self._metrics_folder = settings, port, metrics_folder
         self._workers: dict[int, asyncio.subprocess.Process] = {}
-        self._ready: set[int] = set()
+        self._serving: set[int] = set()
+        self._announced = False
         self._stopping = asyncio.Event()
         self._exit_code = 0
         self._refusal = ""
@@ -76,7 +78,7 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         for stop_signal in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(stop_signal, self._stop)
-        loop.add_signal_handler(signal.SIGHUP, self._pass_on, signal.SIGHUP)
+        loop.add_signal_handler(signal.SIGHUP, self._reload)
         logger.info("starting %d workers on port %d", self._settings.workers, self._port, extra={"port": self._port})
         async with asyncio.TaskGroup() as group:
             for number in range(1, self._settings.workers + 1):
@@ -88,12 +90,16 @@ class Supervisor:
     def _stop(self) -> None:
         # The second time it reaches workers that are stopping, and ends them at once.
         self._stopping.set()
-        self._pass_on(signal.SIGTERM)
+        self._pass_on(signal.SIGTERM, self._workers)
 
-    def _pass_on(self, number: signal.Signals) -> None:
-        for worker in self._workers.values():
+    def _reload(self) -> None:
+        # One that is still starting will take the newest export anyway, and would die of the signal.
+        self._pass_on(signal.SIGHUP, self._serving)
+
+    def _pass_on(self, signal_number: signal.Signals, numbers: Iterable[int]) -> None:
+        for number in numbers:
             with contextlib.suppress(ProcessLookupError):  # it died a moment ago
-                worker.send_signal(number)
+                self._workers[number].send_signal(signal_number)
 
     async def _keep(self, number: int) -> None:
         delay = FIRST_DELAY
@@ -147,11 +153,13 @@ class Supervisor:
         finally:
             os.close(listening)
             del self._workers[number]
+            self._serving.discard(number)
             mark_process_dead(worker.pid, str(self._metrics_folder))  # type: ignore[no-untyped-call]
 
     def _on_ready(self, number: int) -> None:
-        self._ready.add(number)
-        if len(self._ready) == self._settings.workers:
+        self._serving.add(number)
+        if len(self._serving) == self._settings.workers and not self._announced:
+            self._announced = True
             logger.info("all %d workers serve", self._settings.workers)
 
     async def _end_of(self, worker: asyncio.subprocess.Process) -> int:

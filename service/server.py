@@ -20,8 +20,8 @@ from service.batcher import Batcher
 from service.calls import Calls, Registrar
 from service.classify import ImageClassifier
 from service.errors import StartError
-from service.generated.cifar.v1 import image_classifier_pb2_grpc
-from service.generated.inference import open_inference_pb2_grpc
+from service.generated.cifar.v1 import image_classifier_pb2, image_classifier_pb2_grpc
+from service.generated.inference import open_inference_pb2, open_inference_pb2_grpc
 from service.health import Health
 from service.images import Decoder, ImageLimits
 from service.inference import Inference, Limits
@@ -33,6 +33,14 @@ from service.settings import Settings
 
 logger = logging.getLogger(__name__)
 
+METHODS = frozenset(
+    f"{service.full_name}/{method.name}"
+    for service in (
+        image_classifier_pb2.DESCRIPTOR.services_by_name["ImageClassifier"],
+        open_inference_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"],
+    )
+    for method in service.methods
+)
 # After the last answer was given to gRPC: to be sent.
 _STOP_SECONDS = 1.0
 _GAUGE_SECONDS = 0.2
@@ -163,13 +171,9 @@ async def _inference(settings: Settings, models: Models, metrics: Metrics) -> As
 
 def _server(settings: Settings, metrics: Metrics, tokens: Tokens | None, shares_port: bool) -> grpc.aio.Server:
     def on_refused(method: str) -> None:
-        # A method of the client's own invention must not become a label of ours.
-        known = (
-            method.strip("/")
-            if method.startswith((f"/{classify.SERVICE}/", f"/{open_inference.SERVICE}/"))
-            else "other"
-        )
-        metrics.on_request(known, grpc.StatusCode.UNAUTHENTICATED.name, 0.0)
+        # A method of a stranger's own invention must not become a label of ours.
+        name = method.strip("/")
+        metrics.on_request(name if name in METHODS else "other", grpc.StatusCode.UNAUTHENTICATED.name, 0.0)
 
     interceptors = [TokenInterceptor(tokens, settings.health_without_token, on_refused)] if tokens else []
     return grpc.aio.server(

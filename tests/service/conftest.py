@@ -73,13 +73,13 @@ class Server:
 
     def ready(self) -> "Server":
         """Waits until it serves."""
-        self.wait_for('"(serving|all \\d+ workers serve)')
+        self.wait_for(r'"all \d+ workers serve"|"serving (?!.*"worker")')
         return self
 
     def metrics(self) -> dict[str, float]:
         """What Prometheus would see, by name with labels."""
         address = str(self.wait_for("metrics at")["message"]).removeprefix("metrics at ")
-        with urllib.request.urlopen(address, timeout=10) as answer:  # noqa: S310 -- our own, on the loopback
+        with urllib.request.urlopen(address, timeout=10) as answer:
             lines = answer.read().decode().splitlines()
         return {
             name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
@@ -89,6 +89,10 @@ class Server:
         """Signals it and waits for its end; the exit code."""
         if self.process.poll() is None:
             self.process.send_signal(number)
+        return self.wait()
+
+    def wait(self) -> int:
+        """Waits for its end; the exit code."""
         code = self.process.wait(60)
         self._reader.join(10)
         return code
@@ -127,7 +131,7 @@ def linear(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def slow(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same, where a batch takes half a second, more or less."""
+    """The same, where a batch takes a fifth of a second, more or less."""
     return exports.write_export(tmp_path_factory.mktemp("slow"), exports.graph(0, loops=130))
 
 

@@ -75,6 +75,7 @@ def test_exif_orientation_is_undone(orientation):
     assert close(decode(file, LIMITS), Image.fromarray(decode(saved(upright), LIMITS)), 2.0)
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")  # pytest shows what the server does not
 def test_damaged_exif_data_does_not_cost_the_image():
     image = Image.fromarray(pictures(1)[0])
     file = saved(image, "PNG", exif=b"Exif\x00\x00II*\x00\xff\xff\xff\xff garbage")
@@ -159,7 +160,7 @@ def test_a_bomb_is_refused_before_it_is_decoded(file):
     [
         (b"", "empty"),
         (bytes(2**20 + 1), "1048577 bytes; at most 1048576 are allowed"),
-        (b"hello, world", "no image in PNG, JPEG, WEBP, GIF, BMP: it begins with b'hello, w'"),
+        (b"hello, world", "no image in PNG, JPEG, WEBP, GIF, BMP, .*: it begins with b'hello, w'"),
         (saved(gradient(64, 64), "TIFF"), "no image"),
         (saved(gradient(64, 64), "PPM"), "no image"),
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "no image"),

@@ -1,0 +1,344 @@
+"""Start, drain and stop of a real server process."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from service.generated.cifar.v1 import image_classifier_pb2 as messages
+from service.generated.cifar.v1 import image_classifier_pb2_grpc as rpc
+from tests.conftest import REPOSITORY
+from tests.service import exports
+from tests.service.conftest import table
+from tests.service.exports import expected, pictures
+
+SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
+SERVICES = ("", "cifar.v1.ImageClassifier", "inference.GRPCInferenceService")
+
+
+def packed(count: int = 1, seed: int = 0) -> messages.ClassifyRequest:
+    return messages.ClassifyRequest(packed_rgb=pictures(count, seed).tobytes())
+
+
+def until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
+    """Waits for what must come."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.01)
+
+
+# Start
+
+
+def test_the_server_knows_neither_torch_nor_the_training_library():
+    script = (
+        "import sys, service.server, service.scale_out, service.worker, service.client\n"
+        "print([name for name in ('torch', 'cifar_core', 'onnx', 'scipy', 'matplotlib') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def run_to_end(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "service", *map(str, arguments)],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_what_keeps_it_from_starting_is_one_line_and_exit_code_2(tmp_path, linear, workers):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        cases = [
+            (["--port", port, "--model", linear], f"port {port} of 127.0.0.1 is taken"),
+            (["--port", "0", "--model", tmp_path], "there is no model"),
+            (["--port", "0", "--model", linear, "--variant", "int4"], "no variant 'int4'; it has fp32"),
+            (["--port", "0", "--model", linear, "--metrics-port", port], f"--metrics-port {port} of 127.0.0.1"),
+            (["--port", "0", "--model", linear, "--token-file", tmp_path / "absent"], "token file"),
+            (["--port", "0", "--bogus"], "--bogus"),
+        ]
+        for arguments, message in cases:
+            done = run_to_end("--workers", workers, "--log-level", "error", *arguments)
+            assert done.returncode == 2, arguments
+            assert done.stderr.startswith("error: ")
+            assert message in done.stderr
+            assert done.stderr.count("\n") == 1, done.stderr
+
+
+def test_a_port_that_another_server_of_ours_has_is_taken_too(server, linear):
+    done = run_to_end("--port", str(server.port), "--model", linear)
+    assert done.returncode == 2
+    assert "is taken" in done.stderr
+
+
+# Health and reflection
+
+
+def test_health_is_told_overall_and_by_service(server):
+    with grpc.insecure_channel(server.target) as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        for service in SERVICES:
+            assert health.Check(health_pb2.HealthCheckRequest(service=service)).status == SERVING
+        with pytest.raises(grpc.RpcError) as caught:
+            health.Check(health_pb2.HealthCheckRequest(service="unknown"))
+        assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+def test_reflection_lists_the_services(server):
+    with grpc.insecure_channel(server.target) as channel:
+        request = reflection_pb2.ServerReflectionRequest(list_services="")
+        answer = next(reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(iter([request])))
+        names = {service.name for service in answer.list_services_response.service}
+        assert {*SERVICES[1:], "grpc.health.v1.Health"} <= names
+        symbol = reflection_pb2.ServerReflectionRequest(file_containing_symbol="cifar.v1.ImageClassifier")
+        described = next(reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(iter([symbol])))
+        assert b"ClassifyStream" in described.file_descriptor_response.file_descriptor_proto[0]
+
+
+# Stop
+
+
+def test_sigterm_lets_requests_in_flight_finish_refuses_new_ones_and_ends_with_0(start_server, slow):
+    server = start_server("--model", slow, "--max-batch-size", "1").ready()
+    with grpc.insecure_channel(server.target) as channel, grpc.insecure_channel(server.target) as second:
+        stub, health = rpc.ImageClassifierStub(channel), health_pb2_grpc.HealthStub(second)
+        watch = health.Watch(health_pb2.HealthCheckRequest())
+        assert next(watch).status == SERVING
+        in_flight = stub.Classify.future(packed(12))  # twelve batches of a fifth of a second
+        while not server_is_busy(second):
+            time.sleep(0.01)
+        server.process.send_signal(signal.SIGTERM)
+        assert next(watch).status == NOT_SERVING
+        with pytest.raises(grpc.RpcError) as caught:
+            stub.Classify(packed())
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert "shutting down" in caught.value.details()
+        assert dict(caught.value.trailing_metadata())["grpc-retry-pushback-ms"] == "100"
+        assert health.Check(health_pb2.HealthCheckRequest()).status == NOT_SERVING
+        assert np.abs(np.array(table(in_flight.result())) - expected(0, pictures(12))).max() < 1e-5
+        assert list(watch) == []  # it ended, and did not hold the server up
+    assert server.wait() == 0
+    assert server.wait_for('"stopped"')["unanswered"] == 0
+
+
+def server_is_busy(channel: grpc.Channel) -> bool:
+    """Whether the slow server computes: a request with a short deadline then gets no answer."""
+    call = rpc.ImageClassifierStub(channel).Classify.future(packed(), timeout=0.05)
+    return call.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+def test_beyond_the_grace_period_it_stops_and_says_what_it_left(start_server, slow):
+    server = start_server("--model", slow, "--max-batch-size", "1", "--grace", "0.2").ready()
+    with grpc.insecure_channel(server.target) as channel:
+        in_flight = rpc.ImageClassifierStub(channel).Classify.future(packed(100))
+        with grpc.insecure_channel(server.target) as other:
+            until(lambda: server_is_busy(other))
+        assert server.stop() == 0
+        assert in_flight.code() in (grpc.StatusCode.CANCELLED, grpc.StatusCode.UNAVAILABLE)
+    assert server.wait_for('"stopped"')["unanswered"] == 1
+    assert "1 requests unanswered after 0.2 s" in server.log
+
+
+def test_a_second_sigterm_ends_it_at_once(start_server, slow):
+    server = start_server("--model", slow, "--max-batch-size", "1").ready()
+    with grpc.insecure_channel(server.target) as channel:
+        rpc.ImageClassifierStub(channel).Classify.future(packed(100))
+        with grpc.insecure_channel(server.target) as other:
+            until(lambda: server_is_busy(other))
+        server.process.send_signal(signal.SIGTERM)
+        server.wait_for("stopping")
+        assert server.stop() == -signal.SIGTERM
+
+
+def test_an_open_stream_ends_with_unavailable(start_server, linear):
+    server = start_server("--model", linear).ready()
+    end = threading.Event()
+
+    def requests():
+        yield packed()
+        end.wait(30)
+
+    with grpc.insecure_channel(server.target) as channel:
+        answers = rpc.ImageClassifierStub(channel).ClassifyStream(requests())
+        assert next(answers).results
+        server.process.send_signal(signal.SIGINT)
+        with pytest.raises(grpc.RpcError) as caught:
+            next(answers)
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        end.set()
+    assert server.wait() == 0
+
+
+# Deadlines, cancellation, overload
+
+
+def test_an_expired_or_cancelled_request_never_reaches_the_engine(start_server, slow):
+    server = start_server("--model", slow, "--max-batch-size", "1", "--metrics-port", "0").ready()
+    with grpc.insecure_channel(server.target) as channel:
+        stub = rpc.ImageClassifierStub(channel)
+        occupying = stub.Classify.future(packed(3))
+        with pytest.raises(grpc.RpcError) as caught:
+            stub.Classify(packed(5), timeout=0.2)
+        assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        cancelled = stub.Classify.future(packed(7))
+        time.sleep(0.1)
+        cancelled.cancel()
+        assert occupying.result().results
+        metrics = server.metrics()
+        assert metrics["cifar_service_engine_images_total"] == 3
+        assert metrics["cifar_service_spared_images_total"] == 12
+        assert metrics["cifar_service_expired_total"] == 1
+        assert metrics["cifar_service_cancelled_total"] == 1
+        assert stub.Classify(packed()).results
+
+
+def test_a_full_queue_refuses_at_once_with_a_hint_and_serves_on(start_server, slow):
+    server = start_server(
+        "--model", slow, "--max-batch-size", "1", "--max-queued-images", "8", "--max-images", "8", "--metrics-port", "0"
+    ).ready()
+    with grpc.insecure_channel(server.target) as channel:
+        stub = rpc.ImageClassifierStub(channel)
+        accepted = [stub.Classify.future(packed(4)) for _ in range(2)]
+        until(lambda: server.metrics()["cifar_service_admitted_images"] == 8)
+        with pytest.raises(grpc.RpcError) as caught:
+            stub.Classify(packed())
+        assert not accepted[1].done()
+        refused = caught.value
+        assert refused.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert "of at most 8" in refused.details()
+        trailing = dict(refused.trailing_metadata())
+        assert int(trailing["grpc-retry-pushback-ms"]) >= 20
+        assert b"RetryInfo" in trailing["grpc-status-details-bin"]
+        assert all(len(future.result().results) == 4 for future in accepted)
+        assert stub.Classify(packed(8)).results
+        assert server.metrics()["cifar_service_rejected_total"] == 1
+
+
+# Models
+
+
+def test_a_new_export_is_served_without_losing_a_request_and_a_bad_one_is_refused(start_server, tmp_path):
+    folder = exports.write_export(tmp_path / "exported", exports.graph(0), "first")
+    server = start_server("--model", folder, "--metrics-port", "0").ready()
+    images = pictures(40)
+    stop = threading.Event()
+
+    def ask() -> set[str]:
+        versions = set()
+        with grpc.insecure_channel(server.target) as channel:
+            stub = rpc.ImageClassifierStub(channel)
+            while not stop.is_set():
+                response = stub.Classify(messages.ClassifyRequest(packed_rgb=images.tobytes()))
+                seed = {"first": 0, "second": 1, "third": 2}[response.model_version]
+                # All images of one answer are of one model, the one that it names.
+                assert np.abs(np.array(table(response)) - expected(seed, images)).max() < 1e-5
+                versions.add(response.model_version)
+        return versions
+
+    with ThreadPoolExecutor(4) as pool:
+        asking = [pool.submit(ask) for _ in range(4)]
+        try:
+            exports.write_export(folder, exports.graph(1), "second")  # found by itself
+            server.wait_for("model second .* takes the place of first")
+            (folder / "model.onnx").write_bytes(b"damaged")
+            server.wait_for("the new export is refused, second goes on: .*is not the file that was exported")
+            exports.write_export(folder, exports.graph(2), "third")
+            server.process.send_signal(signal.SIGHUP)
+            server.wait_for("model third .* takes the place of second")
+        finally:
+            time.sleep(0.3)
+            stop.set()
+        assert set.union(*(future.result() for future in asking)) == {"first", "second", "third"}
+    metrics = server.metrics()
+    assert metrics['cifar_service_model_reloads_total{outcome="refused"}'] >= 1
+    served = [name for name, value in metrics.items() if name.startswith("cifar_service_model_info") and value == 1]
+    assert len(served) == 1
+    assert 'version="third"' in served[0]
+    assert server.stop() == 0
+
+
+# Observability
+
+
+def test_metrics_count_requests_images_and_batches(start_server, linear):
+    server = start_server("--model", linear, "--metrics-port", "0").ready()
+    with grpc.insecure_channel(server.target) as channel:
+        stub = rpc.ImageClassifierStub(channel)
+        stub.Classify(messages.ClassifyRequest(packed_rgb=pictures(40).tobytes(), images=[messages.Image()]))
+        with pytest.raises(grpc.RpcError):
+            stub.Classify(messages.ClassifyRequest())
+    metrics = server.metrics()
+    method = 'method="cifar.v1.ImageClassifier/Classify"'
+    assert metrics[f'cifar_service_requests_total{{code="OK",{method}}}'] == 1
+    assert metrics[f'cifar_service_requests_total{{code="INVALID_ARGUMENT",{method}}}'] == 1
+    assert metrics[f"cifar_service_request_seconds_count{{{method}}}"] == 2
+    assert metrics['cifar_service_images_total{outcome="classified"}'] == 40
+    assert metrics['cifar_service_images_total{outcome="rejected"}'] == 1
+    assert metrics["cifar_service_engine_images_total"] == 40
+    assert metrics["cifar_service_batch_images_count"] == 2
+    assert metrics["cifar_service_queue_seconds_count"] == 1
+    assert metrics["cifar_service_waiting_images"] == metrics["cifar_service_requests_in_flight"] == 0
+    assert metrics['process_resident_memory_bytes{process="server"}'] > 10**7
+
+
+def test_at_debug_there_is_one_line_per_request(server, stub):
+    stub.Classify(messages.ClassifyRequest(request_id="find-me", packed_rgb=bytes(3072)))
+    line = server.wait_for("find-me")
+    assert (line["method"], line["code"]) == ("cifar.v1.ImageClassifier/Classify", "OK")
+    assert float(str(line["milliseconds"])) > 0
+    assert str(line["peer"]).startswith("ipv4:127.0.0.1:")
+
+
+def test_the_human_log_is_readable(linear):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "service", "--port", "0", "--model", str(linear)],
+        cwd=REPOSITORY, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stderr
+    line = next(line for line in process.stderr if "serving" in line)
+    process.terminate()
+    assert process.wait(30) == 0
+    assert "INFO    serving linear-0 (fp32) on cpu" in line
+    with pytest.raises(ValueError, match=r"Expecting|Extra"):
+        json.loads(line)
+
+
+def test_metrics_are_served_as_prometheus_expects(server):
+    address = str(server.wait_for("metrics at")["message"]).removeprefix("metrics at ")
+    with urllib.request.urlopen(address, timeout=10) as answer:
+        assert answer.headers["Content-Type"].startswith("text/plain; version=")
+        assert b"# HELP cifar_service_requests_total" in answer.read()
+
+
+def test_memory_stays_flat_over_many_requests(server):
+    def resident() -> int:
+        return int(Path(f"/proc/{server.process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    with grpc.insecure_channel(server.target) as channel:
+        stub = rpc.ImageClassifierStub(channel)
+        request = messages.ClassifyRequest(packed_rgb=bytes(400 * 3072))
+        for _ in range(30):
+            stub.Classify(request)
+        before = resident()
+        for _ in range(150):
+            stub.Classify(request)
+        assert resident() - before < 20 * 2**20

@@ -1,0 +1,79 @@
+import subprocess
+import sys
+
+import pytest
+
+from service.errors import StartError
+from service.settings import Settings, is_loopback, parse
+from tests.conftest import REPOSITORY
+
+
+def test_without_options_it_listens_on_the_loopback_and_serves_the_shipped_model(monkeypatch):
+    monkeypatch.delenv("CIFAR_SERVICE_PORT", raising=False)
+    settings = parse([])
+    assert (settings.host, settings.port, settings.workers) == ("127.0.0.1", 50051, 1)
+    assert settings.model == REPOSITORY / "exported"
+
+
+def test_a_flag_wins_over_the_variable_and_the_variable_over_the_default(monkeypatch):
+    monkeypatch.setenv("CIFAR_SERVICE_MAX_BATCH_SIZE", "7")
+    assert parse([]).max_batch_size == 7
+    assert parse(["--max-batch-size", "9"]).max_batch_size == 9
+
+
+def test_every_option_has_a_meaning_and_stands_in_the_help():
+    done = subprocess.run(
+        [sys.executable, "-m", "service", "--help"], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
+    for name, field in Settings.model_fields.items():
+        assert field.description
+        assert f"--{name.replace('_', '-')} " in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--port", "65536"], "--port 65536: Input should be less than or equal to 65535"),
+        (["--port", "http"], "--port http: Input should be a valid integer"),
+        (["--workers", "0"], "--workers 0"),
+        (["--max-queue-delay-ms", "-1"], "--max-queue-delay-ms -1"),
+        (["--device", "tpu"], "--device tpu: Input should be 'auto', 'cpu' or 'cuda'"),
+        (["--bogus"], "unrecognized arguments: --bogus"),
+        (["--port"], "expected one argument"),
+        (["model"], "unrecognized arguments: model"),
+        (["--host", "0.0.0.0"], "--host 0.0.0.0 is not loopback and there is no TLS"),  # noqa: S104
+        (["--host", "example.org"], "is not loopback"),
+        (["--tls-cert", "cert.pem"], "--tls-cert and --tls-key go together"),
+        (["--tls-client-ca", "ca.pem"], "--tls-client-ca needs --tls-cert"),
+        (["--max-images", "5000"], "--max-images 5000 is more than --max-queued-images 4096"),
+        (["--max-queued-bytes", "1000"], "--max-message-bytes is more than --max-queued-bytes"),
+    ],
+)
+def test_a_wrong_option_is_named_in_one_line(arguments, message):
+    with pytest.raises(StartError) as caught:
+        parse(arguments)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_wrong_variable_is_named(monkeypatch):
+    monkeypatch.setenv("CIFAR_SERVICE_PORT", "tcp://10.0.0.1:50051")
+    with pytest.raises(StartError, match=r"--port tcp://10.0.0.1:50051 \(from CIFAR_SERVICE_PORT\): .*integer"):
+        parse([])
+
+
+def test_plaintext_beyond_the_loopback_is_served_when_asked_for_by_name():
+    assert parse(["--host", "0.0.0.0", "--insecure"]).insecure  # noqa: S104
+    assert parse(["--host", "0.0.0.0", "--tls-cert", "c", "--tls-key", "k"]).tls_cert  # noqa: S104
+
+
+def test_what_is_loopback():
+    assert all(is_loopback(host) for host in ("127.0.0.1", "127.9.9.9", "localhost", "::1", "[::1]"))
+    assert not any(is_loopback(host) for host in ("0.0.0.0", "::", "10.0.0.1", "localhost.example.org", ""))  # noqa: S104
+
+
+def test_workers_share_the_cores(monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(8)))
+    assert parse(["--workers", "2"]).engine_threads == 4
+    assert parse(["--workers", "16"]).engine_threads == 1
+    assert parse(["--workers", "2", "--threads", "3"]).engine_threads == 3
