@@ -6,9 +6,12 @@ SEED      ?= 0
 DEVICE    ?= auto
 PRECISION ?= fp32
 MODEL     ?=
+OPTIONS   ?=
 
 VENV  := .venv
 PY    := $(VENV)/bin/python
+# Two stages of .venv: what serving needs, and everything.
+SERVE := $(VENV)/.serve-$(PROCESSOR)
 READY := $(VENV)/.ready-$(PROCESSOR)
 
 DATA_OPTION  = $(if $(DATA),--data $(DATA))
@@ -16,7 +19,7 @@ TRAIN_OPTIONS = --seed $(SEED) --device $(DEVICE) --precision $(PRECISION) --res
 
 # `make train export` is a sequence, whatever -j says.
 .NOTPARALLEL:
-.PHONY: help setup data train export evaluate test test-slow lint format protos bench-training clean
+.PHONY: help demo serve setup data train export evaluate test test-slow lint format protos wheel bench-training clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets and what can be set
@@ -24,17 +27,28 @@ help: ## list the targets and what can be set
 	@echo
 	@echo "  DATA=cifar10 | FOLDER | synthetic[:N]   the data (default: \$$CIFAR10_DATA, or the official archive, downloaded)"
 	@echo "  SEED=0  DEVICE=auto|cpu|cuda  PRECISION=fp32|bf16   of training"
-	@echo "  MODEL=exported/model.onnx | runs/RECIPE/SEED        what evaluate measures"
+	@echo "  MODEL=exported/model.onnx | runs/RECIPE/SEED | grpc://HOST:PORT   what evaluate measures"
+	@echo "  OPTIONS='--port 50051 …'                the server's"
 	@echo "  PROCESSOR=cpu|cuda                      which onnxruntime is installed"
+
+demo: $(SERVE) ## serve the shipped model, classify samples/ through gRPC, stop; installs neither torch nor the rest
+	$(PY) -m service.demo
+
+serve: $(SERVE) ## serve exported/ on 127.0.0.1:50051 until Ctrl-C; OPTIONS='--help' tells the options
+	$(PY) -m service --model exported $(OPTIONS)
 
 setup: $(READY) ## make or refresh .venv
 
 # The two builds of onnxruntime provide the same module and must not meet.
-$(READY): pyproject.toml constraints.txt
+$(SERVE): pyproject.toml constraints.txt
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	if ls $(VENV)/.ready-* >/dev/null 2>&1 && ! test -e $@; then $(PY) -m pip uninstall -q -y onnxruntime onnxruntime-gpu; fi
+	if ls $(VENV)/.serve-* >/dev/null 2>&1 && ! test -e $@; then $(PY) -m pip uninstall -q -y onnxruntime onnxruntime-gpu; fi
+	$(PY) -m pip install -q -c constraints.txt -e '.[$(PROCESSOR)]'
+	rm -f $(VENV)/.serve-* $(VENV)/.ready-*
+	touch $@
+
+$(READY): $(SERVE)
 	$(PY) -m pip install -q -c constraints.txt -e '.[$(PROCESSOR),train,dev]'
-	rm -f $(VENV)/.ready-*
 	touch $@
 
 data: $(READY) ## summary of the data, its statistics, figure 1
@@ -68,6 +82,9 @@ format: $(READY) ## let ruff format
 protos: $(READY) ## generate service/generated from protos/
 	$(PY) -m grpc_tools.protoc -Iservice/generated=protos --python_out=. --pyi_out=. --grpc_python_out=. \
 	  $(patsubst protos/%,service/generated/%,$(shell find protos -name '*.proto' | sort))
+
+wheel: $(READY) ## build dist/*.whl: library, server and shipped model
+	$(PY) -m build --wheel
 
 bench-training: $(READY) ## training throughput beside a plain PyTorch loop
 	$(PY) benchmarks/training.py $(DATA_OPTION)

@@ -1,6 +1,6 @@
-"""Accuracy of an ONNX file, a run folder or a checkpoint: the number to trust, and what stands behind it.
+"""Accuracy of an ONNX file, a run folder, a checkpoint or a running server: the number to trust, and its grounds.
 
-    python -m cifar_core.evaluate [--model exported/model.onnx] [--split test]
+    python -m cifar_core.evaluate [--model exported/model.onnx | grpc://HOST:PORT] [--split test]
 
 Knows nothing of training; every kind of model becomes a function from images to logits and probabilities here.
 """
@@ -26,6 +26,7 @@ from cifar_core.models import MODELS, ConvNet
 from cifar_core.run_folder import RunFolder, atomic_write, default_place, load_checkpoint, to_json
 
 BATCH = 256
+SERVER_SCHEME = "grpc://"
 
 UInt8 = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
@@ -43,14 +44,14 @@ class Predictor:
         name: for the report: recipe and seed, or the model version.
         classes: in the order of the outputs.
         predict: uint8 [N, 32, 32, 3] → logits and probabilities, float32 [N, classes].
-        split: how its training images were split, as `data.split` takes it after the count.
+        split: how its training images were split, as `data.split` takes it after the count; None where it is not known.
         trained_on: fingerprint of the data it was trained on.
     """
 
     name: str
     classes: tuple[str, ...]
     predict: Callable[[UInt8], tuple[Floats, Floats]]
-    split: tuple[int, int]
+    split: tuple[int, int] | None
     trained_on: str
 
 
@@ -133,12 +134,43 @@ def onnx_predictor(model: Path | bytes, device: torch.device) -> Predictor:
     )
 
 
-def load_predictor(model: Path, device: torch.device) -> Predictor:
-    """Reads an .onnx file, a run folder (its best weights) or a .pt file.
+def server_predictor(target: str) -> Predictor:
+    """A running server at HOST:PORT, asked over gRPC; the logits are logarithms of its probabilities.
+
+    Raises:
+        EvaluationError: it does not answer.
+    """
+    from service.client import ClassificationError, Client
+
+    client = Client(target)
+    try:
+        model = client.model()
+    except ClassificationError as error:
+        raise EvaluationError(
+            f"{SERVER_SCHEME}{target} does not answer ({error}); start one with: make serve"
+        ) from error
+
+    def predict(images: UInt8) -> tuple[Floats, Floats]:
+        try:
+            probabilities = client.probabilities(images)
+        except ClassificationError as error:
+            raise EvaluationError(f"{SERVER_SCHEME}{target} stopped answering ({error})") from error
+        with np.errstate(divide="ignore"):
+            return np.log(probabilities), probabilities
+
+    name = f"{model.version} at {SERVER_SCHEME}{target} ({model.variant} on {model.device})"
+    return Predictor(name, tuple(model.classes), predict, None, model.trained_on)
+
+
+def load_predictor(place: str | Path, device: torch.device) -> Predictor:
+    """Reads an .onnx file, a run folder (its best weights) or a .pt file, or asks a server at grpc://HOST:PORT.
 
     Raises:
         EvaluationError, RunError: none of these, damaged, or not this project's.
     """
+    if str(place).startswith(SERVER_SCHEME):
+        return server_predictor(str(place).removeprefix(SERVER_SCHEME))
+    model = Path(place)
     if model.suffix == ".onnx":
         return onnx_predictor(model, device)
     return torch_predictor(load_checkpoint(RunFolder(model).best if model.is_dir() else model), device)
@@ -169,9 +201,17 @@ def wilson_interval(correct: int, count: int) -> tuple[float, float]:
 def choose_split(
     predictor: Predictor, dataset: Dataset, which: Literal["test", "validation"]
 ) -> tuple[Images, npt.NDArray[np.int64]]:
-    """The images to evaluate on, and their indices in the set they come from."""
+    """The images to evaluate on, and their indices in the set they come from.
+
+    Raises:
+        EvaluationError: the model does not say which images were held out from it.
+    """
     if which == "test":
         return dataset.test, np.arange(len(dataset.test))
+    if predictor.split is None:
+        raise EvaluationError(
+            f"{predictor.name} does not tell which images were held out; evaluate its file, or --split test"
+        )
     _, indices = split(len(dataset.train), *predictor.split)
     return Images(dataset.train.images[indices], dataset.train.labels[indices]), indices.numpy()
 
@@ -275,9 +315,8 @@ def main() -> int:
     )
     parser.add_argument(
         "--model",
-        type=Path,
-        metavar="PATH",
-        help="an .onnx file, a run folder or a .pt file; default: exported/model.onnx "
+        metavar="PATH|grpc://HOST:PORT",
+        help="an .onnx file, a run folder, a .pt file or a running server; default: exported/model.onnx "
         "(synthetic/exported/model.onnx for generated data)",
     )
     add_data_argument(parser)

@@ -52,7 +52,7 @@ class TrainingError(CifarError):
     """Training cannot go on: the loss is not finite."""
 
 
-class Interrupted(CifarError):  # noqa: N818 (an event, not a fault)
+class Interrupted(CifarError):
     """Training was stopped by a signal, after its state was saved."""
 
     def __init__(self, message: str, signal_number: int) -> None:

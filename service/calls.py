@@ -4,6 +4,7 @@ The servicers raise service.errors; here, and only here, they become status code
 """
 
 import asyncio
+import contextlib
 import functools
 import logging
 import time
@@ -47,6 +48,7 @@ CODES: dict[type[RequestError], grpc.StatusCode] = {
 }
 # Another server may take the request at once.
 SHUTDOWN_RETRY_SECONDS = 0.1
+HOLD_SECONDS = 0.1
 
 
 class Failure(Exception):
@@ -112,18 +114,29 @@ class Calls:
         self.answered = 0
         self._metrics = metrics
         self._in_flight = 0
+        self._released = asyncio.Event()
+        self._released.set()
         self._idle = asyncio.Event()
         self._idle.set()
 
     async def drain(self, grace: float) -> int:
-        """Refuses new calls and waits for those in flight, `grace` seconds at most; returns how many are left."""
+        """Refuses new calls and waits for those in flight, `grace` seconds at most; returns how many are left.
+
+        When it returns, calls that still come are held until `release`. A call that gRPC has received but not yet
+        handed over is ended by it with CANCELLED when the server stops; a client whose call is held sends no such call.
+        """
         self.draining.set()
-        try:
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(grace):
                 await self._idle.wait()
-        except TimeoutError:
-            pass
-        return self._in_flight
+        left = self._in_flight
+        self._released.clear()
+        await asyncio.sleep(HOLD_SECONDS)
+        return left
+
+    def release(self) -> None:
+        """Refuses the calls that are held; to be called when the server takes no more of them."""
+        self._released.set()
 
     async def unary(
         self,
@@ -158,7 +171,7 @@ class Calls:
         code = grpc.StatusCode.OK
         self._begin()
         try:
-            self._check(request, while_draining)
+            await self._check(request, while_draining)
             response = await behaviour(request, context)
         except RequestError as error:
             code = CODES[type(error)]
@@ -177,10 +190,11 @@ class Calls:
         finally:
             self._end(method, code, time.perf_counter() - started, request, context)
 
-    def _check(self, request: object, while_draining: bool) -> None:
+    async def _check(self, request: object, while_draining: bool) -> None:
         if isinstance(request, Malformed):
             raise InvalidRequest(f"the request is no message of its type: {request.reason}")
         if self.draining.is_set() and not while_draining:
+            await self._released.wait()
             raise ShuttingDown("the server is shutting down: ask another, or again", SHUTDOWN_RETRY_SECONDS)
 
     def _begin(self) -> None:

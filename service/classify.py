@@ -132,6 +132,7 @@ class ImageClassifier(rpc.ImageClassifierServicer):
             variant=model.variant,
             device=model.engine.device,
             test_accuracy=model.test_accuracy,
+            trained_on=model.trained_on,
             limits=messages.Limits(
                 max_images=limits.max_images,
                 max_image_bytes=limits.image.max_bytes,

@@ -6,8 +6,8 @@
 
 Images are paths, bytes of image files, PIL images, or uint8 arrays: [height, width, 3], or [n, 32, 32, 3] for many at
 once, the fast way. Large lists are sent in batches that the server's limits allow. Calls are repeated, with growing
-pauses, where the server could not take them (UNAVAILABLE, RESOURCE_EXHAUSTED) and never otherwise; classifying twice
-does no harm.
+pauses, where the server could not take them (UNAVAILABLE, RESOURCE_EXHAUSTED, CANCELLED by a server that stops) and
+never otherwise; classifying twice does no harm.
 """
 
 import argparse
@@ -37,7 +37,8 @@ from service.generated.cifar.v1 import image_classifier_pb2_grpc as rpc
 
 SIZE = 32
 DEFAULT_TARGET = "127.0.0.1:50051"
-RETRIED = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED)
+# CANCELLED is what gRPC itself answers for calls that a stopping server had received but not begun.
+RETRIED = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.CANCELLED)
 FIRST_PAUSE, LAST_PAUSE = 0.05, 2.0
 # Batches under way at once: one is computed while the next is sent.
 IN_FLIGHT = 4

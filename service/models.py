@@ -7,7 +7,6 @@ import asyncio
 import hashlib
 import json
 import logging
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,9 +33,9 @@ class Model:
     variant: str
     classes: tuple[str, ...]
     test_accuracy: float
+    trained_on: str
     sha256: str
     engine: Engine
-    loaded_at: float
 
     @property
     def name(self) -> str:
@@ -78,9 +77,9 @@ def load(folder: Path, variant: str, *, device: Device, threads: int, max_batch_
         variant=variant,
         classes=classes,
         test_accuracy=float(entry["test_accuracy"]),
+        trained_on=_fingerprint(manifest),
         sha256=digest,
         engine=engine,
-        loaded_at=time.time(),
     )
 
 
@@ -120,6 +119,11 @@ def _problem_of(manifest: dict[str, Any]) -> str | None:
             if not isinstance(entry.get(key), kinds):
                 return f"variant '{name}' has no valid '{key}'"
     return None
+
+
+def _fingerprint(manifest: dict[str, Any]) -> str:
+    data = manifest.get("data")
+    return str(data.get("fingerprint", "")) if isinstance(data, dict) else ""
 
 
 def _plain_name(name: str, folder: Path) -> str:

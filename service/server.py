@@ -43,6 +43,8 @@ METHODS = frozenset(
 )
 # After the last answer was given to gRPC: to be sent.
 _STOP_SECONDS = 1.0
+# For clients to be told that this connection takes no more calls.
+_GOAWAY_SECONDS = 0.02
 _GAUGE_SECONDS = 0.2
 
 
@@ -109,7 +111,10 @@ async def _run(settings: Settings, shares_port: bool, on_ready: Callable[[], Non
         await health.enter_graceful_shutdown()
         left = await calls.drain(settings.grace)
         await health.end_watches()
-        await server.stop(0 if left else _STOP_SECONDS)
+        ending = asyncio.create_task(server.stop(0 if left else _STOP_SECONDS))
+        await asyncio.sleep(_GOAWAY_SECONDS)
+        calls.release()
+        await ending
     if left:
         logger.error("stopped with %d requests unanswered after %g s", left, settings.grace)
     logger.info("stopped", extra={"answered": calls.answered, "unanswered": left})

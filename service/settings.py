@@ -27,11 +27,16 @@ MIB = 2**20
 Port = Annotated[int, Field(ge=0, le=65535)]
 
 
-def shipped_model() -> Path:
-    """The export that came with the package: inside it where it was installed, beside it in a checkout."""
+def shipped(name: str) -> Path:
+    """A folder that came with the package: inside it where it was installed, beside it in a checkout."""
     package = Path(__file__).parent
-    installed = package / "exported"
-    return installed if installed.is_dir() else package.parent / "exported"
+    installed = package / name
+    return installed if installed.is_dir() else package.parent / name
+
+
+def shipped_model() -> Path:
+    """The export that came with the package."""
+    return shipped("exported")
 
 
 class Settings(BaseSettings):

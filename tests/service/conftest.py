@@ -132,7 +132,7 @@ def linear(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def slow(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same, where a batch takes a fifth of a second, more or less."""
-    return exports.write_export(tmp_path_factory.mktemp("slow"), exports.graph(0, loops=130))
+    return exports.write_export(tmp_path_factory.mktemp("slow"), exports.graph(0, loops=25))
 
 
 @pytest.fixture(scope="session")

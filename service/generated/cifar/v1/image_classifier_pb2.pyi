@@ -69,7 +69,7 @@ class GetModelRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetModelResponse(_message.Message):
-    __slots__ = ("name", "version", "classes", "input_height", "input_width", "variant", "device", "test_accuracy", "limits")
+    __slots__ = ("name", "version", "classes", "input_height", "input_width", "variant", "device", "test_accuracy", "limits", "trained_on")
     NAME_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     CLASSES_FIELD_NUMBER: _ClassVar[int]
@@ -79,6 +79,7 @@ class GetModelResponse(_message.Message):
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     TEST_ACCURACY_FIELD_NUMBER: _ClassVar[int]
     LIMITS_FIELD_NUMBER: _ClassVar[int]
+    TRAINED_ON_FIELD_NUMBER: _ClassVar[int]
     name: str
     version: str
     classes: _containers.RepeatedScalarFieldContainer[str]
@@ -88,7 +89,8 @@ class GetModelResponse(_message.Message):
     device: str
     test_accuracy: float
     limits: Limits
-    def __init__(self, name: _Optional[str] = ..., version: _Optional[str] = ..., classes: _Optional[_Iterable[str]] = ..., input_height: _Optional[int] = ..., input_width: _Optional[int] = ..., variant: _Optional[str] = ..., device: _Optional[str] = ..., test_accuracy: _Optional[float] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ...) -> None: ...
+    trained_on: str
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[str] = ..., classes: _Optional[_Iterable[str]] = ..., input_height: _Optional[int] = ..., input_width: _Optional[int] = ..., variant: _Optional[str] = ..., device: _Optional[str] = ..., test_accuracy: _Optional[float] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., trained_on: _Optional[str] = ...) -> None: ...
 
 class Limits(_message.Message):
     __slots__ = ("max_images", "max_image_bytes", "max_image_pixels", "max_message_bytes", "max_queued_images")

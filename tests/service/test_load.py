@@ -1,0 +1,194 @@
+"""Many clients at once, while the server is stopped, swaps its model or loses a worker. Every answer is checked."""
+
+import os
+import random
+import signal
+import threading
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+
+from service.client import Client, Options
+from service.generated.cifar.v1 import image_classifier_pb2 as messages
+from service.generated.cifar.v1 import image_classifier_pb2_grpc as rpc
+from tests.service import exports
+from tests.service.exports import expected, pictures
+from tests.service.test_scale_out import pids
+
+POOL = pictures(4096, seed=99)
+# A model's answers for the pool, from inference without a server; answers for two of its images differ in every digit.
+ANSWERS = {version: expected(seed, POOL) for version, seed in (("first", 0), ("second", 1))}
+TOLERANCE = 1e-5
+SIZES = (1, 1, 1, 1, 2, 3, 7, 31, 32, 33, 64, 100, 300)
+
+
+class Load:
+    """Clients, each a thread with a connection of its own, that ask until told to stop and check every answer."""
+
+    def __init__(self, target: str, clients: int, images: int | None = None) -> None:
+        self.target = target
+        self.outcomes: Counter[str] = Counter()
+        self.versions: Counter[str] = Counter()
+        self.images = 0
+        self.stop = threading.Event()
+        self._enough = images
+        self._lock = threading.Lock()
+        self._pool = ThreadPoolExecutor(clients)
+        self._clients = [self._pool.submit(self._ask, seed) for seed in range(clients)]
+
+    def _ask(self, seed: int) -> None:
+        choice = random.Random(seed)
+        with grpc.insecure_channel(self.target, [("grpc.use_local_subchannel_pool", 1)]) as channel:
+            stub = rpc.ImageClassifierStub(channel)
+            while not self.stop.is_set():
+                outcome, version, count = self._once(stub, choice)
+                with self._lock:
+                    self.outcomes[outcome] += 1
+                    if version:
+                        self.versions[version] += 1
+                        self.images += count
+                        if self._enough is not None and self.images >= self._enough:
+                            self.stop.set()
+                if outcome == "refused":
+                    time.sleep(0.05)
+
+    def _once(self, stub: rpc.ImageClassifierStub, choice: random.Random) -> tuple[str, str, int]:
+        rows = [choice.randrange(len(POOL)) for _ in range(choice.choice(SIZES))]
+        split = choice.randrange(len(rows) + 1)  # some as images, some packed
+        split = min(split, 20)
+        name = str(choice.random())
+        request = messages.ClassifyRequest(
+            request_id=name,
+            images=[messages.Image(rgb=POOL[row].tobytes()) for row in rows[:split]],
+            packed_rgb=POOL[rows[split:]].tobytes(),
+        )
+        try:
+            response = stub.Classify(request, timeout=120)
+        except grpc.RpcError as error:
+            if error.code() is grpc.StatusCode.UNAVAILABLE and (
+                "shutting down" in error.details() or "Connection refused" in error.details()
+            ):
+                return "refused", "", 0
+            return f"{error.code().name}: {error.details()}", "", 0
+        table = np.zeros((len(rows), 10))
+        for row, result in zip(table, response.results, strict=True):
+            for ranked in result.classes:
+                row[ranked.index] = ranked.probability
+        difference = np.abs(table - ANSWERS[response.model_version][rows]).max()
+        right = difference < TOLERANCE and response.request_id == name
+        return "right" if right else "wrong", response.model_version, len(rows)
+
+    def end(self, seconds: float = 280) -> None:
+        for client in self._clients:
+            client.result(timeout=seconds)
+        self._pool.shutdown()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return exports.write_export(tmp_path / "exported", exports.graph(0), "first")
+
+
+def none_lost(start_server, folder, clients: int, images: int) -> Load:
+    server = start_server("--model", folder, "--max-queued-images", "100000").ready()
+    load = Load(server.target, clients, images)
+    load.end()
+    assert server.stop() == 0
+    assert set(load.outcomes) == {"right"}
+    assert load.images >= images
+    return load
+
+
+def test_no_answer_is_lost_or_mixed_up(start_server, folder):
+    none_lost(start_server, folder, clients=20, images=10_000)
+
+
+@pytest.mark.slow
+def test_of_100_000_images_from_200_clients_no_answer_is_lost_or_mixed_up(start_server, folder):
+    load = none_lost(start_server, folder, clients=200, images=100_000)
+    print(f"{sum(load.outcomes.values())} requests, {load.images} images: {dict(load.outcomes)}")
+
+
+def stopped_under_load(start_server, folder, clients: int, seconds: float) -> Load:
+    server = start_server("--model", folder, "--max-queued-images", "100000").ready()
+    load = Load(server.target, clients)
+    time.sleep(seconds)
+    assert server.stop() == 0
+    time.sleep(0.2)
+    load.stop.set()
+    load.end()
+    stopped = server.wait_for('"stopped"')
+    assert set(load.outcomes) == {"right", "refused"}  # nothing that was accepted failed
+    assert stopped["unanswered"] == 0
+    assert stopped["answered"] == load.outcomes["right"]
+    return load
+
+
+def test_sigterm_under_load_fails_no_accepted_request(start_server, folder):
+    stopped_under_load(start_server, folder, clients=20, seconds=1.0)
+
+
+@pytest.mark.slow
+def test_sigterm_under_load_of_200_clients_fails_no_accepted_request(start_server, folder):
+    load = stopped_under_load(start_server, folder, clients=200, seconds=10.0)
+    print(dict(load.outcomes))
+
+
+def swapped_under_load(start_server, folder, clients: int, swaps: int) -> Load:
+    server = start_server("--model", folder, "--max-queued-images", "100000").ready()
+    load = Load(server.target, clients)
+    for swap in range(swaps):
+        version = ("second", "first")[swap % 2]
+        exports.write_export(folder, exports.graph(1 - swap % 2), version)
+        server.wait_for(f"model {version} .* takes the place", count=swap // 2 + 1)
+        time.sleep(0.3)
+    load.stop.set()
+    load.end()
+    assert server.stop() == 0
+    assert set(load.outcomes) == {"right"}
+    assert set(load.versions) == {"first", "second"}
+    return load
+
+
+def test_a_new_model_under_load_loses_no_request(start_server, folder):
+    swapped_under_load(start_server, folder, clients=20, swaps=1)
+
+
+@pytest.mark.slow
+def test_ten_new_models_under_load_of_200_clients_lose_no_request(start_server, folder):
+    load = swapped_under_load(start_server, folder, clients=200, swaps=10)
+    print(dict(load.outcomes), dict(load.versions))
+
+
+@pytest.mark.slow
+def test_clients_that_repeat_see_no_error_while_workers_are_killed_again_and_again(start_server, folder):
+    server = start_server("--model", folder, "--workers", "2", "--max-queued-images", "100000").ready()
+    stop = threading.Event()
+    calls = Counter()
+
+    def ask(seed: int) -> None:
+        generator = np.random.default_rng(seed)
+        with Client(server.target, Options(timeout=120)) as client:
+            while not stop.is_set():
+                rows = generator.integers(0, len(POOL), int(generator.integers(1, 300)))
+                assert np.abs(client.probabilities(POOL[rows]) - ANSWERS["first"][rows]).max() < TOLERANCE
+                calls[seed] += 1
+
+    with ThreadPoolExecutor(50) as pool:
+        clients = [pool.submit(ask, seed) for seed in range(50)]
+        for turn in range(6):
+            number = str(turn % 2 + 1)
+            time.sleep(1.5)
+            os.kill(pids(server)[number], signal.SIGKILL)
+            server.wait_for(f'"serving .*"worker": {number}', count=turn // 2 + 2)
+        stop.set()
+        for client in clients:
+            client.result(timeout=120)
+    assert server.stop() == 0
+    assert len(calls) == 50
+    print(f"{sum(calls.values())} calls, 6 workers killed, no error")
