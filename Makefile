@@ -19,11 +19,11 @@ TRAIN_OPTIONS = --seed $(SEED) --device $(DEVICE) --precision $(PRECISION) --res
 
 # `make train export` is a sequence, whatever -j says.
 .NOTPARALLEL:
-.PHONY: help demo serve setup data train export evaluate test test-slow lint format protos wheel bench-training clean
+.PHONY: help demo serve setup data train export evaluate test test-slow lint format protos wheel bench-training bench-dependability clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets and what can be set
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-19s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo "  DATA=cifar10 | FOLDER | synthetic[:N]   the data (default: \$$CIFAR10_DATA, or the official archive, downloaded)"
 	@echo "  SEED=0  DEVICE=auto|cpu|cuda  PRECISION=fp32|bf16   of training"
@@ -88,6 +88,9 @@ wheel: $(READY) ## build dist/*.whl: library, server and shipped model
 
 bench-training: $(READY) ## training throughput beside a plain PyTorch loop
 	$(PY) benchmarks/training.py $(DATA_OPTION)
+
+bench-dependability: $(READY) ## how fast the server starts, refuses and gives up, and its memory around a flood
+	$(PY) benchmarks/dependability.py
 
 clean: ## remove what tools left; keeps .venv, data, runs and exports
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
