@@ -147,7 +147,7 @@ def server_predictor(target: str) -> Predictor:
         model = client.model()
     except ClassificationError as error:
         raise EvaluationError(
-            f"{SERVER_SCHEME}{target} does not answer ({error}); start one with: make serve"
+            f"{SERVER_SCHEME}{target} does not answer ({error}); start a server with: make serve"
         ) from error
 
     def predict(images: UInt8) -> tuple[Floats, Floats]:

@@ -32,6 +32,7 @@ import tenacity
 from numpy.typing import NDArray
 from PIL import Image as PillowImage
 
+from service import ports
 from service.generated.cifar.v1 import image_classifier_pb2 as messages
 from service.generated.cifar.v1 import image_classifier_pb2_grpc as rpc
 
@@ -144,10 +145,11 @@ class Client:
     def __init__(self, target: str = DEFAULT_TARGET, options: Options | None = None) -> None:
         self.options = options or Options()
         credentials = self.options.credentials
+        channel_options = (*CHANNEL_OPTIONS, *ports.channel_options(target))
         if credentials is None:
-            self._channel = grpc.insecure_channel(target, CHANNEL_OPTIONS)
+            self._channel = grpc.insecure_channel(target, channel_options)
         else:
-            self._channel = grpc.secure_channel(target, credentials, CHANNEL_OPTIONS)
+            self._channel = grpc.secure_channel(target, credentials, channel_options)
         self._stub = rpc.ImageClassifierStub(self._channel)  # type: ignore[no-untyped-call]
         self._pool = ThreadPoolExecutor(IN_FLIGHT, thread_name_prefix="classify")
         self._model: messages.GetModelResponse | None = None
@@ -230,10 +232,11 @@ class AsyncClient:
     def __init__(self, target: str = DEFAULT_TARGET, options: Options | None = None) -> None:
         self.options = options or Options()
         credentials = self.options.credentials
+        channel_options = (*CHANNEL_OPTIONS, *ports.channel_options(target))
         if credentials is None:
-            self._channel = grpc.aio.insecure_channel(target, CHANNEL_OPTIONS)
+            self._channel = grpc.aio.insecure_channel(target, channel_options)
         else:
-            self._channel = grpc.aio.secure_channel(target, credentials, CHANNEL_OPTIONS)
+            self._channel = grpc.aio.secure_channel(target, credentials, channel_options)
         self._stub: Any = rpc.ImageClassifierStub(self._channel)  # type: ignore[no-untyped-call]
         self._model: messages.GetModelResponse | None = None
 

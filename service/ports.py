@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import ipaddress
 import socket
 from collections.abc import Iterator
 from typing import Any
@@ -13,6 +14,21 @@ def address(host: str, port: int) -> str:
     """HOST:PORT as gRPC takes it; an IPv6 address in brackets."""
     host = host.strip("[]")
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether nobody outside this machine can reach the address."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def channel_options(target: str) -> tuple[tuple[str, int], ...]:
+    """What a channel to HOST:PORT needs: whatever the environment says, no proxy stands before one's own machine."""
+    return (("grpc.enable_http_proxy", 0),) if is_loopback(target.rpartition(":")[0]) else ()
 
 
 def check_free(host: str, port: int) -> None:

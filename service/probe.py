@@ -14,6 +14,7 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from service import ports
 from service.settings import ENVIRONMENT_PREFIX
 
 
@@ -28,7 +29,11 @@ def main() -> int:
     parser.add_argument("--timeout", type=float, default=2.0, help="seconds; default: %(default)s")
     chosen = parser.parse_args()
     credentials = grpc.ssl_channel_credentials(chosen.ca.read_bytes()) if chosen.ca else None
-    channel = grpc.secure_channel(chosen.target, credentials) if credentials else grpc.insecure_channel(chosen.target)
+    options = ports.channel_options(chosen.target)
+    if credentials:
+        channel = grpc.secure_channel(chosen.target, credentials, options)
+    else:
+        channel = grpc.insecure_channel(chosen.target, options)
     with channel:
         try:
             health: Any = health_pb2_grpc.HealthStub(channel)  # its types know no methods

@@ -3,7 +3,6 @@
 Must never know what the options do: the rooms are given values, not this class.
 """
 
-import ipaddress
 import os
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -20,6 +19,7 @@ from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from service.errors import StartError
+from service.ports import is_loopback
 
 ENVIRONMENT_PREFIX = "CIFAR_SERVICE_"
 MIB = 2**20
@@ -146,16 +146,6 @@ class Settings(BaseSettings):
 
     def _share_of_cores(self) -> int:
         return max(1, len(os.sched_getaffinity(0)) // self.workers)
-
-
-def is_loopback(host: str) -> bool:
-    """Whether nobody outside this machine can reach the address."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
 
 
 def parse(arguments: list[str]) -> Settings:

@@ -1,6 +1,7 @@
 import asyncio
 import io
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -117,6 +118,19 @@ def test_the_asyncio_client_gives_the_same(server):
                 await client.classify(np.full((1, 32, 32, 3), 255, np.uint8))
 
     asyncio.run(test())
+
+
+def test_a_proxy_in_the_environment_is_not_asked_for_this_machine(server):
+    environment = {key: value for key, value in os.environ.items() if "proxy" not in key.lower()}
+    for module, arguments in (
+        ("service.client", ["--server", server.target, SAMPLES / "cat.jpg"]),
+        ("service.probe", [server.target]),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", module, *map(str, arguments)],
+            cwd=REPOSITORY, env={**environment, "http_proxy": "http://127.0.0.1:1"}, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
 
 
 # Repeating

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,7 +22,7 @@ from service.generated.cifar.v1 import image_classifier_pb2 as messages
 from service.generated.cifar.v1 import image_classifier_pb2_grpc as rpc
 from tests.conftest import REPOSITORY
 from tests.service import exports
-from tests.service.conftest import table
+from tests.service.conftest import DIRECTLY, table
 from tests.service.exports import expected, pictures
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
@@ -324,7 +323,7 @@ def test_the_human_log_is_readable(linear):
 
 def test_metrics_are_served_as_prometheus_expects(server):
     address = str(server.wait_for("metrics at")["message"]).removeprefix("metrics at ")
-    with urllib.request.urlopen(address, timeout=10) as answer:
+    with DIRECTLY.open(address, timeout=10) as answer:
         assert answer.headers["Content-Type"].startswith("text/plain; version=")
         assert b"# HELP cifar_service_requests_total" in answer.read()
 

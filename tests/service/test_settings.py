@@ -4,7 +4,8 @@ import sys
 import pytest
 
 from service.errors import StartError
-from service.settings import Settings, is_loopback, parse
+from service.ports import is_loopback
+from service.settings import Settings, parse
 from tests.conftest import REPOSITORY
 
 
