@@ -139,8 +139,8 @@ def busy_engine(folder: Path) -> None:
     ):
         stub: Any = cifar_rpc.ImageClassifierStub(channel)  # type: ignore[no-untyped-call]
         open_stub: Any = inference_rpc.GRPCInferenceServiceStub(channel)  # type: ignore[no-untyped-call]
-        occupying = stub.Classify.future(cifar.ClassifyRequest(packed_rgb=bytes(50 * IMAGE)))
-        while server.metric("engine_images_total") < 1:
+        occupying = stub.Classify.future(cifar.ClassifyRequest(packed_rgb=exports.stalling(50).tobytes()))
+        while server.metric("admitted_images") < 50:
             time.sleep(0.01)
 
         deadline = grpc.StatusCode.DEADLINE_EXCEEDED
@@ -164,7 +164,7 @@ def busy_engine(folder: Path) -> None:
         spared = server.metric("spared_images_total")
         print(f"{'expired and cancelled images that the engine never saw':68s} {spared:.0f} of 150")
 
-        filling = stub.Classify.future(cifar.ClassifyRequest(packed_rgb=bytes(10 * IMAGE)))
+        filling = stub.Classify.future(cifar.ClassifyRequest(packed_rgb=exports.stalling(10).tobytes()))
         while server.metric("admitted_images") < 60:
             time.sleep(0.01)
         full = grpc.StatusCode.RESOURCE_EXHAUSTED
@@ -268,7 +268,7 @@ def main() -> None:
     arguments = parser.parse_args()
     start(arguments.starts)
     with tempfile.TemporaryDirectory() as folder:
-        busy_engine(exports.write_export(Path(folder), exports.graph(0, loops=130)))
+        busy_engine(exports.write_export(Path(folder), exports.graph(0, loops=200)))
     bomb()
     flood(arguments.flood_seconds, arguments.flood_clients)
 

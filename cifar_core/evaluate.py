@@ -140,15 +140,17 @@ def server_predictor(target: str) -> Predictor:
     Raises:
         EvaluationError: it does not answer.
     """
-    from service.client import ClassificationError, Client
+    from service.client import ClassificationError, Client, Options
 
-    client = Client(target)
     try:
-        model = client.model()
+        with Client(target, Options(attempts=3)) as first:  # whether anybody is there is soon known
+            model = first.model()
     except ClassificationError as error:
         raise EvaluationError(
             f"{SERVER_SCHEME}{target} does not answer ({error}); start a server with: make serve"
         ) from error
+
+    client = Client(target)
 
     def predict(images: UInt8) -> tuple[Floats, Floats]:
         try:

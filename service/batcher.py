@@ -22,6 +22,9 @@ from service.errors import DeadlineExpired, EngineFailed, Overloaded
 
 logger = logging.getLogger(__name__)
 
+# A client cancels at its deadline, and the news can come a moment before what is left of it here has passed.
+DEADLINE_SLACK = 0.05
+
 Images = NDArray[np.uint8]
 # Arrays with one row per image, such as (logits, probabilities).
 Outputs = tuple[NDArray[np.float32], ...]
@@ -227,8 +230,7 @@ class Batcher:
             return await request.future
         except asyncio.CancelledError:
             unseen = self._drop(request)
-            # gRPC cancels a call at its deadline, perhaps before our own timer comes to it.
-            if deadline is not None and time.monotonic() >= deadline:
+            if deadline is not None and time.monotonic() >= deadline - DEADLINE_SLACK:
                 self._observer.on_expired(unseen)
             else:
                 self._observer.on_cancelled(unseen)

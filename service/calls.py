@@ -19,6 +19,7 @@ from google.protobuf.message import DecodeError
 from google.rpc.error_details_pb2 import RetryInfo
 from google.rpc.status_pb2 import Status
 
+from service.batcher import DEADLINE_SLACK
 from service.errors import (
     DeadlineExpired,
     EngineFailed,
@@ -178,7 +179,7 @@ class Calls:
             raise Failure(code, error.message, error.retry_after) from error
         except asyncio.CancelledError:
             remaining = context.time_remaining()
-            expired = remaining is not None and remaining <= 0
+            expired = remaining is not None and remaining <= DEADLINE_SLACK
             code = grpc.StatusCode.DEADLINE_EXCEEDED if expired else grpc.StatusCode.CANCELLED
             raise
         except Exception as error:

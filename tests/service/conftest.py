@@ -129,13 +129,13 @@ def start_server() -> Iterator[StartServer]:
 @pytest.fixture(scope="session")
 def linear(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An export of a small linear model, which fails on batches that begin with the byte 255."""
-    return exports.write_export(tmp_path_factory.mktemp("linear"), exports.graph(0, fails_on=255))
+    return exports.write_export(tmp_path_factory.mktemp("linear"), exports.graph(0, fails_on=exports.STALLING))
 
 
 @pytest.fixture(scope="session")
 def slow(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same, where a batch takes a fifth of a second, more or less."""
-    return exports.write_export(tmp_path_factory.mktemp("slow"), exports.graph(0, loops=25))
+    """A linear model that takes a second, more or less, for a batch that begins with the byte 255."""
+    return exports.write_export(tmp_path_factory.mktemp("slow"), exports.graph(0, loops=150))
 
 
 @pytest.fixture(scope="session")

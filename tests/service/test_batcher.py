@@ -249,6 +249,7 @@ def test_a_cancelled_request_never_reaches_the_engine():
         third = asyncio.create_task(batches.submit(numbered(4), gate))
         await asyncio.sleep(0)
         second.cancel()
+        await asyncio.sleep(0)
         gate.permits.release(5)
         assert rows(await first) == [1]
         assert rows(await third) == [4]

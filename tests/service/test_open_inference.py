@@ -10,7 +10,7 @@ import pytest
 from service.generated.inference import open_inference_pb2 as messages
 from service.generated.inference import open_inference_pb2_grpc as rpc
 from tests.conftest import REPOSITORY
-from tests.service.exports import CLASSES, expected, pictures
+from tests.service.exports import CLASSES, expected, pictures, stalling
 
 
 @pytest.fixture
@@ -138,7 +138,7 @@ def test_a_timeout_of_zero_is_none_and_a_short_one_is_a_deadline(inference, star
     server = start_server("--model", slow, "--max-batch-size", "1").ready()
     with grpc.insecure_channel(server.target) as channel:
         busy = rpc.GRPCInferenceServiceStub(channel)
-        occupying = busy.ModelInfer.future(infer_request(pictures(2)))
+        occupying = busy.ModelInfer.future(infer_request(stalling(2)))
         request.parameters["timeout"].int64_param = 20_000
         with pytest.raises(grpc.RpcError) as caught:
             busy.ModelInfer(request)

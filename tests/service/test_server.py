@@ -23,7 +23,7 @@ from service.generated.cifar.v1 import image_classifier_pb2_grpc as rpc
 from tests.conftest import REPOSITORY
 from tests.service import exports
 from tests.service.conftest import DIRECTLY, table
-from tests.service.exports import expected, pictures
+from tests.service.exports import expected, pictures, stalling
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 SERVICES = ("", "cifar.v1.ImageClassifier", "inference.GRPCInferenceService")
@@ -31,6 +31,11 @@ SERVICES = ("", "cifar.v1.ImageClassifier", "inference.GRPCInferenceService")
 
 def packed(count: int = 1, seed: int = 0) -> messages.ClassifyRequest:
     return messages.ClassifyRequest(packed_rgb=pictures(count, seed).tobytes())
+
+
+def stalled(count: int) -> messages.ClassifyRequest:
+    """Images that the slow model computes one after another, in about a second each."""
+    return messages.ClassifyRequest(packed_rgb=stalling(count).tobytes())
 
 
 def until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
@@ -122,7 +127,7 @@ def test_sigterm_lets_requests_in_flight_finish_refuses_new_ones_and_ends_with_0
         stub, health = rpc.ImageClassifierStub(channel), health_pb2_grpc.HealthStub(second)
         watch = health.Watch(health_pb2.HealthCheckRequest())
         assert next(watch).status == SERVING
-        in_flight = stub.Classify.future(packed(12))  # twelve batches of a fifth of a second
+        in_flight = stub.Classify.future(stalled(2))
         while not server_is_busy(second):
             time.sleep(0.01)
         server.process.send_signal(signal.SIGTERM)
@@ -133,7 +138,7 @@ def test_sigterm_lets_requests_in_flight_finish_refuses_new_ones_and_ends_with_0
         assert "shutting down" in caught.value.details()
         assert dict(caught.value.trailing_metadata())["grpc-retry-pushback-ms"] == "100"
         assert health.Check(health_pb2.HealthCheckRequest()).status == NOT_SERVING
-        assert np.abs(np.array(table(in_flight.result())) - expected(0, pictures(12))).max() < 1e-5
+        assert np.abs(np.array(table(in_flight.result())) - expected(0, stalling(2))).max() < 1e-5
         assert list(watch) == []  # it ended, and did not hold the server up
     assert server.wait() == 0
     assert server.wait_for('"stopped"')["unanswered"] == 0
@@ -148,7 +153,7 @@ def server_is_busy(channel: grpc.Channel) -> bool:
 def test_beyond_the_grace_period_it_stops_and_says_what_it_left(start_server, slow):
     server = start_server("--model", slow, "--max-batch-size", "1", "--grace", "0.2").ready()
     with grpc.insecure_channel(server.target) as channel:
-        in_flight = rpc.ImageClassifierStub(channel).Classify.future(packed(100))
+        in_flight = rpc.ImageClassifierStub(channel).Classify.future(stalled(100))
         with grpc.insecure_channel(server.target) as other:
             until(lambda: server_is_busy(other))
         assert server.stop() == 0
@@ -160,12 +165,13 @@ def test_beyond_the_grace_period_it_stops_and_says_what_it_left(start_server, sl
 def test_a_second_sigterm_ends_it_at_once(start_server, slow):
     server = start_server("--model", slow, "--max-batch-size", "1").ready()
     with grpc.insecure_channel(server.target) as channel:
-        rpc.ImageClassifierStub(channel).Classify.future(packed(100))
+        call = rpc.ImageClassifierStub(channel).Classify.future(stalled(100))
         with grpc.insecure_channel(server.target) as other:
             until(lambda: server_is_busy(other))
         server.process.send_signal(signal.SIGTERM)
         server.wait_for("stopping")
         assert server.stop() == -signal.SIGTERM
+        assert call.code() is grpc.StatusCode.UNAVAILABLE
 
 
 def test_an_open_stream_ends_with_unavailable(start_server, linear):
@@ -194,41 +200,46 @@ def test_an_expired_or_cancelled_request_never_reaches_the_engine(start_server, 
     server = start_server("--model", slow, "--max-batch-size", "1", "--metrics-port", "0").ready()
     with grpc.insecure_channel(server.target) as channel:
         stub = rpc.ImageClassifierStub(channel)
-        occupying = stub.Classify.future(packed(3))
-        with pytest.raises(grpc.RpcError) as caught:
-            stub.Classify(packed(5), timeout=0.2)
-        assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        occupying = stub.Classify.future(stalled(3))
+        until(lambda: server.metrics()["cifar_service_admitted_images"] == 3)
         cancelled = stub.Classify.future(packed(7))
-        time.sleep(0.1)
+        until(lambda: server.metrics()["cifar_service_admitted_images"] == 10)
         cancelled.cancel()
+        until(lambda: server.metrics()["cifar_service_cancelled_total"] == 1)
+        spared = server.metrics()["cifar_service_spared_images_total"]
+        assert spared >= 6  # one may have been in its turn
+        with pytest.raises(grpc.RpcError) as caught:
+            stub.Classify(packed(5), timeout=0.3)
+        assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        until(lambda: server.metrics()["cifar_service_expired_total"] == 1)
         assert occupying.result().results
         metrics = server.metrics()
-        assert metrics["cifar_service_engine_images_total"] == 3
-        assert metrics["cifar_service_spared_images_total"] == 12
-        assert metrics["cifar_service_expired_total"] == 1
-        assert metrics["cifar_service_cancelled_total"] == 1
+        assert metrics["cifar_service_spared_images_total"] >= spared + 4
+        # Every image was either computed or spared, none both.
+        computed = metrics["cifar_service_engine_images_total"]
+        assert computed + metrics["cifar_service_spared_images_total"] == 3 + 7 + 5
         assert stub.Classify(packed()).results
 
 
 def test_a_full_queue_refuses_at_once_with_a_hint_and_serves_on(start_server, slow):
     server = start_server(
-        "--model", slow, "--max-batch-size", "1", "--max-queued-images", "8", "--max-images", "8", "--metrics-port", "0"
+        "--model", slow, "--max-batch-size", "1", "--max-queued-images", "2", "--max-images", "2", "--metrics-port", "0"
     ).ready()
     with grpc.insecure_channel(server.target) as channel:
         stub = rpc.ImageClassifierStub(channel)
-        accepted = [stub.Classify.future(packed(4)) for _ in range(2)]
-        until(lambda: server.metrics()["cifar_service_admitted_images"] == 8)
+        accepted = [stub.Classify.future(stalled(1)) for _ in range(2)]
+        until(lambda: server.metrics()["cifar_service_admitted_images"] == 2)
         with pytest.raises(grpc.RpcError) as caught:
             stub.Classify(packed())
-        assert not accepted[1].done()
+        assert not all(future.done() for future in accepted)
         refused = caught.value
         assert refused.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-        assert "of at most 8" in refused.details()
+        assert "of at most 2" in refused.details()
         trailing = dict(refused.trailing_metadata())
         assert int(trailing["grpc-retry-pushback-ms"]) >= 20
         assert b"RetryInfo" in trailing["grpc-status-details-bin"]
-        assert all(len(future.result().results) == 4 for future in accepted)
-        assert stub.Classify(packed(8)).results
+        assert all(len(future.result().results) == 1 for future in accepted)
+        assert stub.Classify(packed(2)).results
         assert server.metrics()["cifar_service_rejected_total"] == 1
 
 
