@@ -161,3 +161,11 @@ def table(response: messages.ClassifyResponse) -> list[list[float]]:
             row[ranked.index] = ranked.probability
         rows.append(row)
     return rows
+
+
+def until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
+    """Waits for what must come."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.01)

@@ -10,6 +10,7 @@ import pytest
 from service.generated.inference import open_inference_pb2 as messages
 from service.generated.inference import open_inference_pb2_grpc as rpc
 from tests.conftest import REPOSITORY
+from tests.service.conftest import until
 from tests.service.exports import CLASSES, expected, pictures, stalling
 
 
@@ -135,10 +136,11 @@ def test_a_timeout_of_zero_is_none_and_a_short_one_is_a_deadline(inference, star
     request.parameters["timeout"].int64_param = 0
     assert inference.ModelInfer(request).outputs
 
-    server = start_server("--model", slow, "--max-batch-size", "1").ready()
+    server = start_server("--model", slow, "--max-batch-size", "1", "--metrics-port", "0").ready()
     with grpc.insecure_channel(server.target) as channel:
         busy = rpc.GRPCInferenceServiceStub(channel)
         occupying = busy.ModelInfer.future(infer_request(stalling(2)))
+        until(lambda: server.metrics()["cifar_service_admitted_images"] == 2)
         request.parameters["timeout"].int64_param = 20_000
         with pytest.raises(grpc.RpcError) as caught:
             busy.ModelInfer(request)

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from service.generated.cifar.v1 import image_classifier_pb2 as messages
 from service.generated.cifar.v1 import image_classifier_pb2_grpc as rpc
 from tests.conftest import REPOSITORY
 from tests.service import exports
-from tests.service.conftest import DIRECTLY, table
+from tests.service.conftest import DIRECTLY, table, until
 from tests.service.exports import expected, pictures, stalling
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
@@ -36,14 +35,6 @@ def packed(count: int = 1, seed: int = 0) -> messages.ClassifyRequest:
 def stalled(count: int) -> messages.ClassifyRequest:
     """Images that the slow model computes one after another, in about a second each."""
     return messages.ClassifyRequest(packed_rgb=stalling(count).tobytes())
-
-
-def until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
-    """Waits for what must come."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it never came"
-        time.sleep(0.01)
 
 
 # Start
