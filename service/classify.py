@@ -7,7 +7,7 @@ import grpc
 import numpy as np
 from numpy.typing import NDArray
 
-from service.calls import Calls, Context, Failure, abort, deadline_of
+from service.calls import Calls, Context, Failure, abort, deadline_of, peer_of
 from service.errors import InvalidRequest
 from service.generated.cifar.v1 import image_classifier_pb2 as messages
 from service.generated.cifar.v1 import image_classifier_pb2_grpc as rpc
@@ -73,7 +73,7 @@ class ImageClassifier(rpc.ImageClassifierServicer):
         """Answers each request as Classify does, as soon as it can."""
         answers: asyncio.Queue[messages.ClassifyResponse | None] = asyncio.Queue()
         window = asyncio.Semaphore(STREAM_WINDOW)
-        reader = asyncio.create_task(self._read_stream(request_iterator, context, answers, window))
+        reader = asyncio.create_task(self._read_stream(request_iterator, context, peer_of(context), answers, window))
         try:
             while (answer := await answers.get()) is not None:
                 yield answer
@@ -88,12 +88,13 @@ class ImageClassifier(rpc.ImageClassifierServicer):
         self,
         requests: AsyncIterator[messages.ClassifyRequest],
         context: Context,
+        peer: str,
         answers: "asyncio.Queue[messages.ClassifyResponse | None]",
         window: asyncio.Semaphore,
     ) -> None:
         async def answer(request: messages.ClassifyRequest) -> None:
             try:
-                response = await self._calls.answer(CLASSIFY_STREAM, self._classify, request, context)
+                response = await self._calls.answer(CLASSIFY_STREAM, self._classify, request, context, peer)
             except Failure as failure:
                 error = messages.ImageError(code=failure.code.value[0], message=failure.message)
                 response = messages.ClassifyResponse(request_id=request.request_id, error=error)
