@@ -7,6 +7,7 @@ DEVICE    ?= auto
 PRECISION ?= fp32
 MODEL     ?=
 OPTIONS   ?=
+RUNS      ?=
 
 VENV  := .venv
 PY    := $(VENV)/bin/python
@@ -19,7 +20,7 @@ TRAIN_OPTIONS = --seed $(SEED) --device $(DEVICE) --precision $(PRECISION) --res
 
 # `make train export` is a sequence, whatever -j says.
 .NOTPARALLEL:
-.PHONY: help demo serve setup data train export evaluate test test-slow lint format protos wheel bench-training bench-dependability clean
+.PHONY: help demo serve setup data train export evaluate report test test-slow lint format protos wheel bench-training bench-dependability clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets and what can be set
@@ -63,6 +64,9 @@ export: $(READY) ## write the finished run of best validation accuracy to export
 
 evaluate: $(READY) ## test accuracy of the exported model
 	$(PY) -m cifar_core.evaluate $(if $(MODEL),--model $(MODEL)) $(DATA_OPTION)
+
+report: $(READY) ## docs/results.md and its figures from the committed histories; RUNS=runs: reports/ from your own
+	$(PY) -m cifar_core.report $(if $(RUNS),--runs $(RUNS)) $(DATA_OPTION)
 
 test: $(READY) ## all tests but the slow ones
 	$(PY) -m pytest

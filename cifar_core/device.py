@@ -10,6 +10,7 @@ import torch
 from cifar_core.errors import CifarError
 
 DEVICES = ("auto", "cpu", "cuda")
+CPU = torch.device("cpu")
 
 
 class DeviceError(CifarError):

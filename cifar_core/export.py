@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from cifar_core.data import Dataset, add_data_argument, load_dataset
+from cifar_core.device import CPU
 from cifar_core.errors import CifarError, run_command
 from cifar_core.evaluate import (
     Predictor,
@@ -46,8 +47,6 @@ PARITY_IMAGES = 1000
 PARITY_BATCHES = (1, 7, 256)
 PARITY_LIMIT = 1e-5
 """The greatest difference of a probability between onnxruntime and torch at which an export still counts."""
-
-CPU = torch.device("cpu")
 
 
 class ExportError(CifarError):

@@ -124,7 +124,9 @@ class RunFolder:
         atomic_write(self.path / "recipe.json", to_json(description))
 
     def description(self) -> dict[str, Any]:
-        """recipe.json as written: `recipe`, `seed`, `precision`, `data`, `classes`, `environment`.
+        """recipe.json as written.
+
+        It holds `recipe`, `seed`, `precision`, `data`, `classes`, `environment` and `date` (UTC, of its start).
 
         Raises:
             RunError: missing or damaged.

@@ -10,6 +10,7 @@ one that ran through.
 import argparse
 import contextlib
 import dataclasses
+import datetime
 import logging
 import signal
 import time
@@ -202,7 +203,8 @@ class Trainer:
             RunError: there is something to take up and `resume` was not given, or it is another run's.
         """
         if not (self.folder.path / "recipe.json").exists():
-            self.folder.write_description(self.description())
+            today = datetime.datetime.now(datetime.UTC).date().isoformat()
+            self.folder.write_description(self.description() | {"date": today})
             return
         if not resume:
             raise RunError(
