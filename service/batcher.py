@@ -32,7 +32,7 @@ Compute = Callable[[Images], Outputs]
 
 
 class Observer(Protocol):
-    """Is told what happens to images; from the engine's thread (`on_batch`) or the event loop's (the others)."""
+    """Is told what happens to images, from the event loop's thread."""
 
     def on_batch(self, images: int, queued_seconds: Sequence[float], seconds: float, failed: bool) -> None:
         """A batch was computed. `queued_seconds`: how long each request begun by it had waited."""
@@ -73,6 +73,16 @@ class Piece:
     request: Request
     start: int
     stop: int
+
+
+@dataclass(slots=True, frozen=True)
+class Batch:
+    """What is to be told of a batch that was computed, or failed."""
+
+    images: int
+    queued_seconds: list[float]
+    seconds: float
+    error: Exception | None
 
 
 class Queue:
@@ -274,11 +284,9 @@ class Batcher:
                 logger.exception("a batch of %d images failed", images)
                 error = raised
                 done = [piece.request for piece in pieces]
-            seconds = time.monotonic() - started
-            self._images_per_second += 0.1 * (images / max(seconds, 1e-6) - self._images_per_second)
-            self._observer.on_batch(images, queued, seconds, error is not None)
-            if done:
-                self._loop.call_soon_threadsafe(self._settle, done, error)
+            batch = Batch(images, queued, time.monotonic() - started, error)
+            # What is not the engine's business is done by the loop, while the next batch is computed.
+            self._loop.call_soon_threadsafe(self._settle, done, batch)
 
     def _next(self) -> list[Piece]:
         """Waits for the next batch; empty when closed."""
@@ -295,7 +303,10 @@ class Batcher:
 
     # In the event loop
 
-    def _settle(self, requests: list[Request], error: Exception | None) -> None:
+    def _settle(self, requests: list[Request], batch: "Batch") -> None:
+        error = batch.error
+        self._images_per_second += 0.1 * (batch.images / max(batch.seconds, 1e-6) - self._images_per_second)
+        self._observer.on_batch(batch.images, batch.queued_seconds, batch.seconds, error is not None)
         for request in requests:
             if request.future.done():
                 continue

@@ -168,19 +168,14 @@ def _raw(kind: str | None, data: bytes) -> Decoded:
 
 def _ranked(probabilities: NDArray[np.float32], classes: Sequence[str], top_k: int) -> list[messages.ImageResult]:
     """One result per row, the classes by falling probability, of equal ones the lower index first."""
-    order = np.argsort(-probabilities, axis=1, kind="stable")
-    if top_k:
-        order = order[:, :top_k]
-    ranked = np.take_along_axis(probabilities, order, axis=1)
-    return [
-        messages.ImageResult(
-            classes=[
-                messages.RankedClass(name=classes[index], index=index, probability=probability)
-                for index, probability in zip(indices, values, strict=True)
-            ]
-        )
-        for indices, values in zip(order.tolist(), ranked.tolist(), strict=True)
-    ]
+    results = []
+    for row in probabilities.tolist():
+        result = messages.ImageResult()
+        add = result.classes.add
+        for index in sorted(range(len(row)), key=row.__getitem__, reverse=True)[: top_k or None]:
+            add(name=classes[index], index=index, probability=row[index])
+        results.append(result)
+    return results
 
 
 def _with_rejections(results: list[messages.ImageResult], decoded: Sequence[Decoded]) -> list[messages.ImageResult]:

@@ -80,8 +80,11 @@ def _session(graph: bytes, providers: list[str], threads: int) -> Any:  # noqa: 
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1  # the graph is a chain
     options.log_severity_level = 3
-    # Threads that spin after a batch take the cores from those that read requests and write answers.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # Between two layers, to be woken would cost the threads more than to spin for a moment; after a batch, threads that
+    # spin take the cores from those that read requests and write answers.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1")
+    options.add_session_config_entry("session.intra_op.spin_duration_us", "100")
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     try:
         session = onnxruntime.InferenceSession(graph, options, providers=providers)
     except Exception as error:  # onnxruntime's errors have no common class but this

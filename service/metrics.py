@@ -89,10 +89,13 @@ class Metrics:
             "sha256",
         )
         # With labels, a series begins to exist when it is first touched; these shall be there from the start, as zeros.
-        for outcome in ("classified", "rejected"):
-            self._images.labels(outcome)
+        self._classified, self._not_classified = (self._images.labels(each) for each in ("classified", "rejected"))
         for outcome in ("served", "refused"):
             self._reloads.labels(outcome)
+
+        # Finding a series by its labels costs more than counting in it.
+        self._requests_of = functools.cache(self._requests.labels)
+        self._seconds_of = functools.cache(self._seconds.labels)
 
     def _counter(self, name: str, meaning: str, *labels: str) -> Counter:
         return Counter(f"{PREFIX}_{name}", meaning, labels, registry=self.registry)
@@ -107,15 +110,15 @@ class Metrics:
 
     def on_request(self, method: str, code: str, seconds: float) -> None:
         """A request was answered, with the name of a gRPC status code."""
-        self._requests.labels(method, code).inc()
-        self._seconds.labels(method).observe(seconds)
+        self._requests_of(method, code).inc()
+        self._seconds_of(method).observe(seconds)
 
     def on_images(self, classified: int, rejected: int) -> None:
         """So many images of a request got classes, so many an error of their own."""
         if classified:
-            self._images.labels("classified").inc(classified)
+            self._classified.inc(classified)
         if rejected:
-            self._images.labels("rejected").inc(rejected)
+            self._not_classified.inc(rejected)
 
     # Of the batcher (service.batcher.Observer)
 
