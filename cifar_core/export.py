@@ -26,7 +26,7 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from cifar_core.data import Dataset, add_data_argument, load_dataset
+from cifar_core.data import Dataset, add_data_argument, load_dataset, split
 from cifar_core.device import CPU
 from cifar_core.errors import CifarError, run_command
 from cifar_core.evaluate import (
@@ -39,6 +39,7 @@ from cifar_core.evaluate import (
     predict_all,
     torch_predictor,
 )
+from cifar_core.quantise import CALIBRATION_IMAGES, to_int8
 from cifar_core.run_folder import RunFolder, best_epoch, default_place, finished_runs, load_checkpoint, to_json
 
 SCHEMA_VERSION = 1
@@ -47,6 +48,8 @@ PARITY_IMAGES = 1000
 PARITY_BATCHES = (1, 7, 256)
 PARITY_LIMIT = 1e-5
 """The greatest difference of a probability between onnxruntime and torch at which an export still counts."""
+INT8_LIMIT = 0.01
+"""The share of validation images by which int8 may be right less often than fp32."""
 
 
 class ExportError(CifarError):
@@ -221,7 +224,35 @@ def current_export(target: Path, identity: dict[str, Any]) -> dict[str, Any] | N
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None  # nothing there, or torn: to be written
-    return manifest if same and whole else None
+    return manifest if same and whole and manifest["variants"].keys() == {"fp32", "int8"} else None
+
+
+def quantised(graph: bytes, exported: Predictor, dataset: Dataset) -> tuple[bytes, dict[str, Any]]:
+    """The graph in int8, and its entry in the manifest.
+
+    Raises:
+        ExportError: int8 costs more of the validation accuracy than `INT8_LIMIT`, and more than two images.
+    """
+    count, seed = exported.split or (0, 0)
+    indices, _ = split(len(dataset.train), count, seed)
+    order = np.random.RandomState(0).permutation(len(indices))[:CALIBRATION_IMAGES]
+    content = to_int8(graph, dataset.train.images[indices[order]].numpy())
+    predictor = onnx_predictor(content, CPU)
+    before, after = (evaluate(each, dataset, "validation") for each in (exported, predictor))
+    lost = before["correct"] - after["correct"]
+    if lost > max(2, INT8_LIMIT * before["images"]):
+        raise ExportError(
+            f"int8 is right on {after['correct']} of {after['images']} validation images, fp32 on {before['correct']} "
+            f"(limit: {INT8_LIMIT:.0%} less); nothing was exported; train the run longer, or export another"
+        )
+    result = evaluate(predictor, dataset, "test")
+    return content, {
+        "file": "model.int8.onnx",
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "test_accuracy": result["accuracy"],
+        "test_images": result["images"],
+        "calibration_images": len(order),
+    }
 
 
 def _check_data(description: dict[str, Any], dataset: Dataset, run: RunFolder) -> None:
@@ -287,8 +318,9 @@ def export_run(run: RunFolder, dataset: Dataset, target: Path) -> dict[str, Any]
         "test_accuracy": result["accuracy"],
         "test_images": result["images"],
     }
+    graph_int8, variant_int8 = quantised(graph, exported, dataset)
     manifest = identity | {
-        "variants": {"fp32": variant},
+        "variants": {"fp32": variant, "int8": variant_int8},
         "recipe": recipe,
         "seed": seed,
         "epoch": checkpoint["epoch"],
@@ -296,7 +328,8 @@ def export_run(run: RunFolder, dataset: Dataset, target: Path) -> dict[str, Any]
         "validation_accuracy": checkpoint["validation_accuracy"],
         "parity": parity,
     }
-    publish(target, {"model.onnx": graph, "manifest.json": to_json(manifest)})
+    files = {variant["file"]: graph, variant_int8["file"]: graph_int8, "manifest.json": to_json(manifest)}
+    publish(target, files)
     return manifest
 
 
@@ -327,11 +360,12 @@ def main() -> int:
     run = RunFolder(arguments.run) if arguments.run else pick_run(arguments.runs or default_place(dataset.kind, "runs"))
     target = arguments.output or default_place(dataset.kind, "exported")
     manifest = export_run(run, dataset, target)
-    variant, parity = manifest["variants"]["fp32"], manifest["parity"]
+    variants, parity = manifest["variants"], manifest["parity"]
     batches = ", ".join(map(str, parity["batch_sizes"]))
     print(
         f"{target}: {manifest['model_version']}, validation accuracy {manifest['validation_accuracy']:.2%}, "
-        f"test accuracy {variant['test_accuracy']:.2%} on {manifest['data']['name']}\n"
+        f"test accuracy {variants['fp32']['test_accuracy']:.2%} (int8 {variants['int8']['test_accuracy']:.2%}) "
+        f"on {manifest['data']['name']}\n"
         f"parity with torch on {parity['images']:,} images, batches of {batches}: probabilities "
         f"within {parity['max_abs_difference_of_probabilities']:.1e}, {parity['differing_classes']} differing classes"
     )

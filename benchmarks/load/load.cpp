@@ -148,7 +148,10 @@ class Load {
       cpu_at_start_ = CpuSeconds();
       cpu_started_ = true;
     }
-    if (call->status.ok()) ++answered_;
+    if (call->status.ok()) {
+      ++answered_;
+      if (now >= counted_from_ && now < end_) ++answered_in_time_;
+    }
     if (call->due < counted_from_ || call->due >= end_) return;
     if (options_.rate == 0 && now >= end_) return;  // a closed loop counts what ended in time
     outcomes_[call->status.error_code()].milliseconds.push_back(Seconds(now - call->due).count() * 1000);
@@ -187,8 +190,8 @@ class Load {
 
   void Print() {
     double cpu = CpuSeconds() - cpu_at_start_;
-    std::printf("{\"seconds\": %g, \"client_cpu_seconds\": %.3f, \"answered\": %zu, \"response_bytes\": %zu, \"codes\": {",
-                options_.seconds, cpu, answered_, bytes_);
+    std::printf("{\"seconds\": %g, \"client_cpu_seconds\": %.3f, \"answered\": %zu, \"answered_in_time\": %zu, \"response_bytes\": %zu, \"codes\": {",
+                options_.seconds, cpu, answered_, answered_in_time_, bytes_);
     const char* comma = "";
     for (auto& [code, outcome] : outcomes_) {
       auto& times = outcome.milliseconds;
@@ -215,7 +218,7 @@ class Load {
   std::map<int, Outcome> outcomes_;
   std::string error_;
   Clock::time_point start_, counted_from_, end_;
-  size_t next_ = 0, bytes_ = 0, answered_ = 0;
+  size_t next_ = 0, bytes_ = 0, answered_ = 0, answered_in_time_ = 0;
   int in_flight_ = 0;
   bool cpu_started_ = false;
   double cpu_at_start_ = 0;

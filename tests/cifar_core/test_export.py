@@ -226,7 +226,7 @@ def test_a_full_disk_leaves_the_export_before(before):
 def test_a_new_export_replaces_the_old_and_keeps_what_is_not_its_own(before, other_run, small):
     manifest = export_run(other_run, small, before)
     assert manifest["model_version"].startswith("dropout-0.2-0-")
-    assert set(contents(before)) == {"model.onnx", "manifest.json", "notes.txt"}
+    assert set(contents(before)) == {"model.onnx", "model.int8.onnx", "manifest.json", "notes.txt"}
     assert (before / "notes.txt").read_text() == "mine"
     assert json.loads((before / "manifest.json").read_text())["model_version"] == manifest["model_version"]
 

@@ -26,12 +26,19 @@ def test_a_model_is_trained_exported_and_has_the_same_accuracy_from_both(command
     succeed("cifar_core.train", *RECIPE)
     run = next((place / "runs").glob("*/0"))
     succeed("cifar_core.export", "--run", run)
-    assert {path.name for path in (place / "exported").iterdir()} == {"model.onnx", "manifest.json"}
+    assert {path.name for path in (place / "exported").iterdir()} == {
+        "model.onnx",
+        "model.int8.onnx",
+        "manifest.json",
+    }
 
     from_torch, from_onnx = accuracy("--model", run), accuracy()
     assert from_torch["confusion"] == from_onnx["confusion"]
     assert from_torch["accuracy"] == from_onnx["accuracy"] > 0.2  # a guess is right once in ten
     assert from_onnx["loss"] == pytest.approx(from_torch["loss"], rel=1e-4)
+    from_int8 = accuracy("--model", place / "exported/model.int8.onnx")
+    assert abs(from_int8["correct"] - from_onnx["correct"]) <= 3
     manifest = json.loads((place / "exported/manifest.json").read_text())
+    assert manifest["variants"]["int8"]["test_accuracy"] == from_int8["accuracy"]
     assert manifest["variants"]["fp32"]["test_accuracy"] == from_onnx["accuracy"]
     assert manifest["validation_accuracy"] == accuracy("--split", "validation")["accuracy"]
