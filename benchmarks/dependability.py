@@ -91,7 +91,7 @@ class Server:
 @contextmanager
 def running(*arguments: str) -> Iterator[Server]:
     """A server for the length of a `with`."""
-    server = Server(*arguments)
+    server = Server("--threads", "1", *arguments)
     try:
         yield server
     finally:

@@ -1,8 +1,8 @@
 """The queue between requests and the engine: batches, deadlines, cancellation, back-pressure.
 
 Must never know gRPC nor ONNX: it is given arrays of images and a function that computes a batch of them. Requests come
-from one event loop; batches are computed one at a time in a thread of the batcher's own, which forms the next batch by
-itself the moment the last one is done, so that no turn of the event loop lies between two batches.
+from one event loop; batches are computed in threads of the batcher's own, each of which forms its next batch by itself
+the moment the last one is done, so that no turn of the event loop lies between two batches.
 """
 
 import asyncio
@@ -83,6 +83,7 @@ class Batch:
     queued_seconds: list[float]
     seconds: float
     error: Exception | None
+    parallel: int  # batches that were computed when this one began, itself among them
 
 
 class Queue:
@@ -174,10 +175,18 @@ class Batcher:
         max_images: Images admitted at once, over all requests, from `admit` to the end of its `with`.
         max_bytes: Bytes of them, likewise.
         observer: Is told of every batch and of every request that got no answer.
+        threads: Batches that are computed at once when there is a backlog; otherwise one is.
     """
 
     def __init__(
-        self, *, max_batch_size: int, max_images: int, max_bytes: int, observer: Observer, max_queue_delay: float = 0.0
+        self,
+        *,
+        max_batch_size: int,
+        max_images: int,
+        max_bytes: int,
+        observer: Observer,
+        max_queue_delay: float = 0.0,
+        threads: int = 1,
     ) -> None:
         self.max_images, self.max_bytes, self.max_queue_delay = max_images, max_bytes, max_queue_delay
         self.admitted_images = 0
@@ -188,13 +197,26 @@ class Batcher:
         self._closing = False
         self._images_per_second = 1000.0  # a guess until the first batches; used for retry hints only
         self._loop = asyncio.get_running_loop()
-        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
-        self._thread.start()
+        self._computing = 0
+        self._threads = [
+            threading.Thread(target=self._work, name=f"engine-{number}", daemon=True) for number in range(threads)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     @property
     def waiting_images(self) -> int:
         """Images that wait for the engine; those being decoded or computed are not among them."""
         return self._queue.images
+
+    @property
+    def _backlog(self) -> bool:
+        """Whether more waits than the next two batches: only then do several threads compute at once.
+
+        One batch on all cores is sooner done than two on half of them each, and what comes in the meantime makes the
+        next one larger. Where much waits anyway, threads that need not wait for one another get more done.
+        """
+        return self._queue.images >= 2 * self._queue.max_batch_size
 
     def admit(self, images: int, size: int) -> Admission:
         """Keeps room for the images of one request, `size` bytes in all: `with batcher.admit(…): …`.
@@ -220,7 +242,8 @@ class Batcher:
 
         Args:
             images: uint8 [n, …], n at least 1; not to be changed until the answer.
-            compute: Called in the engine's thread with at most `max_batch_size` images, perhaps of several requests.
+            compute: Called in one of the engine's threads with at most `max_batch_size` images, perhaps of several
+                requests.
             deadline: On time.monotonic(). Past it no more images are computed and the caller is told at once.
 
         Raises:
@@ -235,7 +258,8 @@ class Batcher:
             timer = self._loop.call_at(deadline, self._expire, request)
         with self._changed:
             self._queue.put(request)
-            self._changed.notify()
+            if not self._computing or self._backlog:
+                self._changed.notify()
         try:
             return await request.future
         except asyncio.CancelledError:
@@ -250,11 +274,12 @@ class Batcher:
                 timer.cancel()
 
     async def close(self) -> None:
-        """Ends the engine's thread after what is queued has been computed."""
+        """Ends the engine's threads after what is queued has been computed."""
         with self._changed:
             self._closing = True
-            self._changed.notify()
-        await self._loop.run_in_executor(None, self._thread.join)
+            self._changed.notify_all()
+        for thread in self._threads:
+            await self._loop.run_in_executor(None, thread.join)
 
     def _expire(self, request: Request) -> None:
         if request.future.done():
@@ -269,24 +294,24 @@ class Batcher:
         with self._changed:
             return self._queue.drop(request)
 
-    # In the engine's thread
+    # In the engine's threads
 
     def _work(self) -> None:
         while pieces := self._next():
-            started = time.monotonic()
+            parallel, started = self._computing, time.monotonic()
             queued = [started - piece.request.queued_at for piece in pieces if piece.start == 0]
-            images = sum(piece.stop - piece.start for piece in pieces)
+            outputs: Outputs = ()
             error: Exception | None = None
-            done: list[Request] = []
             try:
-                done = compute_pieces(pieces)
+                outputs = compute_pieces(pieces)
             except Exception as raised:  # whatever it is, it is these requests' answer; the next batch has its turn
-                logger.exception("a batch of %d images failed", images)
+                logger.exception("a batch of %d images failed", count_images(pieces))
                 error = raised
-                done = [piece.request for piece in pieces]
-            batch = Batch(images, queued, time.monotonic() - started, error)
+            batch = Batch(count_images(pieces), queued, time.monotonic() - started, error, parallel)
+            with self._changed:
+                self._computing -= 1
             # What is not the engine's business is done by the loop, while the next batch is computed.
-            self._loop.call_soon_threadsafe(self._settle, done, batch)
+            self._loop.call_soon_threadsafe(self._settle, pieces, outputs, batch)
 
     def _next(self) -> list[Piece]:
         """Waits for the next batch; empty when closed."""
@@ -294,7 +319,12 @@ class Batcher:
             while True:
                 ready_at = 0.0 if self._closing else self._queue.ready_at(self.max_queue_delay)
                 now = time.monotonic()
+                if self._computing and not self._backlog and not self._closing:
+                    ready_at = None  # the thread that computes will come for it
                 if ready_at is not None and ready_at <= now and (pieces := self._queue.take(now)):
+                    self._computing += 1
+                    if self._backlog:
+                        self._changed.notify()  # there is something for another thread too
                     return pieces
                 if self._closing:
                     return []
@@ -303,30 +333,40 @@ class Batcher:
 
     # In the event loop
 
-    def _settle(self, requests: list[Request], batch: "Batch") -> None:
-        error = batch.error
-        self._images_per_second += 0.1 * (batch.images / max(batch.seconds, 1e-6) - self._images_per_second)
-        self._observer.on_batch(batch.images, batch.queued_seconds, batch.seconds, error is not None)
-        for request in requests:
-            if request.future.done():
-                continue
-            if error is None and request.outputs is not None:
-                request.future.set_result(request.outputs)
-            else:
+    def _settle(self, pieces: list[Piece], outputs: Outputs, batch: Batch) -> None:
+        speed = batch.parallel * batch.images / max(batch.seconds, 1e-6)
+        self._images_per_second += 0.1 * (speed - self._images_per_second)
+        self._observer.on_batch(batch.images, batch.queued_seconds, batch.seconds, batch.error is not None)
+        if batch.error is None:
+            for request in hand_out(pieces, outputs):
+                if request.outputs is not None and not request.future.done():
+                    request.future.set_result(request.outputs)
+            return
+        for request in (piece.request for piece in pieces):
+            if not request.future.done():
                 self._drop(request)
                 failure = EngineFailed("the computation of a batch with these images failed; the server's log says why")
-                failure.__cause__ = error
+                failure.__cause__ = batch.error
                 request.future.set_exception(failure)
 
 
-def compute_pieces(pieces: Sequence[Piece]) -> list[Request]:
-    """Computes a batch and gives each request its rows; returns the requests that are complete now."""
+def count_images(pieces: Sequence[Piece]) -> int:
+    """Images of all pieces."""
+    return sum(piece.stop - piece.start for piece in pieces)
+
+
+def compute_pieces(pieces: Sequence[Piece]) -> Outputs:
+    """Computes a batch."""
     parts = [piece.request.images[piece.start : piece.stop] for piece in pieces]
-    outputs = pieces[0].request.compute(parts[0] if len(parts) == 1 else np.concatenate(parts))
+    return pieces[0].request.compute(parts[0] if len(parts) == 1 else np.concatenate(parts))
+
+
+def hand_out(pieces: Sequence[Piece], outputs: Outputs) -> list[Request]:
+    """Gives each request its rows of a batch; returns the requests that are complete now. Not safe for threads."""
     complete = []
     row = 0
-    for piece, part in zip(pieces, parts, strict=True):
-        request, count = piece.request, len(part)
+    for piece in pieces:
+        request, count = piece.request, piece.stop - piece.start
         rows = tuple(output[row : row + count] for output in outputs)
         row += count
         if count == len(request.images):

@@ -4,6 +4,7 @@ Must never know requests, nor where the graph came from.
 """
 
 import logging
+import threading
 from typing import Any, Literal
 
 import numpy as np
@@ -32,7 +33,8 @@ class Engine:
             `logits` and `probabilities`, float32 [batch, classes].
         device: "cuda" takes CUDA or fails; "auto" takes CUDA where onnxruntime has it and it works, and says in the log
             what it took.
-        threads: That compute one batch, the caller's own among them.
+        threads: Of the CPU that compute, the callers' own among them. A batch that is alone has all of them; of those
+            that are computed at the same time each but the first has one, so that none waits for another's.
 
     Raises:
         StartError: The graph cannot be loaded, breaks the contract, or the device asked for is not there.
@@ -40,21 +42,32 @@ class Engine:
 
     def __init__(self, graph: bytes, device: Device = "auto", threads: int = 1) -> None:
         self._session, self.device = _open(graph, device, threads)
+        self.parallel = threads if self.device == "cpu" else 1
+        """Batches that it pays to compute at once."""
+        self._single = _session(graph, [CPU], 1) if self.parallel > 1 else self._session
+        self._computing = 0
+        self._lock = threading.Lock()
         self.classes = _check_contract(self._session)
         self.metadata: dict[str, str] = dict(self._session.get_modelmeta().custom_metadata_map)
 
     def compute(self, images: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Logits and probabilities, each float32 [n, classes], of uint8 images [n, 32, 32, 3]. Safe for threads."""
-        logits, probabilities = self._session.run(OUTPUTS, {"images": images})
+        with self._lock:
+            session = self._single if self._computing else self._session
+            self._computing += 1
+        try:
+            logits, probabilities = session.run(OUTPUTS, {"images": images})
+        finally:
+            with self._lock:
+                self._computing -= 1
         return logits, probabilities
 
     def warm_up(self, max_batch_size: int) -> None:
         """Computes batches of the sizes between 1 and the largest, so that no request pays for first allocations."""
-        size = 1
-        while size < max_batch_size:
-            self.compute(np.zeros((size, HEIGHT, WIDTH, CHANNELS), np.uint8))
-            size *= 2
-        self.compute(np.zeros((max_batch_size, HEIGHT, WIDTH, CHANNELS), np.uint8))
+        sizes = [2**power for power in range(max_batch_size.bit_length()) if 2**power < max_batch_size]
+        for session in dict.fromkeys((self._session, self._single)):
+            for size in (*sizes, max_batch_size):
+                session.run(OUTPUTS, {"images": np.zeros((size, HEIGHT, WIDTH, CHANNELS), np.uint8)})
 
 
 def _open(graph: bytes, device: Device, threads: int) -> tuple[Any, Literal["cpu", "cuda"]]:

@@ -168,6 +168,7 @@ async def _inference(settings: Settings, models: Models, metrics: Metrics) -> As
         max_images=settings.max_queued_images,
         max_bytes=settings.max_queued_bytes,
         observer=metrics,
+        threads=models.current.engine.parallel,
     )
 
     async def show_depth() -> None:

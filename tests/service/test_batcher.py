@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from service.batcher import Batcher, Images, Outputs, Queue, Request, compute_pieces
+from service.batcher import Batcher, Images, Outputs, Queue, Request, compute_pieces, hand_out
 from service.errors import DeadlineExpired, EngineFailed, Overloaded
 
 
@@ -421,11 +421,14 @@ Action = tuple[str, int]
         max_size=25,
     ),
     st.integers(1, 6),
+    st.integers(1, 3),
 )
-def test_every_live_request_is_answered_once_with_its_own_images_in_order(actions: list[Action], max_batch_size: int):
+def test_every_live_request_is_answered_once_with_its_own_images_in_order(
+    actions: list[Action], max_batch_size: int, threads: int
+):
     async def test():
         gate, events = Gate(), Events()
-        batches = batcher(events, max_batch_size=max_batch_size, max_images=255)
+        batches = batcher(events, max_batch_size=max_batch_size, max_images=255, threads=threads)
         requests: list[tuple[list[int], asyncio.Task[Outputs]]] = []
         number = 0
 
@@ -470,9 +473,34 @@ def test_a_piece_writes_its_rows_and_no_others():
         queue.put(request)
         done = []
         while pieces := queue.take(0.0):
-            done += compute_pieces(pieces)
+            done += hand_out(pieces, compute_pieces(pieces))
         assert done == [request]
         assert request.outputs is not None
         assert request.outputs[0][:, 0].tolist() == [0, 1, 2, 3, 4]
+
+    running(test)
+
+
+# Several threads
+
+
+def test_a_second_thread_computes_only_where_more_than_two_batches_wait():
+    async def test():
+        gate, events = Gate(), Events()
+        batches = batcher(events, threads=2)
+        tasks = [asyncio.create_task(batches.submit(numbered(0), gate))]
+        await begun(gate)
+        tasks += [asyncio.create_task(batches.submit(numbered(number), gate)) for number in range(1, 8)]
+        await asyncio.sleep(0.1)
+        assert gate.seen == [[0]]  # seven wait, less than two batches of four
+        tasks.append(asyncio.create_task(batches.submit(numbered(8, 9, 10, 11, 12), gate)))
+        await begun(gate)
+        assert gate.seen == [[0], [1, 2, 3, 4]]  # while the first is still computed
+        gate.permits.release(100)
+        answers = [rows(await task) for task in tasks]
+        assert answers == [*([number] for number in range(8)), [8, 9, 10, 11, 12]]
+        await batches.close()
+        assert sorted(number for batch in gate.seen for number in batch) == list(range(13))
+        assert max(events.batches) <= 4
 
     running(test)

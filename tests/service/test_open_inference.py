@@ -136,7 +136,7 @@ def test_a_timeout_of_zero_is_none_and_a_short_one_is_a_deadline(inference, star
     request.parameters["timeout"].int64_param = 0
     assert inference.ModelInfer(request).outputs
 
-    server = start_server("--model", slow, "--max-batch-size", "1", "--metrics-port", "0").ready()
+    server = start_server("--model", slow, "--threads", "1", "--max-batch-size", "1", "--metrics-port", "0").ready()
     with grpc.insecure_channel(server.target) as channel:
         busy = rpc.GRPCInferenceServiceStub(channel)
         occupying = busy.ModelInfer.future(infer_request(stalling(2)))

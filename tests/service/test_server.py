@@ -113,7 +113,7 @@ def test_reflection_lists_the_services(server):
 
 
 def test_sigterm_lets_requests_in_flight_finish_refuses_new_ones_and_ends_with_0(start_server, slow):
-    server = start_server("--model", slow, "--max-batch-size", "1").ready()
+    server = start_server("--model", slow, "--threads", "1", "--max-batch-size", "1").ready()
     with grpc.insecure_channel(server.target) as channel, grpc.insecure_channel(server.target) as second:
         stub, health = rpc.ImageClassifierStub(channel), health_pb2_grpc.HealthStub(second)
         watch = health.Watch(health_pb2.HealthCheckRequest())
@@ -142,7 +142,7 @@ def server_is_busy(channel: grpc.Channel) -> bool:
 
 
 def test_beyond_the_grace_period_it_stops_and_says_what_it_left(start_server, slow):
-    server = start_server("--model", slow, "--max-batch-size", "1", "--grace", "0.2").ready()
+    server = start_server("--model", slow, "--threads", "1", "--max-batch-size", "1", "--grace", "0.2").ready()
     with grpc.insecure_channel(server.target) as channel:
         in_flight = rpc.ImageClassifierStub(channel).Classify.future(stalled(100))
         with grpc.insecure_channel(server.target) as other:
@@ -154,7 +154,7 @@ def test_beyond_the_grace_period_it_stops_and_says_what_it_left(start_server, sl
 
 
 def test_a_second_sigterm_ends_it_at_once(start_server, slow):
-    server = start_server("--model", slow, "--max-batch-size", "1").ready()
+    server = start_server("--model", slow, "--threads", "1", "--max-batch-size", "1").ready()
     with grpc.insecure_channel(server.target) as channel:
         call = rpc.ImageClassifierStub(channel).Classify.future(stalled(100))
         with grpc.insecure_channel(server.target) as other:
@@ -188,7 +188,7 @@ def test_an_open_stream_ends_with_unavailable(start_server, linear):
 
 
 def test_an_expired_or_cancelled_request_never_reaches_the_engine(start_server, slow):
-    server = start_server("--model", slow, "--max-batch-size", "1", "--metrics-port", "0").ready()
+    server = start_server("--model", slow, "--threads", "1", "--max-batch-size", "1", "--metrics-port", "0").ready()
     with grpc.insecure_channel(server.target) as channel:
         stub = rpc.ImageClassifierStub(channel)
         occupying = stub.Classify.future(stalled(6))
@@ -220,7 +220,18 @@ def test_an_expired_or_cancelled_request_never_reaches_the_engine(start_server, 
 
 def test_a_full_queue_refuses_at_once_with_a_hint_and_serves_on(start_server, slow):
     server = start_server(
-        "--model", slow, "--max-batch-size", "1", "--max-queued-images", "2", "--max-images", "2", "--metrics-port", "0"
+        "--model",
+        slow,
+        "--threads",
+        "1",
+        "--max-batch-size",
+        "1",
+        "--max-queued-images",
+        "2",
+        "--max-images",
+        "2",
+        "--metrics-port",
+        "0",
     ).ready()
     with grpc.insecure_channel(server.target) as channel:
         stub = rpc.ImageClassifierStub(channel)
