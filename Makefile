@@ -20,7 +20,7 @@ TRAIN_OPTIONS = --seed $(SEED) --device $(DEVICE) --precision $(PRECISION) --res
 
 # `make train export` is a sequence, whatever -j says.
 .NOTPARALLEL:
-.PHONY: help demo serve setup data train export evaluate report test test-slow lint format protos wheel bench-training bench-dependability bench-serving clean
+.PHONY: help demo serve setup data train export evaluate report test test-slow lint format protos wheel bench-training bench-dependability bench-serving soak clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets and what can be set
@@ -98,6 +98,9 @@ bench-dependability: $(READY) ## how fast the server starts, refuses and gives u
 
 bench-serving: $(READY) ## serving speed beside Triton, MLServer, Ray Serve and LitServe; installs them; half an hour
 	$(PY) benchmarks/serving.py
+
+soak: $(READY) ## two million images at full load: throughput and memory by quarter; half an hour in fp32
+	$(PY) benchmarks/soak.py
 
 clean: ## remove what tools left; keeps .venv, data, runs and exports
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist

@@ -8,7 +8,6 @@ import os
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -101,29 +100,34 @@ def free_port() -> int:
 
 
 class Running:
-    """A started server's processes: their CPU seconds, and the most memory they held together."""
+    """A started server's processes: their CPU seconds, and the most memory they were seen to hold together."""
 
     def __init__(self, process: subprocess.Popen[bytes], port: int) -> None:
         self.port = port
         self._process = psutil.Process(process.pid)
         self._ended: dict[int, float] = {}
         self.peak_memory = 0
-        self._stop = threading.Event()
-        self._watch = threading.Thread(target=self._measure_memory, daemon=True)
-        self._watch.start()
 
     def _tree(self) -> list[psutil.Process]:
         with suppress(psutil.NoSuchProcess):
             return [self._process, *self._process.children(recursive=True)]
         return []
 
-    def _measure_memory(self) -> None:
-        while not self._stop.wait(0.5):
-            held = 0
-            for process in self._tree():
-                with suppress(psutil.Error):
-                    held += process.memory_full_info().pss  # pages that several share count once
-            self.peak_memory = max(self.peak_memory, held)
+    def note_memory(self) -> None:
+        """Looks how much they hold now. Not while a load runs: to count shared pages holds up the processes."""
+        held = 0
+        for process in self._tree():
+            with suppress(psutil.Error):
+                held += process.memory_full_info().pss  # pages that several share count once
+        self.peak_memory = max(self.peak_memory, held)
+
+    def resident_memory(self) -> int:
+        """Bytes that all its processes hold now."""
+        held = 0
+        for process in self._tree():
+            with suppress(psutil.Error):
+                held += process.memory_info().rss
+        return held
 
     def cpu_seconds(self) -> float:
         """Of all its processes until now, those that ended too."""
@@ -135,8 +139,6 @@ class Running:
 
     def end(self) -> None:
         """Stops the processes, by force where they do not go by themselves."""
-        self._stop.set()
-        self._watch.join()
         tree = self._tree()
         for process in tree[:1]:
             with suppress(psutil.Error):

@@ -214,6 +214,7 @@ class Bench:
                 if load.share and not rate:
                     continue
                 result[load.name] = self.ask(server, running, load, rate, seed)
+                running.note_memory()
             result["peak_mebibytes"] = running.peak_memory / 2**20
         return result
 
@@ -296,22 +297,24 @@ def draw(results: dict[str, list[Figures]], file: Path) -> None:
 
     from cifar_core.figures import COLOURS, STYLE
 
-    markers = dict(zip(results, "os^Dv*PX", strict=False))
+    # One colour for all of ours, a style of line each.
+    styles = iter(("-", "--", "-.", ":"))
+    others = iter(("blue", "green", "purple", "sky"))
     with style.context(STYLE):
-        figure, axes = pyplot.subplots(figsize=(7.0, 4.6), layout="constrained")
-        for (name, rounds), colour in zip(results.items(), COLOURS.values(), strict=False):
+        figure, axes = pyplot.subplots(figsize=(8.0, 4.6), layout="constrained")
+        for (name, rounds), marker in zip(results.items(), "xos^DvP*X", strict=False):
             points = [
                 (median(rounds, load.name, "images_per_second"), median(rounds, load.name, "p99"))
                 for load in LOADS
                 if load.concurrency and load.images == 1 and not load.encoded
             ]
-            xs, ys = (
-                zip(*[(x, y) for x, y in points if x and y], strict=True) if any(p[0] for p in points) else ((), ())
-            )
-            if xs and name != RAW:
-                axes.plot(xs, ys, marker=markers[name], color=colour, label=name)
+            xs, ys = [x for x, y in points if x and y], [y for x, y in points if x and y]
+            if not xs or name == RAW:
+                continue
+            colour, line = ("orange", next(styles)) if name.startswith("ours") else (next(others), "-")
+            axes.plot(xs, ys, line, marker=marker, color=COLOURS[colour], label=name)
         axes.set(xlabel="images/s, one a call", ylabel="p99, ms", yscale="log", xlim=(0, None))
-        axes.legend(fontsize=10)
+        figure.legend(loc="outside right center", fontsize=10)
         figure.savefig(file, dpi=150, metadata={"Software": None})
         pyplot.close(figure)
 
