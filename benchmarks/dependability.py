@@ -91,7 +91,7 @@ class Server:
 @contextmanager
 def running(*arguments: str) -> Iterator[Server]:
     """A server for the length of a `with`."""
-    server = Server("--threads", "1", *arguments)
+    server = Server(*arguments)
     try:
         yield server
     finally:
@@ -131,10 +131,10 @@ def start(times: int) -> None:
 
 def busy_engine(folder: Path) -> None:
     """Deadlines, cancellation and refusals while a batch takes about a second."""
+    # One thread, so that one batch keeps the engine busy.
+    options = ["--threads", "1", "--max-batch-size", "1", "--max-queued-images", "60", "--max-images", "60"]
     with (
-        running(
-            "--model", str(folder), "--max-batch-size", "1", "--max-queued-images", "60", "--max-images", "60"
-        ) as server,
+        running("--model", str(folder), *options) as server,
         grpc.insecure_channel(server.target) as channel,
     ):
         stub: Any = cifar_rpc.ImageClassifierStub(channel)  # type: ignore[no-untyped-call]

@@ -24,7 +24,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 
 REPOSITORY = Path(__file__).parents[1]
@@ -34,8 +33,6 @@ from servers import CLASSIFY, PEERS, SERVERS, Running, Server, install, started 
 
 from service.generated.cifar.v1 import image_classifier_pb2 as cifar  # noqa: E402
 from service.generated.inference import open_inference_pb2 as inference  # noqa: E402
-
-matplotlib.use("agg")
 
 Figures = dict[str, Any]
 RAW = "onnxruntime alone"
@@ -124,22 +121,20 @@ class Payloads:
 class Bench:
     """Everything that stays the same over a run."""
 
-    def __init__(self, arguments: argparse.Namespace, folder: Path) -> None:
-        self.model: Path = arguments.model.resolve()
-        self.seconds: float = arguments.seconds
+    def __init__(self, model: Path, seconds: int, servers: Sequence[Server], peers: Path, folder: Path) -> None:
+        self.model = model.resolve()
+        self.seconds = seconds
         self.threads = len(os.sched_getaffinity(0))
-        self.peers: Path = arguments.peers
         self.logs = folder
         self.payloads = Payloads(folder)
-        self.program = compile_load_generator(arguments.peers)
-        self.pythons = {server.name: install(server, arguments.peers) for server in arguments.chosen}
+        self.program = compile_load_generator(peers)
+        self.pythons = {server.name: install(server, peers) for server in servers}
 
     def raw(self, load: Load) -> Figures:
         """What onnxruntime does alone, in batches as a server could form them."""
-        python = next(path for name, path in self.pythons.items() if name.startswith("ours"))
         environment = {**os.environ, "MODEL": str(self.model), "THREADS": str(self.threads)}
         done = subprocess.run(
-            [str(python), "raw.py", str(load.batch), str(self.seconds)],
+            [sys.executable, "raw.py", str(load.batch), str(self.seconds)],
             cwd=PEERS, env=environment, check=True, capture_output=True, text=True,
         )  # fmt: skip
         return dict(json.loads(done.stdout))
@@ -168,7 +163,7 @@ class Bench:
         log = self.logs / "h2load"
         log.unlink(missing_ok=True)
         command = [
-            "h2load", "--h1", "-c", str(load.concurrency), "-D", str(int(self.seconds)), "--warm-up-time", "1",
+            "h2load", "--h1", "-c", str(load.concurrency), "-D", str(self.seconds), "--warm-up-time", "1",
             "-H", "content-type: application/json", "-d", str(payload), "--log-file", str(log),
             f"http://127.0.0.1:{port}/predict",
         ]  # fmt: skip
@@ -177,7 +172,7 @@ class Bench:
         times = sorted(int(row[2]) / 1000 for row in rows if row[1] == "200")
         share = (self.seconds + 1) / self.seconds  # the log tells of what came after the warm-up
         return {
-            "images_per_second": len(times) * load.images / int(self.seconds),
+            "images_per_second": len(times) * load.images / self.seconds,
             "p50": times[len(times) // 2] if times else 0.0,
             "p99": times[int(0.99 * len(times))] if times else 0.0,
             "answered": int(len(times) * share),
@@ -332,21 +327,21 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("reports/serving"), help="default: %(default)s")
     arguments = parser.parse_args()
     wanted = arguments.servers.split(";")
-    arguments.chosen = [server for server in SERVERS if server.name in wanted]
+    chosen = [server for server in SERVERS if server.name in wanted]
     loads = [load for load in LOADS if load.name in arguments.loads.split(",")]
     if unknown := set(wanted) - set(names):
         parser.error(f"no server is called {', '.join(unknown)}; there are: {'; '.join(names)}")
-    results: dict[str, list[Figures]] = {RAW: [], **{server.name: [] for server in arguments.chosen}}
+    results: dict[str, list[Figures]] = {RAW: [], **{server.name: [] for server in chosen}}
     arguments.output.mkdir(parents=True, exist_ok=True)
 
     def tell(what: str) -> None:
         print(f"{time.strftime('%H:%M:%S')} {what}", file=sys.stderr, flush=True)
 
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(arguments, Path(folder))
+        bench = Bench(arguments.model, arguments.seconds, chosen, arguments.peers, Path(folder))
         for number in range(arguments.rounds):
             tell(f"round {number + 1} of {arguments.rounds}")
-            order = list(arguments.chosen)
+            order = list(chosen)
             random.Random(number).shuffle(order)
             results[RAW].append({load.name: bench.raw(load) for load in loads if load.concurrency})
             for server in order:

@@ -12,7 +12,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,7 +54,7 @@ def main() -> None:
     server = Server("ours", options=(*QUEUE, "--variant", arguments.variant))
     model = REPOSITORY / "exported/model.onnx"
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(Namespace(model=model, seconds=5, peers=arguments.peers, chosen=[server]), Path(folder))
+        bench = Bench(model, 5, [server], arguments.peers, Path(folder))
         with started(server, Path(sys.executable), model, bench.threads, Path(folder, "log")) as running:
             bench.wait_until_it_answers(server, running)
             speed = bench.ask(server, running, LOAD, 0.0, 0)["images_per_second"]

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 import torch
 from torch import Tensor, nn
@@ -48,6 +49,7 @@ PARITY_IMAGES = 1000
 PARITY_BATCHES = (1, 7, 256)
 PARITY_LIMIT = 1e-5
 """The greatest difference of a probability between onnxruntime and torch at which an export still counts."""
+VARIANTS = {"fp32", "int8"}
 INT8_LIMIT = 0.01
 """The share of validation images by which int8 may be right less often than fp32."""
 
@@ -214,7 +216,7 @@ def publish(target: Path, files: dict[str, bytes]) -> None:
 
 
 def current_export(target: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
-    """The manifest in a folder if it is that of the same weights, data and libraries and its files are whole."""
+    """The manifest in a folder if it is that of the same weights, data and libraries, complete, and its files whole."""
     try:
         manifest: dict[str, Any] = json.loads((target / "manifest.json").read_bytes())
         same = all(manifest[key] == value for key, value in identity.items())
@@ -224,19 +226,26 @@ def current_export(target: Path, identity: dict[str, Any]) -> dict[str, Any] | N
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None  # nothing there, or torn: to be written
-    return manifest if same and whole and manifest["variants"].keys() == {"fp32", "int8"} else None
+    complete = same and whole and manifest["variants"].keys() == VARIANTS
+    return manifest if complete else None
 
 
-def quantised(graph: bytes, exported: Predictor, dataset: Dataset) -> tuple[bytes, dict[str, Any]]:
+def quantised(
+    graph: bytes, exported: Predictor, dataset: Dataset, training: npt.NDArray[np.int64]
+) -> tuple[bytes, dict[str, Any]]:
     """The graph in int8, and its entry in the manifest.
+
+    Args:
+        graph: in fp32.
+        exported: the same, ready to be asked.
+        dataset: to calibrate, compare and evaluate on.
+        training: int64 [N], indices of the images that it was trained on.
 
     Raises:
         ExportError: int8 costs more of the validation accuracy than `INT8_LIMIT`, and more than two images.
     """
-    count, seed = exported.split or (0, 0)
-    indices, _ = split(len(dataset.train), count, seed)
-    order = np.random.RandomState(0).permutation(len(indices))[:CALIBRATION_IMAGES]
-    content = to_int8(graph, dataset.train.images[indices[order]].numpy())
+    chosen = np.random.RandomState(0).permutation(training)[:CALIBRATION_IMAGES]
+    content = to_int8(graph, dataset.train.images[chosen].numpy())
     predictor = onnx_predictor(content, CPU)
     before, after = (evaluate(each, dataset, "validation") for each in (exported, predictor))
     lost = before["correct"] - after["correct"]
@@ -251,7 +260,7 @@ def quantised(graph: bytes, exported: Predictor, dataset: Dataset) -> tuple[byte
         "sha256": hashlib.sha256(content).hexdigest(),
         "test_accuracy": result["accuracy"],
         "test_images": result["images"],
-        "calibration_images": len(order),
+        "calibration_images": len(chosen),
     }
 
 
@@ -318,7 +327,8 @@ def export_run(run: RunFolder, dataset: Dataset, target: Path) -> dict[str, Any]
         "test_accuracy": result["accuracy"],
         "test_images": result["images"],
     }
-    graph_int8, variant_int8 = quantised(graph, exported, dataset)
+    training, _ = split(len(dataset.train), recipe["validation_images"], recipe["split_seed"])
+    graph_int8, variant_int8 = quantised(graph, exported, dataset, training.numpy())
     manifest = identity | {
         "variants": {"fp32": variant, "int8": variant_int8},
         "recipe": recipe,

@@ -3,6 +3,7 @@
 Okabe and Ito's colours, which the colour-blind can tell apart; legible at half a page. Knows nothing of runs.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,7 +86,7 @@ def plot_curves(file: Path, title: str, label: str, curves: Sequence[Curve]) -> 
     """Quantities over epochs: the mean over seeds as a line, their range as a band, marked epochs as points."""
     with style.context(STYLE):
         figure, axes = pyplot.subplots(figsize=(6.0, 4.0), layout="constrained")
-        for curve, line in zip(curves, ("--", "-", "-.", ":"), strict=False):
+        for curve, line in zip(curves, itertools.cycle(("--", "-", "-.", ":")), strict=False):
             _draw(axes, curve, line)
             if curve.marked:
                 axes.plot(
@@ -108,7 +109,7 @@ def plot_comparison(file: Path, panels: Sequence[tuple[str, Sequence[Curve]]]) -
     with style.context(STYLE):
         figure, all_axes = pyplot.subplots(1, len(panels), figsize=(5.0 * len(panels), 4.0), layout="constrained")
         for axes, (title, curves) in zip(np.atleast_1d(all_axes), panels, strict=True):
-            for curve, line in zip(curves, ("-", "--", "-.", ":"), strict=False):
+            for curve, line in zip(curves, itertools.cycle(("-", "--", "-.", ":")), strict=False):
                 _draw(axes, curve, line)
             axes.set(title=title, xlabel="epoch")
             _count_epochs(axes)

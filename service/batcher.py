@@ -297,7 +297,8 @@ class Batcher:
     # In the engine's threads
 
     def _work(self) -> None:
-        while pieces := self._next():
+        pieces = self._next()
+        while pieces:
             parallel, started = self._computing, time.monotonic()
             queued = [started - piece.request.queued_at for piece in pieces if piece.start == 0]
             outputs: Outputs = ()
@@ -308,14 +309,19 @@ class Batcher:
                 logger.exception("a batch of %d images failed", count_images(pieces))
                 error = raised
             batch = Batch(count_images(pieces), queued, time.monotonic() - started, error, parallel)
-            with self._changed:
-                self._computing -= 1
             # What is not the engine's business is done by the loop, while the next batch is computed.
             self._loop.call_soon_threadsafe(self._settle, pieces, outputs, batch)
+            pieces = self._next(finished=1)
 
-    def _next(self) -> list[Piece]:
-        """Waits for the next batch; empty when closed."""
+    def _next(self, finished: int = 0) -> list[Piece]:
+        """Waits for the next batch; empty when closed.
+
+        Args:
+            finished: Batches that the thread has computed since it asked last. Between them and the next nobody sees an
+                idle engine, which would wake another thread for what this one is about to take.
+        """
         with self._changed:
+            self._computing -= finished
             while True:
                 ready_at = 0.0 if self._closing else self._queue.ready_at(self.max_queue_delay)
                 now = time.monotonic()

@@ -1,4 +1,4 @@
-"""One onnxruntime session: providers, threads, warm-up. A batch of images goes in, logits and probabilities come out.
+"""A graph in onnxruntime: providers, threads, warm-up. A batch of images goes in, logits and probabilities come out.
 
 Must never know requests, nor where the graph came from.
 """
@@ -42,13 +42,13 @@ class Engine:
 
     def __init__(self, graph: bytes, device: Device = "auto", threads: int = 1) -> None:
         self._session, self.device = _open(graph, device, threads)
+        self.classes = _check_contract(self._session)
+        self.metadata: dict[str, str] = dict(self._session.get_modelmeta().custom_metadata_map)
         self.parallel = threads if self.device == "cpu" else 1
         """Batches that it pays to compute at once."""
         self._single = _session(graph, [CPU], 1) if self.parallel > 1 else self._session
         self._computing = 0
         self._lock = threading.Lock()
-        self.classes = _check_contract(self._session)
-        self.metadata: dict[str, str] = dict(self._session.get_modelmeta().custom_metadata_map)
 
     def compute(self, images: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Logits and probabilities, each float32 [n, classes], of uint8 images [n, 32, 32, 3]. Safe for threads."""

@@ -126,7 +126,7 @@ async def _run(settings: Settings, shares_port: bool, on_ready: Callable[[], Non
 def _spare_the_collector() -> None:
     """What is there at the start stays: the garbage collector need not look through it again and again.
 
-    A full collection would stop all threads for tens of milliseconds, which the slowest requests would show.
+    While it looks no thread runs Python, and the slowest requests show it (docs/performance.md).
     """
     gc.collect()
     gc.freeze()

@@ -34,4 +34,5 @@ async def main() -> None:
     await MLServer(settings).start([model])
 
 
-asyncio.run(main())
+if __name__ == "__main__":  # worker processes import this file
+    asyncio.run(main())

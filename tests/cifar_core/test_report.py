@@ -7,20 +7,9 @@ import pytest
 from PIL import Image
 
 from cifar_core.recipes import RECIPES
-from cifar_core.report import (
-    HISTORIES,
-    SKELETON,
-    ReportError,
-    claim_table,
-    fill,
-    main_rows,
-    percent,
-    read_runs,
-    rows_of,
-    study_table,
-    write_report,
-)
+from cifar_core.report import HISTORIES, SKELETON, claim_table, fill, study_table, write_report
 from cifar_core.run_folder import RunError
+from cifar_core.study import ReportError, main_rows, percent, read_runs, rows_of
 from tests.conftest import REPOSITORY
 
 COMMITTED = REPOSITORY / HISTORIES

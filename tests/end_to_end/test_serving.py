@@ -30,12 +30,16 @@ def test_the_demo_classifies_the_sample_pictures_and_stops():
         assert (picture.name in done.stdout) == (picture.suffix != ".md")
 
 
-def test_every_sample_picture_is_what_its_name_says():
-    server = Server("--model", SHIPPED).ready()
+@pytest.mark.parametrize("variant", ["fp32", "int8"])
+def test_every_sample_picture_is_what_its_name_says(variant):
+    server = Server("--model", SHIPPED, "--variant", variant).ready()
+    shipped = json.loads((SHIPPED / "manifest.json").read_text())["variants"][variant]
     try:
         pictures = sorted(path for path in (REPOSITORY / "samples").iterdir() if path.suffix != ".md")
         with Client(server.target) as client:
             assert [answer.best.name for answer in client.classify(pictures)] == [path.stem for path in pictures]
+            model = client.model()
+        assert (model.variant, model.test_accuracy) == (variant, pytest.approx(shipped["test_accuracy"]))
     finally:
         assert server.stop() == 0
 
