@@ -4,7 +4,7 @@ PROCESSOR ?= cpu
 DATA      ?=
 SEED      ?= 0
 DEVICE    ?= auto
-PRECISION ?= fp32
+PRECISION ?=
 MODEL     ?=
 OPTIONS   ?=
 RUNS      ?=
@@ -16,7 +16,7 @@ SERVE := $(VENV)/.serve-$(PROCESSOR)
 READY := $(VENV)/.ready-$(PROCESSOR)
 
 DATA_OPTION  = $(if $(DATA),--data $(DATA))
-TRAIN_OPTIONS = --seed $(SEED) --device $(DEVICE) --precision $(PRECISION) --resume $(DATA_OPTION)
+TRAIN_OPTIONS = --seed $(SEED) --device $(DEVICE) $(if $(PRECISION),--precision $(PRECISION)) --resume $(DATA_OPTION)
 
 # `make train export` is a sequence, whatever -j says.
 .NOTPARALLEL:
@@ -27,7 +27,7 @@ help: ## list the targets and what can be set
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-19s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo "  DATA=cifar10 | FOLDER | synthetic[:N]   the data (default: \$$CIFAR10_DATA, or the official archive, downloaded)"
-	@echo "  SEED=0  DEVICE=auto|cpu|cuda  PRECISION=fp32|bf16   of training"
+	@echo "  SEED=0  DEVICE=auto|cpu|cuda  PRECISION=fp32|bf16   of training (default: the recipe's)"
 	@echo "  MODEL=exported/model.onnx | runs/RECIPE/SEED | grpc://HOST:PORT   what evaluate measures"
 	@echo "  OPTIONS='--port 50051 …'                the server's"
 	@echo "  PROCESSOR=cpu|cuda                      which onnxruntime is installed"
@@ -55,9 +55,10 @@ $(READY): $(SERVE)
 data: $(READY) ## summary of the data, its statistics, figure 1
 	$(PY) -m cifar_core.data $(DATA_OPTION)
 
-train: $(READY) ## train dropout-0.2 and deep to the end; goes on where it was stopped, skips what is finished
+train: $(READY) ## train dropout-0.2, deep and deep-fast to the end; goes on where it was stopped, skips what is finished
 	$(PY) -m cifar_core.train dropout-0.2 $(TRAIN_OPTIONS)
 	$(PY) -m cifar_core.train deep $(TRAIN_OPTIONS)
+	$(PY) -m cifar_core.train deep-fast $(TRAIN_OPTIONS)
 
 export: $(READY) ## write the finished run of best validation accuracy to exported/
 	$(PY) -m cifar_core.export $(DATA_OPTION)

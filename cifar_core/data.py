@@ -7,7 +7,7 @@ nothing of models or training.
 import argparse
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -185,15 +185,24 @@ class Batches:
         order: indices into them, a sampler of torch or an int64 tensor.
         batch_size: at least 1.
         start: number of batches to leave out, for a run that goes on within an epoch.
+        augment: gives the images of some indices (int64 [B]) in place of the plain ones.
     """
 
-    def __init__(self, data: Images, order: Sampler[int] | Tensor, batch_size: int, start: int = 0) -> None:
+    def __init__(
+        self,
+        data: Images,
+        order: Sampler[int] | Tensor,
+        batch_size: int,
+        start: int = 0,
+        augment: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}, but must be at least 1")
         self.data = data
         self.order = order
         self.batch_size = batch_size
         self.start = start
+        self.augment = augment or data.images.__getitem__
 
     def __len__(self) -> int:
         return -(-len(self.order) // self.batch_size) - self.start  # type: ignore[arg-type]
@@ -203,7 +212,7 @@ class Batches:
         order = order.to(self.data.labels.device)
         for first in range(self.start * self.batch_size, len(order), self.batch_size):
             indices = order[first : first + self.batch_size]
-            yield self.data.images[indices], self.data.labels[indices]
+            yield self.augment(indices), self.data.labels[indices]
 
 
 def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -6,6 +6,7 @@ Knows nothing of training; every kind of model becomes a function from images to
 """
 
 import argparse
+import dataclasses
 import json
 import time
 from collections.abc import Callable
@@ -16,13 +17,16 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import torch
+from scipy.special import softmax
 from scipy.stats import binomtest
 from sklearn.metrics import confusion_matrix, log_loss
+from torch import nn
 
+from cifar_core.calibration import expected_calibration_error, negative_log_likelihood, reliability
 from cifar_core.data import Dataset, Images, add_data_argument, load_dataset, split
 from cifar_core.device import DEVICES, choose_device
 from cifar_core.errors import CifarError, run_command
-from cifar_core.models import MODELS, ConvNet
+from cifar_core.models import make_model
 from cifar_core.run_folder import RunFolder, atomic_write, default_place, load_checkpoint, to_json
 
 BATCH = 256
@@ -46,6 +50,7 @@ class Predictor:
         predict: uint8 [N, 32, 32, 3] → logits and probabilities, float32 [N, classes].
         split: how its training images were split, as `data.split` takes it after the count; None where it is not known.
         trained_on: fingerprint of the data it was trained on.
+        tells_logits: whether the logits are the network's own.
     """
 
     name: str
@@ -53,9 +58,10 @@ class Predictor:
     predict: Callable[[UInt8], tuple[Floats, Floats]]
     split: tuple[int, int] | None
     trained_on: str
+    tells_logits: bool = True
 
 
-def build_model(checkpoint: dict[str, Any]) -> ConvNet:
+def build_model(checkpoint: dict[str, Any]) -> nn.Sequential:
     """The network of a checkpoint with its weights, in evaluation mode on the CPU.
 
     Raises:
@@ -63,9 +69,10 @@ def build_model(checkpoint: dict[str, Any]) -> ConvNet:
     """
     recipe = checkpoint["recipe"]
     try:
-        model = MODELS[recipe["model"]](recipe["dropout"], len(checkpoint["classes"]))
+        # Checkpoints from before there was `width` lack it.
+        model = make_model(recipe["model"], len(checkpoint["classes"]), recipe["dropout"], recipe.get("width", 0))
         model.load_state_dict(checkpoint["model"])
-    except (KeyError, TypeError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise EvaluationError(f"this checkpoint's weights do not go with its recipe ({error}); train again") from error
     return model.eval()
 
@@ -161,7 +168,7 @@ def server_predictor(target: str) -> Predictor:
             return np.log(probabilities), probabilities
 
     name = f"{model.version} at {SERVER_SCHEME}{target} ({model.variant} on {model.device})"
-    return Predictor(name, tuple(model.classes), predict, None, model.trained_on)
+    return Predictor(name, tuple(model.classes), predict, None, model.trained_on, tells_logits=False)
 
 
 def load_predictor(place: str | Path, device: torch.device) -> Predictor:
@@ -218,6 +225,20 @@ def choose_split(
     return Images(dataset.train.images[indices], dataset.train.labels[indices]), indices.numpy()
 
 
+def _calibration(
+    probabilities: npt.NDArray[np.float64], logits: Floats | None, labels: npt.NDArray[np.int64]
+) -> dict[str, Any]:
+    """Calibration error and loss of the softmax of the logits as well, which lacks the graph's temperature."""
+    before = None if logits is None else softmax(logits.astype(np.float64), axis=1)
+    return {
+        "ece": expected_calibration_error(probabilities, labels),
+        "ece_before": None if before is None else expected_calibration_error(before, labels),
+        "loss_before": None if logits is None else negative_log_likelihood(logits, labels),
+        "bins": [dataclasses.asdict(each) for each in reliability(probabilities, labels)],
+        "bins_before": None if before is None else [dataclasses.asdict(each) for each in reliability(before, labels)],
+    }
+
+
 def evaluate(predictor: Predictor, dataset: Dataset, which: Literal["test", "validation"] = "test") -> dict[str, Any]:
     """Measures a model on a split.
 
@@ -228,8 +249,10 @@ def evaluate(predictor: Predictor, dataset: Dataset, which: Literal["test", "val
 
     Returns:
         Plain values: `model`, `data`, `split`, `images`, `correct`, `accuracy`, `interval` (95 %, Wilson), `loss`
-        (cross-entropy), `per_class` (accuracy by class name), `confusion` (rows: true classes; columns: predicted),
-        `confident_mistakes` (ten: index in the set, label, prediction, probability), `images_per_second`.
+        (cross-entropy), `calibration` (`ece`, the expected calibration error, and its `bins`; `ece_before`,
+        `bins_before`, `loss_before`: without the graph's temperature, None where a server does not tell), `per_class`
+        (accuracy by class name), `confusion` (rows: true classes; columns: predicted), `confident_mistakes` (ten:
+        index in the set, label, prediction, probability), `images_per_second`.
 
     Raises:
         EvaluationError: the model's classes are not the data's.
@@ -239,7 +262,7 @@ def evaluate(predictor: Predictor, dataset: Dataset, which: Literal["test", "val
     images, labels = data.images.numpy(), data.labels.numpy()
     predictor.predict(images[:BATCH])  # the first batch pays for allocations that the others share
     started = time.perf_counter()
-    _, probabilities = predict_all(predictor, images)
+    logits, probabilities = predict_all(predictor, images)
     seconds = time.perf_counter() - started
     predicted = probabilities.argmax(1)
     names, every = predictor.classes, np.arange(len(predictor.classes))
@@ -264,6 +287,7 @@ def evaluate(predictor: Predictor, dataset: Dataset, which: Literal["test", "val
         "accuracy": correct / len(labels),
         "interval": wilson_interval(correct, len(labels)),
         "loss": float(log_loss(labels, in_double / in_double.sum(1, keepdims=True), labels=every)),
+        "calibration": _calibration(in_double, logits if predictor.tells_logits else None, labels),
         "per_class": {
             name: float(confusion[row, row] / totals[row]) if totals[row] else None for row, name in enumerate(names)
         },
@@ -281,6 +305,14 @@ def evaluate(predictor: Predictor, dataset: Dataset, which: Literal["test", "val
     }
 
 
+def _calibration_text(result: dict[str, Any]) -> str:
+    calibration = result["calibration"]
+    text = f"expected calibration error {calibration['ece']:.2%}"
+    if calibration["ece_before"] is not None and calibration["loss_before"] != result["loss"]:
+        text += f" (without the temperature {calibration['ece_before']:.2%}, loss {calibration['loss_before']:.4f})"
+    return text
+
+
 def report(result: dict[str, Any]) -> str:
     """An evaluation as text for a terminal."""
     low, high = result["interval"]
@@ -289,6 +321,7 @@ def report(result: dict[str, Any]) -> str:
         + ("" if result["data"]["trained_on_it"] else " (not the data that it was trained on)"),
         f"accuracy {result['accuracy']:.2%} (95 % interval {low:.2%} to {high:.2%}; {result['correct']:,} right)   "
         f"loss {result['loss']:.4f}   {result['images_per_second']:,.0f} images/s",
+        _calibration_text(result),
         "",
     ]
     names = list(result["per_class"])

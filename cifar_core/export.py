@@ -25,8 +25,10 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import torch
+from scipy.special import softmax
 from torch import Tensor, nn
 
+from cifar_core.calibration import fit_temperature
 from cifar_core.data import Dataset, add_data_argument, load_dataset, split
 from cifar_core.device import CPU
 from cifar_core.errors import CifarError, run_command
@@ -40,11 +42,11 @@ from cifar_core.evaluate import (
     predict_all,
     torch_predictor,
 )
+from cifar_core.models import folded
 from cifar_core.quantise import CALIBRATION_IMAGES, to_int8
 from cifar_core.run_folder import RunFolder, best_epoch, default_place, finished_runs, load_checkpoint, to_json
 
 SCHEMA_VERSION = 1
-CANDIDATES = ("dropout-0.2", "deep")
 PARITY_IMAGES = 1000
 PARITY_BATCHES = (1, 7, 256)
 PARITY_LIMIT = 1e-5
@@ -59,42 +61,49 @@ class ExportError(CifarError):
 
 
 class Classifier(nn.Module):
-    """The graph that is served: uint8 [N, 32, 32, 3] → logits and probabilities, float32 [N, classes] each."""
+    """The graph that is served: uint8 [N, 32, 32, 3] → logits and probabilities, float32 [N, classes] each.
 
-    def __init__(self, network: nn.Module) -> None:
+    Args:
+        network: images to logits.
+        temperature: that the logits are divided by before the softmax; see `calibration`.
+    """
+
+    def __init__(self, network: nn.Module, temperature: float = 1.0) -> None:
         super().__init__()
         self.network = network
+        self.temperature = temperature
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         logits = self.network(images)
-        return logits, torch.softmax(logits, 1)
+        return logits, torch.softmax(logits / self.temperature, 1)
 
 
 def pick_run(runs: Path) -> RunFolder:
-    """The finished run of a candidate recipe with the best validation accuracy; the test set has no say.
+    """The finished run, of whichever recipe, with the best validation accuracy; the test set has no say.
 
     Raises:
         ExportError: there is none.
     """
-    finished = [run for run in finished_runs(runs) if run.description()["recipe"]["name"] in CANDIDATES]
+    finished = finished_runs(runs)
     if not finished:
-        raise ExportError(f"{runs}: holds no finished run of {' or '.join(CANDIDATES)}; train one with: make train")
+        raise ExportError(f"{runs}: holds no finished run; train one with: make train")
     return max(finished, key=lambda run: float(best_epoch(run.history())["validation_accuracy"]))
 
 
-def to_onnx(network: nn.Module, metadata: dict[str, str]) -> bytes:
-    """The graph of a network, with a dynamic batch, checked by onnx's checker.
+def to_onnx(network: nn.Sequential, metadata: dict[str, str], temperature: float = 1.0) -> bytes:
+    """The graph of a network, with a dynamic batch and batch normalisation folded away, checked by onnx's checker.
 
     Args:
         network: uint8 [N, 32, 32, 3] → logits, in evaluation mode on the CPU.
         metadata: written into the file.
+        temperature: that the logits are divided by before the softmax.
     """
     # Two images and not one: the exporter takes a dimension of 1 for a constant.
     example = torch.zeros(2, 32, 32, 3, dtype=torch.uint8)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's own deprecations, nothing a user could act on
         program = torch.onnx.export(
-            Classifier(network).eval(),
+            Classifier(folded(network), temperature).eval(),
             (example,),
             input_names=["images"],
             output_names=["logits", "probabilities"],
@@ -118,8 +127,16 @@ def to_onnx(network: nn.Module, metadata: dict[str, str]) -> bytes:
     return bytes(model.SerializeToString())
 
 
-def measure_parity(reference: Predictor, exported: Predictor, dataset: Dataset) -> dict[str, Any]:
+def measure_parity(
+    reference: Predictor, exported: Predictor, dataset: Dataset, temperature: float = 1.0
+) -> dict[str, Any]:
     """Compares two forms of a model on 1,000 images (fewer where the data has fewer), in batches of 1, 7 and 256.
+
+    Args:
+        reference: what was trained; torch's.
+        exported: its graph.
+        dataset: whose held-out images are taken.
+        temperature: that the graph has and the reference has not.
 
     Raises:
         ExportError: a probability differs by more than `PARITY_LIMIT`, or any image's class differs.
@@ -127,14 +144,18 @@ def measure_parity(reference: Predictor, exported: Predictor, dataset: Dataset) 
     data, _ = choose_split(reference, dataset, "validation")
     # The held-out images first; small data sets are filled up with training images.
     images = np.concatenate([data.images.numpy(), dataset.train.images[:PARITY_IMAGES].numpy()])[:PARITY_IMAGES]
-    expected_logits, expected = predict_all(reference, images)
+    expected_logits, _ = predict_all(reference, images)
+    # At the graph's temperature, and without it: one that makes all classes alike would hide a difference.
+    temperatures = (temperature, 1.0)
+    expected = [softmax(expected_logits / each, axis=1) for each in temperatures]
     greatest, greatest_logit, differing = 0.0, 0.0, 0
     for size in PARITY_BATCHES:
         parts = [exported.predict(images[first : first + size]) for first in range(0, len(images), size)]
         logits, probabilities = (np.concatenate(each) for each in zip(*parts, strict=True))
-        greatest = max(greatest, float(np.abs(probabilities - expected).max()))
+        for told, wanted in zip((probabilities, softmax(logits, axis=1)), expected, strict=True):
+            greatest = max(greatest, float(np.abs(told - wanted).max()))
         greatest_logit = max(greatest_logit, float(np.abs(logits - expected_logits).max()))
-        differing += int((probabilities.argmax(1) != expected.argmax(1)).sum())
+        differing += int((probabilities.argmax(1) != expected_logits.argmax(1)).sum())
     if not greatest < PARITY_LIMIT or differing:
         raise ExportError(
             f"the exported graph differs from torch: probabilities by up to {greatest:.1e} (limit {PARITY_LIMIT:.0e}), "
@@ -226,8 +247,23 @@ def current_export(target: Path, identity: dict[str, Any]) -> dict[str, Any] | N
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None  # nothing there, or torn: to be written
-    complete = same and whole and manifest["variants"].keys() == VARIANTS
+    complete = same and whole and manifest["variants"].keys() == VARIANTS and "temperature" in manifest
     return manifest if complete else None
+
+
+def _variant(file: str, graph: bytes, predictor: Predictor, dataset: Dataset) -> dict[str, Any]:
+    """A graph's entry in the manifest, with what it attains on the test images; `before`: without the temperature."""
+    result = evaluate(predictor, dataset, "test")
+    return {
+        "file": file,
+        "sha256": hashlib.sha256(graph).hexdigest(),
+        "test_accuracy": result["accuracy"],
+        "test_images": result["images"],
+        "test_loss": result["loss"],
+        "test_loss_before": result["calibration"]["loss_before"],
+        "test_ece": result["calibration"]["ece"],
+        "test_ece_before": result["calibration"]["ece_before"],
+    }
 
 
 def quantised(
@@ -254,14 +290,7 @@ def quantised(
             f"int8 is right on {after['correct']} of {after['images']} validation images, fp32 on {before['correct']} "
             f"(limit: {INT8_LIMIT:.0%} less); nothing was exported; train the run longer, or export another"
         )
-    result = evaluate(predictor, dataset, "test")
-    return content, {
-        "file": "model.int8.onnx",
-        "sha256": hashlib.sha256(content).hexdigest(),
-        "test_accuracy": result["accuracy"],
-        "test_images": result["images"],
-        "calibration_images": len(chosen),
-    }
+    return content, _variant("model.int8.onnx", content, predictor, dataset) | {"calibration_images": len(chosen)}
 
 
 def _check_data(description: dict[str, Any], dataset: Dataset, run: RunFolder) -> None:
@@ -310,6 +339,8 @@ def export_run(run: RunFolder, dataset: Dataset, target: Path) -> dict[str, Any]
     current = current_export(target, identity)
     if current is not None:
         return current
+    held_out, _ = choose_split(reference, dataset, "validation")
+    temperature = fit_temperature(predict_all(reference, held_out.images.numpy())[0], held_out.labels.numpy())
     metadata = {
         "model_version": identity["model_version"],
         "classes": json.dumps(identity["classes"]),
@@ -317,16 +348,10 @@ def export_run(run: RunFolder, dataset: Dataset, target: Path) -> dict[str, Any]
         "split_seed": str(recipe["split_seed"]),
         "trained_on": dataset.fingerprint,
     }
-    graph = to_onnx(build_model(checkpoint), metadata)
+    graph = to_onnx(build_model(checkpoint), metadata, temperature)
     exported = onnx_predictor(graph, CPU)
-    parity = measure_parity(reference, exported, dataset)
-    result = evaluate(exported, dataset, "test")
-    variant = {
-        "file": "model.onnx",
-        "sha256": hashlib.sha256(graph).hexdigest(),
-        "test_accuracy": result["accuracy"],
-        "test_images": result["images"],
-    }
+    parity = measure_parity(reference, exported, dataset, temperature)
+    variant = _variant("model.onnx", graph, exported, dataset)
     training, _ = split(len(dataset.train), recipe["validation_images"], recipe["split_seed"])
     graph_int8, variant_int8 = quantised(graph, exported, dataset, training.numpy())
     manifest = identity | {
@@ -336,6 +361,7 @@ def export_run(run: RunFolder, dataset: Dataset, target: Path) -> dict[str, Any]
         "epoch": checkpoint["epoch"],
         "precision": description["precision"],
         "validation_accuracy": checkpoint["validation_accuracy"],
+        "temperature": temperature,
         "parity": parity,
     }
     files = {variant["file"]: graph, variant_int8["file"]: graph_int8, "manifest.json": to_json(manifest)}
@@ -352,7 +378,7 @@ def main() -> int:
         "--run",
         type=Path,
         metavar="DIR",
-        help=f"a run folder; default: of {' and '.join(CANDIDATES)} the one of best validation accuracy",
+        help="a run folder; default: the finished one of best validation accuracy",
     )
     parser.add_argument(
         "--runs",

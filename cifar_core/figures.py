@@ -19,6 +19,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MultipleLocator
 
+from cifar_core.calibration import Bin
+
 COLOURS = {
     "black": "#000000",
     "orange": "#D55E00",
@@ -115,6 +117,29 @@ def plot_comparison(file: Path, panels: Sequence[tuple[str, Sequence[Curve]]]) -
             _count_epochs(axes)
         handles, labels = np.atleast_1d(all_axes)[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+        save(figure, file)
+
+
+def plot_reliability(file: Path, title: str, kinds: Sequence[tuple[str, str, Sequence[Bin]]]) -> None:
+    """Accuracy over confidence, a line each, beside the diagonal on which probabilities mean what they say.
+
+    Args:
+        file: where to write.
+        title: above.
+        kinds: label, colour and bins of each line; the size of a point grows with its count.
+    """
+    with style.context(STYLE):
+        figure, axes = pyplot.subplots(figsize=(5.0, 4.6), layout="constrained")
+        axes.plot((0, 1), (0, 1), color=COLOURS["grey"], linestyle=":", label="perfect")
+        for (label, colour, bins), line in zip(kinds, itertools.cycle(("-", "--", "-.")), strict=False):
+            confidence, accuracy = [each.confidence for each in bins], [each.accuracy for each in bins]
+            total = sum(each.count for each in bins)
+            axes.plot(confidence, accuracy, line, color=colour, label=label)
+            sizes = [8 + 400 * each.count / total for each in bins]
+            axes.scatter(confidence, accuracy, sizes, color=colour, alpha=0.7)
+        axes.set(title=title, xlabel="confidence: the greatest probability", ylabel="accuracy")
+        axes.set(xlim=(0, 1), ylim=(0, 1.02))
+        axes.legend(loc="upper left")
         save(figure, file)
 
 

@@ -7,10 +7,14 @@ Accuracies quoted here are the study's own, on the official archive; ours stand 
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_type_hints
 
 from cifar_core.errors import CifarError
+
+FULL_SIZE = 32
+"""Height and width of the images, in pixels, where a recipe does not say otherwise."""
 
 
 class RecipeError(CifarError, ValueError):
@@ -23,20 +27,33 @@ class Recipe:
 
     Attributes:
         name: also the name of the run folder.
-        model: the network, a key of `models.MODELS`.
+        model: the network, a member of `models.MODELS`.
         dropout: probability of dropping an activation after each max-pooling, in [0, 1).
         epochs: passes over the training images.
         batch_size: images per step; the last step of an epoch takes what is left.
-        learning_rate: of SGD, constant.
-        momentum: of SGD, in [0, 1).
+        learning_rate: of SGD, or of Muon.
+        momentum: of SGD, or of Muon; in [0, 1).
         sampler: how the training images are drawn, each once an epoch: `subset` is SubsetRandomSampler over the
             indices of the split, `weighted` is WeightedRandomSampler with equal weights and no replacement.
         validation_images: how many of the training images are held out (fewer on small data sets: see `data.split`).
         split_seed: decides which; the same for every run, so that validation accuracies can be compared.
+        width: of the network `whitened`, channels of its first group.
+        precision: `bf16` is autocast; weights, optimizer and validation stay in fp32.
+        optimizer: `sgd`; or `muon` for the hidden layers' weights, with SGD (Nesterov momentum 0.85) for the others.
+        output_learning_rate, bias_learning_rate: of that SGD, for the output layer's weights and for biases.
+        schedule: of the learning rates: constant; or `one-cycle`, linearly up over the first `warmup` of all steps and
+            linearly down to 0 over the rest.
+        warmup: a share of all steps, in [0, 1).
+        label_smoothing: of the training loss, in [0, 1).
+        flip: mirrors training images never, at random, or in every other epoch.
+        translate: the most that they are moved, in pixels; what comes in at a border is reflected.
+        cutout: side of a square set to grey in each, in pixels; 0 for none.
+        sizes: of the images in the first epochs, as SIZE:EPOCHS with commas between, in pixels; 32 in those after. For
+            networks with batch normalisation.
     """
 
     name: str
-    model: Literal["baseline", "deep"] = "baseline"
+    model: Literal["baseline", "deep", "deep-batch-norm", "whitened"] = "baseline"
     dropout: float = 0.0
     epochs: int = 20
     batch_size: int = 32
@@ -45,12 +62,28 @@ class Recipe:
     sampler: Literal["subset", "weighted"] = "subset"
     validation_images: int = 1000
     split_seed: int = 0
+    width: int = 0
+    precision: Literal["fp32", "bf16"] = "fp32"
+    optimizer: Literal["sgd", "muon"] = "sgd"
+    output_learning_rate: float = 0.0
+    bias_learning_rate: float = 0.0
+    schedule: Literal["constant", "one-cycle"] = "constant"
+    warmup: float = 0.0
+    label_smoothing: float = 0.0
+    flip: Literal["none", "random", "alternating"] = "none"
+    translate: int = 0
+    cutout: int = 0
+    sizes: str = ""
 
     def __post_init__(self) -> None:
-        for key, low in (("epochs", 1), ("batch_size", 1), ("validation_images", 1), ("split_seed", 0)):
-            if getattr(self, key) < low:
+        lowest = {
+            "epochs": 1, "batch_size": 1, "validation_images": 1, "split_seed": 0, "translate": 0, "cutout": 0,
+            "output_learning_rate": 0, "bias_learning_rate": 0,
+        }  # fmt: skip
+        for key, low in lowest.items():
+            if not getattr(self, key) >= low:
                 raise RecipeError(f"{key} is {getattr(self, key)}, but must be at least {low}")
-        for key in ("dropout", "momentum"):
+        for key in ("dropout", "momentum", "warmup", "label_smoothing"):
             if not 0 <= getattr(self, key) < 1:
                 raise RecipeError(f"{key} is {getattr(self, key)}, but must be at least 0 and below 1")
         if not self.learning_rate > 0:
@@ -58,10 +91,52 @@ class Recipe:
         for key, choices in _CHOICES.items():
             if getattr(self, key) not in choices:
                 raise RecipeError(f"{key} is {getattr(self, key)!r}, but must be one of: {', '.join(choices)}")
+        self._check_network()
+
+    def _check_network(self) -> None:
+        whitened = self.model == "whitened"
+        if whitened != (self.width > 0):
+            raise RecipeError(f"width is {self.width}, but must be above 0 for the network whitened and 0 for others")
+        plain = self.model in ("baseline", "deep")
+        if self.sizes and (plain or not re.fullmatch(r"\d+:\d+(,\d+:\d+)*", self.sizes)):
+            raise RecipeError(
+                f"sizes is {self.sizes!r}, but must be like 20:2,24:1, for a network with batch normalisation"
+            )
+        if not all(16 <= self.image_size(epoch) <= FULL_SIZE for epoch in range(self.epochs)):
+            raise RecipeError(f"sizes is {self.sizes!r}, but each size must be 16 to {FULL_SIZE}")
+        if self.optimizer == "muon" and not (self.output_learning_rate > 0 and self.bias_learning_rate > 0):
+            raise RecipeError("optimizer muon needs output_learning_rate and bias_learning_rate above 0")
+        if self.optimizer == "muon" and plain:
+            raise RecipeError(
+                f"optimizer muon fixes the norm of weights, so {self.model} without batch normalisation needs sgd"
+            )
+
+    def image_size(self, epoch: int) -> int:
+        """Height and width, in pixels, of the images in an epoch, counted from 0."""
+        for stage in filter(None, self.sizes.split(",")):
+            size, epochs = map(int, stage.split(":"))
+            if epoch < epochs:
+                return size
+            epoch -= epochs
+        return FULL_SIZE
 
 
 _TYPES = get_type_hints(Recipe)
 _CHOICES = {key: get_args(hint) for key, hint in _TYPES.items() if get_args(hint)}
+
+_OURS: dict[str, Any] = {
+    "precision": "bf16",
+    "optimizer": "muon",
+    "batch_size": 500,
+    "learning_rate": 0.12,
+    "momentum": 0.6,
+    "output_learning_rate": 0.02,
+    "bias_learning_rate": 30.0,
+    "schedule": "one-cycle",
+    "label_smoothing": 0.1,
+    "flip": "alternating",
+}
+"""What our own recipes share. The values of Muon, the schedule and the flip after airbench94 (Jordan 2024)."""
 
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
@@ -80,8 +155,16 @@ RECIPES: dict[str, Recipe] = {
         # 32 a learning rate of 0.05 amounts to 0.5 with it, and the loss rises again after a few epochs; without it
         # the same recipe trains well. The other reading is `--set momentum=0.9`.
         Recipe("deep", model="deep", dropout=0.2, epochs=25, learning_rate=0.05, momentum=0.0),
+        Recipe("sprint", model="whitened", width=16, **_OURS, epochs=5, sizes="20:3", translate=1),
+        Recipe("deep-fast", model="deep-batch-norm", **_OURS, epochs=16, sizes="24:10", translate=2),
+        Recipe("best", model="whitened", width=48, **_OURS, epochs=20, sizes="24:10", translate=2),
     )
 }
+
+
+def completed(values: dict[str, Any]) -> dict[str, Any]:
+    """The values of a saved recipe, with the defaults of those keys that did not exist when it was saved."""
+    return {field.name: field.default for field in dataclasses.fields(Recipe)} | values
 
 
 def _parse(key: str, text: str) -> str | int | float:

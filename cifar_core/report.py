@@ -7,6 +7,7 @@ do, and go to `reports/`, which git ignores.
 """
 
 import argparse
+import json
 import os
 import re
 import statistics
@@ -15,11 +16,20 @@ from pathlib import Path
 
 import numpy as np
 
+from cifar_core.calibration import Bin
 from cifar_core.data import Dataset, add_data_argument, load_dataset, plot_examples
 from cifar_core.device import CPU
 from cifar_core.errors import run_command
 from cifar_core.evaluate import check_classes, choose_split, evaluate, load_predictor, predict_all
-from cifar_core.figures import COLOURS, Curve, Series, plot_comparison, plot_curves, plot_probabilities
+from cifar_core.figures import (
+    COLOURS,
+    Curve,
+    Series,
+    plot_comparison,
+    plot_curves,
+    plot_probabilities,
+    plot_reliability,
+)
 from cifar_core.run_folder import atomic_write, default_place, to_json
 from cifar_core.study import (
     CLAIMS,
@@ -36,6 +46,7 @@ from cifar_core.study import (
 )
 
 HISTORIES = Path("docs/results/histories")
+CALIBRATION = "calibration.json"
 PRIVATE = Path("reports")  # for what shows images; ignored by git
 
 
@@ -49,6 +60,16 @@ def take_test_accuracies(runs: Iterable[Run], dataset: Dataset) -> None:
         if run.test is None and run.folder.best.exists() and run.data["fingerprint"] == dataset.fingerprint:
             result = evaluate(load_predictor(run.folder.path, CPU), dataset, "test")
             atomic_write(evaluation_file(run.folder), to_json({key: result[key] for key in keys}))
+
+
+def take_calibration(exported: Path, dataset: Dataset, file: Path) -> None:
+    """Writes the exported model's calibration on the test images, once a model; nothing if it is of other data."""
+    predictor = load_predictor(exported, CPU)
+    known = json.loads(file.read_bytes())["model"] if file.exists() else None
+    if predictor.trained_on == dataset.fingerprint and known != predictor.name:
+        result = evaluate(predictor, dataset, "test")
+        keys = ("model", "data", "images", "accuracy", "loss", "calibration")
+        atomic_write(file, to_json({key: result[key] for key in keys}))
 
 
 def keep_histories(runs: Iterable[Run], target: Path) -> None:
@@ -123,7 +144,9 @@ def study_table(rows: Rows) -> str:
         "minutes a run",
         "command: `python -m cifar_core.` and",
     )
-    return _table(head, lines) + "\n\n" + _circumstances([run for row in rows.values() for run in row.runs])
+    told = [run for row in rows.values() if row.published for run in row.runs]
+    told = told or [run for row in rows.values() for run in row.runs]
+    return _table(head, lines) + "\n\n" + _circumstances(told)
 
 
 def _circumstances(runs: Sequence[Run]) -> str:
@@ -242,7 +265,24 @@ def draw_curves(rows: Rows, folder: Path) -> dict[str, tuple[str, str]]:
     return files
 
 
-def figure_block(rows: Rows, files: dict[str, tuple[str, str]], prefix: str) -> str:
+def draw_reliability(folder: Path) -> str | None:
+    """The reliability diagram of the exported model, of what `take_calibration` wrote. Returns its file name."""
+    if not (folder / CALIBRATION).exists():
+        return None
+    told = json.loads((folder / CALIBRATION).read_bytes())
+    calibration = told["calibration"]
+    kinds = [
+        (f"{label}: error {100 * calibration[ece]:.2f} %", COLOURS[colour], [Bin(**each) for each in calibration[bins]])
+        for label, colour, ece, bins in (
+            ("without temperature", "orange", "ece_before", "bins_before"),
+            ("as exported", "blue", "ece", "bins"),
+        )
+    ]
+    plot_reliability(folder / "reliability.png", f"{told['model']}, {told['images']:,} test images", kinds)
+    return "reliability.png"
+
+
+def figure_block(rows: Rows, files: dict[str, tuple[str, str]], reliability: str | None, prefix: str) -> str:
     """The figures as Markdown, a recipe a line."""
     lines = []
     if "dropout-rates" in files:
@@ -252,6 +292,8 @@ def figure_block(rows: Rows, files: dict[str, tuple[str, str]], prefix: str) -> 
         numbers = row.published.figures if row.published else None
         title = f"Figures {numbers[0]} and {numbers[1]}: {row.name}" if numbers else f"Besides: {row.name}"
         lines += [f"{title}", "", f"![loss of {row.name}]({prefix}/{loss}) ![accuracy]({prefix}/{accuracy})", ""]
+    if reliability:
+        lines += ["Calibration of the exported model", "", f"![reliability diagram]({prefix}/{reliability})"]
     return "\n".join(lines).rstrip()
 
 
@@ -347,7 +389,7 @@ def write_report(runs: Sequence[Run], output: Path) -> Path:
         "precision": precision_table(rows),
         "claims": claim_table(chosen),
         "classes": class_table(chosen),
-        "figures": figure_block(chosen, files, pictures.name),
+        "figures": figure_block(chosen, files, draw_reliability(pictures), pictures.name),
     }
     document = output / "results.md"
     text = document.read_text() if document.exists() else SKELETON
@@ -381,6 +423,10 @@ def main() -> int:
     dataset = load_dataset(arguments.data) if arguments.data or os.environ.get("CIFAR10_DATA") else None
     if dataset is not None:
         take_test_accuracies(runs, dataset)
+        exported = default_place(dataset.kind, "exported") / "model.onnx"
+        if exported.exists():
+            (output / "results").mkdir(parents=True, exist_ok=True)
+            take_calibration(exported, dataset, output / "results" / CALIBRATION)
         runs = read_runs(place)
     if arguments.keep:
         keep_histories(runs, arguments.keep)

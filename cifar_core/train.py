@@ -14,7 +14,7 @@ import datetime
 import logging
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from cifar_core.augmentation import Augmentation, resized
 from cifar_core.data import (
     Batches,
     Dataset,
@@ -38,8 +39,9 @@ from cifar_core.data import (
 )
 from cifar_core.device import DEVICES, choose_device, describe_environment, keep_freed_memory
 from cifar_core.errors import CifarError, run_command
-from cifar_core.models import MODELS
-from cifar_core.recipes import RECIPES, Recipe, get_recipe
+from cifar_core.models import IMAGE_SIZE, WhitenedConvNet, make_model
+from cifar_core.optimizers import make_optimizer, set_learning_rate
+from cifar_core.recipes import RECIPES, Recipe, completed, get_recipe
 from cifar_core.run_folder import RunError, RunFolder, best_epoch, default_place, load_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -47,6 +49,7 @@ logger = logging.getLogger(__name__)
 Precision = Literal["fp32", "bf16"]
 LOG_EVERY = 200  # steps: the study's own (1.3.1)
 VALIDATION_BATCH = 500
+WHITENING_IMAGES = 5000
 
 
 class TrainingError(CifarError):
@@ -172,17 +175,18 @@ class Trainer:
         self.train_data = dataset.train.to(device)
         self.steps = -(-len(self.indices) // recipe.batch_size)
         torch.manual_seed(seed)
-        model = MODELS[recipe.model](recipe.dropout, len(dataset.classes))
+        model = make_model(recipe.model, len(dataset.classes), recipe.dropout, recipe.width)
         # Channels-last is how the images come, and the faster layout on CPUs and GPUs alike.
         self.model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        optimizer = torch.optim.SGD(
-            self.model.parameters(), lr=recipe.learning_rate, momentum=recipe.momentum, fused=True
-        )
+        if isinstance(self.model, WhitenedConvNet):
+            self.model.whiten(self.train_data.images[self.indices[:WHITENING_IMAGES].to(device)])
+        optimizer = make_optimizer(recipe, self.model)
         losses, correct = (
             torch.zeros(self.steps, device=device),
             torch.zeros(self.steps, dtype=torch.int64, device=device),
         )
         self.training = Training(self.model, optimizer, losses, correct)
+        self._augmented: Augmentation | None = None
 
     def description(self) -> dict[str, Any]:
         """What recipe.json holds."""
@@ -220,7 +224,12 @@ class Trainer:
         now = self.description()
         for key in ("recipe", "seed", "precision", "classes", "data"):
             # The same data may lie elsewhere by now, under another name: its fingerprint decides.
-            same = before[key]["fingerprint"] == now[key]["fingerprint"] if key == "data" else before[key] == now[key]
+            if key == "data":
+                same = before[key]["fingerprint"] == now[key]["fingerprint"]
+            elif key == "recipe":
+                same = completed(before[key]) == now[key]
+            else:
+                same = before[key] == now[key]
             if not same:
                 raise RunError(
                     f"{self.folder.path}: was begun with {key} {before[key]}, not {now[key]}; give the same again, "
@@ -238,14 +247,36 @@ class Trainer:
             sampler = weighted_sampler(self.indices, len(self.train_data), generator)
         else:
             sampler = subset_sampler(self.indices, generator)  # type: ignore[assignment]
-        return Batches(self.train_data, sampler, self.recipe.batch_size, start=self.training.step)
+        return Batches(
+            self.train_data, sampler, self.recipe.batch_size, start=self.training.step, augment=self._augmentation()
+        )
+
+    def _augmentation(self) -> Callable[[Tensor], Tensor] | None:
+        """What gives the images of the epoch under way; None where they are taken as they are."""
+        recipe, epoch = self.recipe, self.training.epoch
+        size = recipe.image_size(epoch)
+        if recipe.flip == "none" and not recipe.translate and not recipe.cutout and size == IMAGE_SIZE:
+            return None
+        if self._augmented is None or self._augmented.size != (size, size):
+            share = size / IMAGE_SIZE
+            self._augmented = Augmentation(
+                resized(self.train_data.images, size),
+                self.seed,
+                recipe.flip,
+                round(recipe.translate * share),
+                round(recipe.cutout * share),
+            )
+        self._augmented.start_epoch(epoch)
+        return self._augmented.batch
 
     def train_step(self, images: Tensor, labels: Tensor) -> None:
         """One step of SGD on a batch; the loss stays on the device, so that no step waits for it."""
-        training = self.training
+        training, recipe = self.training, self.recipe
+        steps = training.epoch * self.steps + training.step
+        set_learning_rate(training.optimizer, recipe, (steps + 0.5) / (recipe.epochs * self.steps))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             logits = self.model(images)
-            loss = nn.functional.cross_entropy(logits, labels)
+            loss = nn.functional.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
         training.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         training.optimizer.step()
@@ -297,7 +328,7 @@ class Trainer:
             "train_accuracy": train_accuracy,
             "validation_loss": validation_loss,
             "validation_accuracy": validation_accuracy,
-            "learning_rate": self.recipe.learning_rate,
+            "learning_rate": training.optimizer.param_groups[0]["lr"],
             "seconds": round(training.seconds + time.perf_counter() - started, 3),
         }
         training.history.append(line)
@@ -404,9 +435,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="of weights, order and dropout; default: %(default)s")
     add_data_argument(parser)
     parser.add_argument("--device", choices=DEVICES, default="auto", help="default: CUDA where there is one")
-    parser.add_argument(
-        "--precision", choices=("fp32", "bf16"), default="fp32", help="bf16 is autocast; default: %(default)s"
-    )
+    parser.add_argument("--precision", choices=("fp32", "bf16"), help="bf16 is autocast; default: the recipe's")
     parser.add_argument(
         "--set", action="append", metavar="KEY=VALUE", help="another value for one of the recipe's keys; repeatable"
     )
@@ -436,7 +465,7 @@ def main() -> int:
     dataset = load_dataset(arguments.data)
     runs = arguments.runs or default_place(dataset.kind, "runs")
     folder = RunFolder(runs / recipe.name / str(arguments.seed))
-    trainer = Trainer(recipe, dataset, folder, arguments.seed, device, arguments.precision)
+    trainer = Trainer(recipe, dataset, folder, arguments.seed, device, arguments.precision or recipe.precision)
     try:
         run(trainer, arguments.resume)
     except Interrupted as interrupted:

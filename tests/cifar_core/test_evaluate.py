@@ -6,6 +6,7 @@ import onnx
 import pytest
 import torch
 
+from cifar_core.calibration import expected_calibration_error
 from cifar_core.data import split
 from cifar_core.evaluate import (
     EvaluationError,
@@ -64,6 +65,32 @@ def test_every_figure_is_that_of_the_predictions(small, probabilities):
         assert result["per_class"][name] == np.mean(predicted[labels == row] == row)
         assert confusion[row].tolist() == [int(((labels == row) & (predicted == column)).sum()) for column in range(10)]
     assert result["images_per_second"] > 0
+
+
+def test_the_calibration_is_told_with_and_without_the_temperature_of_the_graph(small, probabilities):
+    cold = np.log(probabilities) * 2  # logits of a network that is too certain, in a graph of temperature 2
+
+    def predict(images):
+        chosen = rows[: len(images)]
+        return cold[chosen].astype(np.float32), probabilities[chosen].astype(np.float32)
+
+    rows = np.arange(len(probabilities))
+    predictor = Predictor("fixed", small.classes, predict, (1000, 0), small.fingerprint)
+    told = evaluate(predictor, small)["calibration"]
+    sharp = probabilities**2 / (probabilities**2).sum(1, keepdims=True)
+    labels = small.test.labels.numpy()
+    assert told["ece"] == pytest.approx(expected_calibration_error(probabilities, labels), abs=1e-6)
+    assert told["ece_before"] == pytest.approx(expected_calibration_error(sharp, labels), abs=1e-6)
+    assert told["loss_before"] == pytest.approx(-np.log(sharp[np.arange(100), labels]).mean(), rel=1e-5)
+    assert sum(each["count"] for each in told["bins"]) == sum(each["count"] for each in told["bins_before"]) == 100
+    assert "without the temperature" in report(evaluate(predictor, small))
+
+
+def test_a_server_which_tells_no_logits_is_not_said_to_have_any(small, probabilities):
+    predictor = dataclasses.replace(answers(small, [*probabilities, *probabilities]), tells_logits=False)
+    result = evaluate(predictor, small)
+    assert result["calibration"]["ece_before"] is result["calibration"]["loss_before"] is None
+    assert "without the temperature" not in report(result)
 
 
 def test_the_most_confident_mistakes_come_first_by_index(small, probabilities):

@@ -12,14 +12,18 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from scipy.special import softmax
 
 from cifar_core import export as export_room
-from cifar_core.data import load_dataset
+from cifar_core.calibration import fit_temperature
+from cifar_core.data import load_dataset, split
 from cifar_core.evaluate import evaluate, load_predictor, predict_all, torch_predictor
 from cifar_core.export import ExportError, export_run, pick_run, publish
-from cifar_core.models import MODELS
-from cifar_core.recipes import RECIPES
+from cifar_core.models import make_model
+from cifar_core.recipes import RECIPES, get_recipe
 from cifar_core.run_folder import RunFolder, load_checkpoint
+from cifar_core.train import Trainer
+from cifar_core.train import run as train
 from tests.conftest import REPOSITORY, environment
 
 CPU = torch.device("cpu")
@@ -29,7 +33,7 @@ def make_run(dataset, path, name, validation_accuracy, seed=0):
     """A finished run with random weights, scaled so that its logits are as far apart as a trained network's."""
     recipe = dataclasses.replace(RECIPES[name], epochs=1)
     torch.manual_seed(seed)
-    model = MODELS[recipe.model](recipe.dropout, len(dataset.classes))
+    model = make_model(recipe.model, len(dataset.classes), recipe.dropout, recipe.width)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter *= 1.7
@@ -81,11 +85,55 @@ def test_the_graph_has_the_form_that_servers_rely_on(exported):
 @pytest.mark.parametrize("batch", [1, 7, 256])
 def test_the_graph_computes_what_torch_computes_at_every_batch_size(exported, run, small, batch):
     images = small.train.images[:batch].numpy()
-    reference = torch_predictor(load_checkpoint(run.best), CPU).predict(images)
+    expected, _ = torch_predictor(load_checkpoint(run.best), CPU).predict(images)
     logits, probabilities = load_predictor(exported / "model.onnx", CPU).predict(images)
     assert probabilities.shape == (batch, 10)
-    np.testing.assert_allclose(probabilities, reference[1], atol=1e-5)
-    assert (logits.argmax(1) == reference[0].argmax(1)).all()
+    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
+    temperature = json.loads((exported / "manifest.json").read_text())["temperature"]
+    np.testing.assert_allclose(probabilities, softmax(expected / temperature, axis=1), atol=1e-5)
+    assert (logits.argmax(1) == expected.argmax(1)).all()
+
+
+@pytest.mark.parametrize("name", ["deep-fast", "sprint"])
+def test_batch_normalisation_is_not_in_the_graph_but_what_it_does(small, tmp_path, name):
+    recipe = get_recipe(name, ["epochs=2", "batch_size=30", "sizes="])
+    run = RunFolder(tmp_path / "run")
+    train(Trainer(recipe, small, run, 0, CPU, "fp32"), resume=False)
+    manifest = export_run(run, small, tmp_path / "exported")
+    model = onnx.load(tmp_path / "exported/model.onnx")
+    operators = [node.op_type for node in model.graph.node]
+    assert "BatchNormalization" not in operators
+    reference = torch_predictor(load_checkpoint(run.best), CPU).predict(small.train.images.numpy())
+    logits, _ = load_predictor(tmp_path / "exported/model.onnx", CPU).predict(small.train.images.numpy())
+    np.testing.assert_allclose(logits, reference[0], atol=1e-4)
+    if name == "deep-fast":  # at inference the study's deep graph
+        weights = sum(int(np.prod(each.dims)) for each in model.graph.initializer if len(each.dims) in (1, 2))
+        filters = [
+            each.dims for each in model.graph.initializer if each.name.endswith("weight") and len(each.dims) == 4
+        ]
+        assert len(filters) == operators.count("Conv") == 8
+        assert weights + sum(int(np.prod(each)) for each in filters) == pytest.approx(1_702_186, abs=40)
+    assert manifest["recipe"]["model"] == recipe.model
+
+
+# Calibration
+
+
+def test_the_temperature_is_that_of_the_held_out_images(exported, run, small):
+    manifest = json.loads((exported / "manifest.json").read_text())
+    _, held_out = split(len(small.train))
+    logits, _ = torch_predictor(load_checkpoint(run.best), CPU).predict(small.train.images[held_out].numpy())
+    assert manifest["temperature"] == pytest.approx(fit_temperature(logits, small.train.labels[held_out].numpy()))
+    assert manifest["temperature"] != pytest.approx(1, abs=0.01)
+
+
+def test_the_manifest_tells_the_calibration_before_and_after(exported, small):
+    for variant in json.loads((exported / "manifest.json").read_text())["variants"].values():
+        result = evaluate(load_predictor(exported / variant["file"], CPU), small)
+        assert variant["test_loss"] == result["loss"]
+        assert {key: variant[key] for key in ("test_ece", "test_ece_before", "test_loss_before")} == {
+            f"test_{key}": result["calibration"][key] for key in ("ece", "ece_before", "loss_before")
+        }
 
 
 def test_dropout_is_not_in_the_graph(exported):
@@ -143,14 +191,14 @@ def test_the_run_of_best_validation_accuracy_is_exported(small, tmp_path):
     make_run(small, tmp_path, "dropout-0.2", 0.7)
     make_run(small, tmp_path, "deep", 0.6)
     make_run(small, tmp_path, "deep", 0.8, seed=1)
-    make_run(small, tmp_path, "baseline", 0.9)  # no candidate: the users asked for the dropout-0.2 or the deep model
+    make_run(small, tmp_path, "sprint", 0.9)
     unfinished = make_run(small, tmp_path, "deep", 0.95, seed=2)
     unfinished.write_history([])
-    assert pick_run(tmp_path).path == tmp_path / "deep" / "1"
+    assert pick_run(tmp_path).path == tmp_path / "sprint" / "0"
 
 
 def test_without_a_finished_run_it_says_how_to_get_one(tmp_path):
-    with pytest.raises(ExportError, match=r"no finished run of dropout-0\.2 or deep; train one with: make train"):
+    with pytest.raises(ExportError, match="no finished run; train one with: make train"):
         pick_run(tmp_path)
 
 

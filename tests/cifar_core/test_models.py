@@ -3,7 +3,16 @@ import torch
 from torch import nn
 from torchvision import transforms
 
-from cifar_core.models import BaselineConvNet, DeepConvNet, Dropout, Normalise
+from cifar_core.models import (
+    MODELS,
+    BaselineConvNet,
+    DeepConvNet,
+    Dropout,
+    Normalise,
+    WhitenedConvNet,
+    folded,
+    make_model,
+)
 
 
 def parameters(model):
@@ -131,3 +140,79 @@ def test_an_impossible_dropout_is_refused(dropout):
 def test_a_single_class_is_refused():
     with pytest.raises(ValueError, match="at least 2"):
         DeepConvNet(classes=1)
+
+
+# Ours
+
+
+def trained_a_little(name, images):
+    """A network whose batch normalisation has seen images, and scales and shifts of its own."""
+    torch.manual_seed(4)
+    model = make_model(name, 10, width=4 if name == "whitened" else 0)
+    for layer in model:
+        if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
+            nn.init.uniform_(layer.weight, 0.5, 1.5)
+            nn.init.normal_(layer.bias)
+    for _ in range(5):
+        model(images)
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", ["deep-batch-norm", "whitened"])
+def test_folding_leaves_the_function_and_no_batch_normalisation(images, name):
+    model = trained_a_little(name, images)
+    plain = folded(model)
+    assert not any(isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d) for layer in plain)
+    with torch.inference_mode():
+        expected, logits = model(images), plain(images)
+    torch.testing.assert_close(logits.softmax(1), expected.softmax(1), atol=1e-5, rtol=0)
+    assert expected.std(0).min() > 1e-4  # different images, different logits
+
+
+def test_the_folded_deep_network_is_the_studys_graph(images):
+    plain, study = folded(make_model("deep-batch-norm", 10)), DeepConvNet()
+    assert parameters(plain) == parameters(study) == 1_702_186
+    kinds = [
+        [
+            (type(layer), getattr(layer, "weight", torch.empty(0)).shape)
+            for layer in model
+            if not isinstance(layer, Dropout)
+        ]
+        for model in (plain, study)
+    ]
+    assert kinds[0] == kinds[1]
+
+
+def test_a_network_without_batch_normalisation_is_folded_to_itself():
+    model = DeepConvNet()
+    assert folded(model) is model
+
+
+@pytest.mark.parametrize("name", ["deep-batch-norm", "whitened"])
+@pytest.mark.parametrize("size", [16, 24, 32])
+def test_networks_with_batch_normalisation_take_smaller_images(name, size):
+    images = torch.randint(0, 256, (4, size, size, 3), dtype=torch.uint8)
+    assert make_model(name, 10, width=4 if name == "whitened" else 0)(images).shape == (4, 10)
+
+
+def test_the_first_convolution_whitens_patches_with_both_signs():
+    torch.manual_seed(5)
+    # Neighbouring pixels alike, as in photographs.
+    noise = torch.rand(200, 3, 8, 8)
+    images = (nn.functional.interpolate(noise, size=32, mode="bicubic").clamp(0, 1) * 255).to(torch.uint8)
+    images = images.permute(0, 2, 3, 1).contiguous()
+    model = WhitenedConvNet((4, 16, 32))
+    model.whiten(images)
+    white = model[1](model[0](images)).permute(1, 0, 2, 3).flatten(1)
+    torch.testing.assert_close(white[:12], -white[12:])
+    second_moments = white[:12] @ white[:12].T / white.shape[1]
+    off = second_moments - torch.diag(second_moments.diag())
+    assert off.abs().max() < 0.02
+    assert second_moments.diag().max() < 1.01
+    assert second_moments.diag().min() > 0.5  # the faintest directions are held back by the constant
+    assert not model[1].weight.requires_grad
+
+
+def test_an_unknown_network_is_refused():
+    with pytest.raises(ValueError, match=f"there are: {', '.join(MODELS)}"):
+        make_model("shallow", 10)

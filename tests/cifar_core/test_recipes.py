@@ -2,7 +2,7 @@ import dataclasses
 
 import pytest
 
-from cifar_core.recipes import RECIPES, RecipeError, get_recipe
+from cifar_core.recipes import RECIPES, Recipe, RecipeError, completed, get_recipe
 
 
 def test_the_studys_rows_have_the_studys_values():
@@ -58,9 +58,35 @@ def test_a_recipe_cannot_be_changed():
         ("deep", "learning_rate=nan", "must be above 0"),
         ("deep", "model=transformer", "must be one of: baseline, deep"),
         ("deep", "sampler=random", "must be one of: subset, weighted"),
+        ("sprint", "sizes=24", "must be like 20:2,24:1"),
+        ("sprint", "sizes=8:1", "each size must be 16 to 32"),
+        ("deep", "sizes=24:1", "for a network with batch normalisation"),
+        ("deep", "optimizer=muon", "needs output_learning_rate"),
+        ("deep", "width=16", "above 0 for the network whitened and 0 for others"),
+        ("sprint", "width=0", "above 0 for the network whitened and 0 for others"),
+        ("sprint", "warmup=1", "must be at least 0 and below 1"),
+        ("sprint", "translate=-1", "must be at least 0"),
     ],
 )
 def test_a_recipe_that_cannot_be_is_refused_with_what_can(name, override, message):
     with pytest.raises(RecipeError) as caught:
         get_recipe(name, [override] if override else None)
     assert message in str(caught.value)
+
+
+def test_sizes_name_the_epochs_they_are_for_and_full_size_comes_after():
+    recipe = get_recipe("sprint", ["sizes=20:2,24:1", "epochs=5"])
+    assert [recipe.image_size(epoch) for epoch in range(5)] == [20, 20, 24, 32, 32]
+    assert get_recipe("deep").image_size(0) == 32
+
+
+def test_the_values_of_an_older_recipe_are_completed_with_the_defaults_of_the_newer():
+    values = dataclasses.asdict(RECIPES["deep"])
+    older = {key: value for key, value in values.items() if key not in ("sizes", "optimizer", "width", "schedule")}
+    assert completed(older) == values
+    assert completed(older | {"momentum": 0.9}) != values
+
+
+def test_muon_is_refused_without_batch_normalisation():
+    with pytest.raises(RecipeError, match="without batch normalisation needs sgd"):
+        Recipe("x", optimizer="muon", output_learning_rate=0.1, bias_learning_rate=0.1)

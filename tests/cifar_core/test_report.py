@@ -51,6 +51,8 @@ def pixels(file):
 
 def test_the_committed_report_is_what_the_committed_histories_give(tmp_path):
     shutil.copy(REPOSITORY / "docs/results.md", tmp_path / "results.md")
+    (tmp_path / "results").mkdir()
+    shutil.copy(REPOSITORY / "docs/results/calibration.json", tmp_path / "results")
     write_report(read_runs(COMMITTED), tmp_path)
     assert (tmp_path / "results.md").read_text() == (REPOSITORY / "docs/results.md").read_text()
     figures = {path.name for path in (tmp_path / "results").glob("*.png")}
@@ -191,7 +193,15 @@ def test_the_command_reports_a_run_looks_at_the_test_images_once_and_keeps_image
     }
     weights = tmp_path / "synthetic/runs/dropout-0.2+epochs=2/0/test.json"
     measured = json.loads(weights.read_text())
+    run("cifar_core.export", *data)
+    run("cifar_core.report", *report, *data)
+    calibration = tmp_path / "reports/results/calibration.json"
+    told = json.loads(calibration.read_text())
+    assert told["model"].startswith("dropout-0.2+epochs=2-0-")
+    assert (tmp_path / "reports/results/reliability.png").exists()
+    calibration.write_text(json.dumps(told | {"images": 99}))  # the same model is not evaluated again
     weights.write_text(json.dumps(measured | {"accuracy": 0.125}))  # what is there is taken as it is
     run("cifar_core.report", *report, *data)
+    assert json.loads(calibration.read_text())["images"] == 99
     assert json.loads((kept / "test.json").read_text())["accuracy"] == 0.125
     assert json.loads((kept / "recipe.json").read_text())["date"] >= "2026"

@@ -126,6 +126,69 @@ def test_every_kind_of_recipe_trains(small, tmp_path, overrides):
     assert 0 < line["train_loss"] < 3
 
 
+@pytest.mark.parametrize("name", ["sprint", "deep-fast", "best"])
+def test_our_own_recipes_learn(small, tmp_path, name):
+    overrides = ["epochs=4", "batch_size=27", "sizes=24:2", "cutout=8"] + (["width=8"] if name == "best" else [])
+    history = run(trainer(small, tmp_path, name, overrides, precision=get_recipe(name).precision), resume=False)
+    assert history[-1]["train_loss"] < history[0]["train_loss"] - 0.3
+    assert history[-1]["train_accuracy"] > 0.5
+    rates = [line["learning_rate"] for line in history]
+    assert rates == sorted(rates, reverse=True)
+    assert rates[-1] < 0.02 * get_recipe(name).learning_rate
+
+
+def test_the_first_epochs_see_smaller_images_all_of_them_augmented(small, tmp_path):
+    ours = trainer(small, tmp_path, "sprint", ("sizes=20:1,24:2", "epochs=4", "batch_size=270", "translate=0"))
+    seen = []
+    for epoch in range(4):
+        ours.training.epoch = epoch
+        ((images, labels),) = ours.batches()
+        assert len(labels) == 270
+        seen.append(images)
+    assert [tuple(images.shape[1:3]) for images in seen] == [(20, 20), (24, 24), (24, 24), (32, 32)]
+    originals = {image.numpy().tobytes() for image in small.train.images}
+    straight = [image.numpy().tobytes() in originals for image in seen[3]]
+    mirrored = [image.flip(1).numpy().tobytes() in originals for image in seen[3]]
+    assert all(one or other for one, other in zip(straight, mirrored, strict=True))
+    assert 0 < sum(straight) < 270
+
+
+@pytest.mark.parametrize("stop_after", [1, 13, 24])
+def test_our_own_recipes_resume_with_the_same_bits(small, tmp_path, stop_after):
+    """Stopped in an epoch of small images, and in one of full size."""
+    overrides = ("epochs=3", "batch_size=27", "sizes=20:1", "cutout=8")
+    through = trainer(small, tmp_path / "through", "sprint", overrides)
+    run(through, resume=False)
+    stopped = trainer(small, tmp_path / "stopped", "sprint", overrides)
+    steps, take = 0, stopped.train_step
+
+    def step_and_stop(images, labels):
+        nonlocal steps
+        take(images, labels)
+        steps += 1
+        if steps == stop_after:
+            signal.raise_signal(signal.SIGTERM)
+
+    stopped.train_step = step_and_stop
+    with pytest.raises(Interrupted):
+        run(stopped, resume=False)
+    run(trainer(small, tmp_path / "stopped", "sprint", overrides), resume=True)
+    assert_same_run(through.folder, stopped.folder)
+
+
+def test_a_run_from_before_a_recipe_had_some_key_goes_on(small, tmp_path):
+    run(trainer(small, tmp_path), resume=False)
+    description = RunFolder(tmp_path).description()
+    for key in ("sizes", "optimizer", "width"):
+        del description["recipe"][key]
+    RunFolder(tmp_path).write_description(description)
+    run(trainer(small, tmp_path), resume=True)
+    description["recipe"]["momentum"] = 0.5
+    RunFolder(tmp_path).write_description(description)
+    with pytest.raises(RunError, match="was begun with recipe"):
+        run(trainer(small, tmp_path), resume=True)
+
+
 def test_bf16_trains_and_keeps_the_weights_in_fp32(small, tmp_path):
     history = run(
         trainer(small, tmp_path, overrides=("epochs=5", "batch_size=8", "learning_rate=0.01"), precision="bf16"),

@@ -1,0 +1,140 @@
+"""Runs a training script of airbench once, on this project's data, with or without a GPU; prints one line of JSON.
+
+    python benchmarks/peers/airbench_start.py SCRIPT [--data ...] [--seed 0]
+
+The script is used as it is. It asks for a GPU and half precision; where there is no GPU, both are given to it under
+the same names: tensors stay where they are and half precision is bfloat16, which CPUs multiply fast. Not compiled
+there. Its images are laid out beforehand in the file that it would make itself of a download, which its time therefore
+leaves out.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from cifar_core.data import Dataset, add_data_argument, load_dataset
+from cifar_core.device import keep_freed_memory
+
+Unchanged = TypeVar("Unchanged")
+
+
+class Moment:
+    """A point in time, in the form of a CUDA event."""
+
+    def __init__(self, **_: object) -> None:
+        self._time = 0.0
+
+    def record(self) -> None:
+        """Notes the time."""
+        self._time = time.perf_counter()
+
+    def elapsed_time(self, later: "Moment") -> float:
+        """Milliseconds until another one."""
+        return 1000 * (later._time - self._time)
+
+
+def stand_in_for_cuda() -> None:
+    """Lets code for a GPU run on the CPU, in bfloat16."""
+
+    def stay(self: Unchanged, *_: object, **__: object) -> Unchanged:
+        return self
+
+    load = torch.load
+    names: dict[str, Any] = {
+        "load": lambda path, **_: load(path, map_location="cpu", weights_only=True),
+        "compile": lambda function=None, **_: function or (lambda each: each),
+    }
+    for name, value in names.items():
+        setattr(torch, name, value)
+    torch.cuda.Event = Moment  # type: ignore[assignment, misc]
+    torch.cuda.synchronize = lambda *_: None
+    for kind in (torch.Tensor, nn.Module):
+        kind.cuda = stay  # type: ignore[method-assign, assignment]
+        kind.half = kind.bfloat16  # type: ignore[method-assign]
+
+
+def lay_out(dataset: Dataset) -> None:
+    """Writes the images where the script looks for them."""
+    Path("cifar10").mkdir()
+    for name, part in (("train", dataset.train), ("test", dataset.test)):
+        content = {"images": part.images, "labels": part.labels, "classes": list(dataset.classes)}
+        torch.save(content, f"cifar10/{name}.pt")
+
+
+def load_script(path: Path) -> ModuleType:
+    """The script's functions, without running it."""
+    sys.argv = [str(path)]  # it reads its own text
+    specification = importlib.util.spec_from_file_location("airbench", path)
+    if specification is None or specification.loader is None:
+        raise SystemExit(f"{path}: not a Python file")
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def main() -> None:
+    """Trains and tells the test accuracy after each epoch, with the seconds of training until then.
+
+    Evaluations are left out of the seconds, as the script's own count leaves them out.
+    """
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("script", type=Path)
+    parser.add_argument("--seed", type=int, default=0)
+    add_data_argument(parser)
+    arguments = parser.parse_args()
+    dataset, script_file = load_dataset(arguments.data), arguments.script.resolve()
+    on_gpu = torch.cuda.is_available()
+    if not on_gpu:
+        keep_freed_memory()  # as ours has it
+        stand_in_for_cuda()
+    epochs: list[tuple[float, float, int]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        lay_out(dataset)
+        script = load_script(script_file)
+        torch.manual_seed(arguments.seed)
+        evaluate = script.evaluate
+        started = 0.0
+        evaluating = 0.0
+
+        def evaluate_and_note(model: nn.Module, loader: object, tta_level: int = 0) -> float:
+            nonlocal evaluating
+            began = time.perf_counter()
+            accuracy = float(evaluate(model, loader, tta_level))
+            epochs.append((began - started - evaluating, accuracy, tta_level))
+            evaluating += time.perf_counter() - began
+            return accuracy
+
+        script.evaluate = evaluate_and_note
+        model = script.CifarNet().cuda().to(memory_format=torch.channels_last)
+        if on_gpu:
+            model.compile(mode="max-autotune")
+            script.main("warmup", model)
+            epochs.clear()
+            evaluating = 0.0
+        started = time.perf_counter()
+        script.main(0, model)
+        os.chdir("/")
+    plain = [(seconds, accuracy) for seconds, accuracy, level in epochs if level == 0]
+    told = {
+        "parameters": sum(each.numel() for each in model.parameters()),
+        "epochs": plain,
+        "seconds": plain[-1][0],
+        "accuracy": plain[-1][1],
+        "accuracy_six_views": next((accuracy for _, accuracy, level in epochs if level), None),
+    }
+    print(json.dumps(told))
+
+
+if __name__ == "__main__":
+    main()
