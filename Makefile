@@ -8,6 +8,7 @@ PRECISION ?=
 MODEL     ?=
 OPTIONS   ?=
 RUNS      ?=
+SCRIPT    ?=
 
 VENV  := .venv
 PY    := $(VENV)/bin/python
@@ -20,7 +21,7 @@ TRAIN_OPTIONS = --seed $(SEED) --device $(DEVICE) $(if $(PRECISION),--precision 
 
 # `make train export` is a sequence, whatever -j says.
 .NOTPARALLEL:
-.PHONY: help demo serve setup data train export evaluate report test test-slow lint format protos wheel bench-training bench-dependability bench-serving soak clean
+.PHONY: help demo serve setup data train export evaluate report test test-slow lint format protos wheel bench-training bench-recipes bench-dependability bench-serving soak clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets and what can be set
@@ -91,8 +92,12 @@ protos: $(READY) ## generate service/generated from protos/
 wheel: $(READY) ## build dist/*.whl: library, server and shipped model
 	$(PY) -m build --wheel
 
-bench-training: $(READY) ## training throughput beside a plain PyTorch loop
+bench-training: $(READY) ## training throughput beside a plain PyTorch loop, and beside what the machine can multiply
 	$(PY) benchmarks/training.py $(DATA_OPTION)
+	$(PY) benchmarks/training_ceiling.py $(DATA_OPTION)
+
+bench-recipes: $(READY) ## accuracy and time of our own recipes, one seed each: under an hour; SCRIPT= airbench's beside them
+	$(PY) benchmarks/time_to_accuracy.py $(if $(SCRIPT),--script $(SCRIPT)) $(DATA_OPTION)
 
 bench-dependability: $(READY) ## how fast the server starts, refuses and gives up, and its memory around a flood
 	$(PY) benchmarks/dependability.py

@@ -156,7 +156,7 @@ RECIPES: dict[str, Recipe] = {
         # the same recipe trains well. The other reading is `--set momentum=0.9`.
         Recipe("deep", model="deep", dropout=0.2, epochs=25, learning_rate=0.05, momentum=0.0),
         Recipe("sprint", model="whitened", width=16, **_OURS, epochs=5, sizes="20:3", translate=1),
-        Recipe("deep-fast", model="deep-batch-norm", **_OURS, epochs=16, sizes="24:10", translate=2),
+        Recipe("deep-fast", model="deep-batch-norm", **_OURS, epochs=17, sizes="24:9", translate=3),
         Recipe("best", model="whitened", width=48, **_OURS, epochs=20, sizes="24:10", translate=2),
     )
 }
