@@ -63,7 +63,7 @@ def ceilings(dtype: torch.dtype) -> Iterator[Work]:
     yield Work(f"matrix product 2048³, {dtype}", lambda: left @ right)
     for channels_in, channels, size in CONVOLUTIONS:
         layer = nn.Conv2d(channels_in, channels, 3, padding=1, bias=False).to(dtype)
-        layer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        layer.to(memory_format=torch.channels_last)
         images = torch.randn(256, channels_in, size, size, dtype=dtype).to(memory_format=torch.channels_last)
         images.requires_grad_()
         upstream = torch.randn_like(layer(images))
@@ -115,7 +115,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
     arguments = parser.parse_args()
     dataset, machine = load_dataset(arguments.data), describe_environment(CPU)
-    recipes = [get_recipe(*text.split(maxsplit=1)[:1], text.split()[1:]) for text in arguments.recipes.split(";")]
+    recipes = [get_recipe(name, overrides) for name, *overrides in map(str.split, arguments.recipes.split(";"))]
     types = sorted({torch.bfloat16 if each.precision == "bf16" else torch.float32 for each in recipes}, key=str)
     tops = {dtype: list(ceilings(dtype)) for dtype in types}
     print(f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}, {arguments.rounds} rounds\n")
