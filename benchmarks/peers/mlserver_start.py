@@ -1,7 +1,7 @@
 """MLServer with a custom runtime over onnxruntime, adaptive batching on, everything else that costs time off.
 
-Inference in the server's process (parallel_workers 0): with one model that uses all cores, handing requests to a
-worker process was slower here. A batch waits a millisecond at most for others.
+Inference in the server's process (parallel_workers 0): one model uses all cores, and a worker process would add a
+hand-over to each request. A batch waits a millisecond at most for others.
 """
 
 import asyncio
