@@ -263,6 +263,8 @@ class Batcher:
         try:
             return await request.future
         except asyncio.CancelledError:
+            if _expired(request.future):  # and counted, in the moment before the caller went
+                raise
             unseen = self._drop(request)
             if deadline is not None and time.monotonic() >= deadline - DEADLINE_SLACK:
                 self._observer.on_expired(unseen)
@@ -354,6 +356,10 @@ class Batcher:
                 failure = EngineFailed("the computation of a batch with these images failed; the server's log says why")
                 failure.__cause__ = batch.error
                 request.future.set_exception(failure)
+
+
+def _expired(future: "asyncio.Future[Outputs]") -> bool:
+    return future.done() and not future.cancelled() and isinstance(future.exception(), DeadlineExpired)
 
 
 def count_images(pieces: Sequence[Piece]) -> int:

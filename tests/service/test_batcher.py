@@ -262,6 +262,27 @@ def test_a_cancelled_request_never_reaches_the_engine():
     running(test)
 
 
+def test_a_request_whose_caller_goes_at_the_moment_of_its_deadline_is_counted_once():
+    async def test():
+        gate, events = Gate(), Events()
+        batches = batcher(events)
+        first = asyncio.create_task(batches.submit(numbered(1), gate))
+        await begun(gate)
+        loop, deadline = asyncio.get_running_loop(), time.monotonic() + 0.05
+        second = asyncio.create_task(batches.submit(numbered(2, 3), gate, deadline))
+        await asyncio.sleep(0)
+        loop.call_at(deadline + 0.01, second.cancel)
+        time.sleep(0.1)  # both are due in one turn of the loop: the deadline, then the cancellation
+        with pytest.raises(asyncio.CancelledError):
+            await second
+        gate.permits.release(5)
+        assert rows(await first) == [1]
+        await batches.close()
+        assert (events.expired, events.cancelled, events.spared) == (1, 0, 2)
+
+    running(test)
+
+
 def test_an_error_fails_its_own_batch_and_no_other():
     async def test():
         events = Events()
