@@ -1,4 +1,4 @@
-"""What goes wrong by a user's or a machine's doing, as against a defect of this library."""
+"""The base of all errors that are caused by input or environment and not by a bug, and how commands report them."""
 
 import io
 import sys
@@ -6,13 +6,13 @@ from collections.abc import Callable
 
 
 class CifarError(Exception):
-    """Its message names the thing, the limit and the way out; no traceback is needed to act on it."""
+    """An error that a user can act on without a traceback. Its message names the thing, the limit and the way out."""
 
 
 def run_command(main: Callable[[], int]) -> None:
-    """Runs a command line's main and exits with its code; a `CifarError` becomes one message and exit code 2."""
+    """Runs the main function of a command and exits with its code; a `CifarError` becomes one line and exit code 2."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(line_buffering=True)  # a log file shows each line as it is written
+        sys.stdout.reconfigure(line_buffering=True)  # a log file shows each line as soon as it is written
     try:
         code = main()
     except CifarError as error:
@@ -20,5 +20,5 @@ def run_command(main: Callable[[], int]) -> None:
         code = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        code = 130  # as shells have it: 128 + SIGINT
+        code = 130  # the shell's convention: 128 + SIGINT
     sys.exit(code)

@@ -16,10 +16,10 @@ def main() -> int:
         settings = parse(sys.argv[1:])
         logs.configure(settings.log_level, settings.log_format)
         if settings.workers > 1:
-            from service.scale_out import supervise
+            from service.workers.supervisor import supervise
 
             return supervise(settings)
-        from service.server import run
+        from service.rpc.server import run
 
         return run(settings)
     except StartError as error:

@@ -13,8 +13,8 @@ from service.generated.cifar.v1 import image_classifier_pb2_grpc as cifar_rpc
 from service.generated.inference import open_inference_pb2 as inference
 from service.generated.inference import open_inference_pb2_grpc as inference_rpc
 from tests.service.conftest import Server, table
+from tests.service.core.test_decoding import gradient, png_of_few_bytes, saved
 from tests.service.exports import expected, pictures
-from tests.service.test_images import gradient, png_of_few_bytes, saved
 
 INVALID, NOT_FOUND, EXHAUSTED, UNIMPLEMENTED = (
     grpc.StatusCode.INVALID_ARGUMENT,

@@ -11,6 +11,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
+from cifar_core.images import IMAGE_SIZE
 from service.errors import StartError
 
 logger = logging.getLogger(__name__)
@@ -19,9 +20,6 @@ Device = Literal["auto", "cpu", "cuda"]
 CUDA = "CUDAExecutionProvider"
 CPU = "CPUExecutionProvider"
 
-HEIGHT = WIDTH = 32
-CHANNELS = 3
-IMAGE_BYTES = HEIGHT * WIDTH * CHANNELS
 OUTPUTS = ("logits", "probabilities")
 
 
@@ -67,7 +65,7 @@ class Engine:
         sizes = [2**power for power in range(max_batch_size.bit_length()) if 2**power < max_batch_size]
         for session in dict.fromkeys((self._session, self._single)):
             for size in (*sizes, max_batch_size):
-                session.run(OUTPUTS, {"images": np.zeros((size, HEIGHT, WIDTH, CHANNELS), np.uint8)})
+                session.run(OUTPUTS, {"images": np.zeros((size, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)})
 
 
 def _open(graph: bytes, device: Device, threads: int) -> tuple[Any, Literal["cpu", "cuda"]]:
@@ -114,12 +112,12 @@ def _check_contract(session: Any) -> int:  # noqa: ANN401
         raise StartError(f"the graph's inputs are {sorted(inputs)}; there must be one, 'images'")
     if (
         images.type != "tensor(uint8)"
-        or images.shape[1:] != [HEIGHT, WIDTH, CHANNELS]
+        or images.shape[1:] != [IMAGE_SIZE, IMAGE_SIZE, 3]
         or isinstance(images.shape[0], int)
     ):
         raise StartError(
             f"the graph's input is {images.type} {images.shape}; "
-            f"it must be tensor(uint8) ['batch', {HEIGHT}, {WIDTH}, {CHANNELS}]"
+            f"it must be tensor(uint8) ['batch', {IMAGE_SIZE}, {IMAGE_SIZE}, 3]"
         )
     for name in OUTPUTS:
         output = outputs.get(name)

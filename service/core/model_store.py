@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from service.engine import CHANNELS, HEIGHT, WIDTH, Device, Engine
+from cifar_core.images import IMAGE_SIZE
+from service.core.engine import Device, Engine
 from service.errors import StartError
 
 logger = logging.getLogger(__name__)
@@ -139,7 +140,7 @@ def _self_test(engine: Engine, classes: tuple[str, ...], version: str) -> None:
     inside = engine.metadata.get("model_version", version)
     if inside != version:
         raise StartError(f"the graph says that it is model version '{inside}', the manifest '{version}'")
-    images = np.random.default_rng(0).integers(0, 256, (3, HEIGHT, WIDTH, CHANNELS), np.uint8)
+    images = np.random.default_rng(0).integers(0, 256, (3, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
     try:
         logits, probabilities = engine.compute(images)
         alone = np.concatenate([engine.compute(images[row : row + 1])[1] for row in range(len(images))])

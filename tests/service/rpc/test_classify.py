@@ -64,7 +64,7 @@ def test_top_k_says_how_many_classes(stub, top_k, count):
 
 
 def test_of_equal_probabilities_the_lower_index_comes_first():
-    from service.classify import _ranked
+    from service.rpc.classify import _ranked
 
     result = _ranked(np.full((1, 4), 0.25, np.float32), ["a", "b", "c", "d"], 2)[0]
     assert [ranked.name for ranked in result.classes] == ["a", "b"]

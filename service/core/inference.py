@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from service.batcher import Admission, Batcher
+from cifar_core.images import ImageLimits
+from service.core.batcher import Admission, Batcher
+from service.core.decoding import Decoder
+from service.core.metrics import Metrics
+from service.core.model_store import Model, Models
 from service.errors import InvalidRequest
-from service.images import Decoder, ImageLimits
-from service.metrics import Metrics
-from service.models import Model, Models
 
 
 @dataclass(frozen=True)

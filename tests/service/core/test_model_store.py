@@ -6,9 +6,9 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from service.engine import CUDA, Engine
+from service.core.engine import CUDA, Engine
+from service.core.model_store import Model, Models, load
 from service.errors import StartError
-from service.models import Model, Models, load
 from tests.conftest import REPOSITORY
 from tests.service.exports import CLASSES, expected, graph, pictures, write_export
 

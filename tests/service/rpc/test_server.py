@@ -42,8 +42,8 @@ def stalled(count: int) -> messages.ClassifyRequest:
 
 def test_the_server_knows_neither_torch_nor_the_training_library():
     script = (
-        "import sys, service.server, service.scale_out, service.worker, service.client\n"
-        "print([name for name in ('torch', 'cifar_core', 'onnx', 'scipy', 'matplotlib') if name in sys.modules])"
+        "import sys, service.rpc.server, service.workers.supervisor, service.workers, service.client\n"
+        "print([name for name in ('torch', 'cifar_core.data', 'onnx', 'scipy', 'matplotlib') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

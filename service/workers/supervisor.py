@@ -18,15 +18,12 @@ from prometheus_client import CollectorRegistry, Counter, start_http_server
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
 from service import ports
+from service.core.metrics import PREFIX, Processes
 from service.errors import StartError
-from service.metrics import PREFIX, Processes
 from service.settings import Settings
+from service.workers.pipe import PIPE_BYTES, READY
 
 logger = logging.getLogger(__name__)
-
-# What a worker says of itself, once; anything else is why it cannot start.
-READY = b"ready"
-PIPE_BYTES = 4096  # written at once or not at all
 
 FIRST_DELAY = 0.1
 LAST_DELAY = 30.0
@@ -133,7 +130,7 @@ class Supervisor:
         listening, telling = os.pipe()
         try:
             worker = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "service.worker",
+                sys.executable, "-m", "service.workers",
                 settings.model_dump_json(), str(number), str(telling), str(os.getpid()),
                 pass_fds=(telling,),
                 env={**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(self._metrics_folder)},

@@ -19,7 +19,8 @@ from google.protobuf.message import DecodeError
 from google.rpc.error_details_pb2 import RetryInfo
 from google.rpc.status_pb2 import Status
 
-from service.batcher import DEADLINE_SLACK
+from service.core.batcher import DEADLINE_SLACK
+from service.core.metrics import Metrics
 from service.errors import (
     DeadlineExpired,
     EngineFailed,
@@ -30,7 +31,6 @@ from service.errors import (
     ShuttingDown,
     Unsupported,
 )
-from service.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 

@@ -12,14 +12,14 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from service.calls import Calls, Context, deadline_of
+from cifar_core.images import IMAGE_BYTES, IMAGE_SIZE
+from service.core.inference import Answer, Inference
+from service.core.metrics import Duration
+from service.core.model_store import Model
 from service.errors import InvalidRequest, NotFound, Unsupported
 from service.generated.inference import open_inference_pb2 as messages
 from service.generated.inference import open_inference_pb2_grpc as rpc
-from service.images import IMAGE_BYTES, SIZE
-from service.inference import Answer, Inference
-from service.metrics import Duration
-from service.models import Model
+from service.rpc.calls import Calls, Context, deadline_of
 
 SERVICE = messages.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
 SERVER_NAME = "cifar-classifier"
@@ -158,7 +158,7 @@ class OpenInference(rpc.GRPCInferenceServiceServicer):
             name=model.name,
             versions=[model.version],
             platform=PLATFORM,
-            inputs=[tensor(name=INPUT, datatype="UINT8", shape=[-1, SIZE, SIZE, 3])],
+            inputs=[tensor(name=INPUT, datatype="UINT8", shape=[-1, IMAGE_SIZE, IMAGE_SIZE, 3])],
             outputs=[tensor(name=name, datatype="FP32", shape=[-1, len(model.classes)]) for name in OUTPUTS],
         )
 
@@ -174,7 +174,7 @@ class OpenInference(rpc.GRPCInferenceServiceServicer):
             platform=PLATFORM,
             backend="onnxruntime",
             max_batch_size=self._inference.limits.max_images,
-            input=[messages.ModelInput(name=INPUT, data_type=messages.TYPE_UINT8, dims=[SIZE, SIZE, 3])],
+            input=[messages.ModelInput(name=INPUT, data_type=messages.TYPE_UINT8, dims=[IMAGE_SIZE, IMAGE_SIZE, 3])],
             output=[
                 messages.ModelOutput(name=name, data_type=messages.TYPE_FP32, dims=[len(model.classes)])
                 for name in OUTPUTS
@@ -251,13 +251,13 @@ def _check_input(request: messages.ModelInferRequest) -> tuple[int, int, int, in
     if tensor.datatype != "UINT8":
         raise InvalidRequest(f"input '{INPUT}' is of type '{tensor.datatype}'; it must be UINT8")
     shape = tuple(tensor.shape)
-    if len(shape) != 4 or shape[1:] != (SIZE, SIZE, 3) or shape[0] < 0:
+    if len(shape) != 4 or shape[1:] != (IMAGE_SIZE, IMAGE_SIZE, 3) or shape[0] < 0:
         raise InvalidRequest(
-            f"input '{INPUT}' has shape {list(shape)}; it must be [n, {SIZE}, {SIZE}, 3], channels last"
+            f"input '{INPUT}' has shape {list(shape)}; it must be [n, {IMAGE_SIZE}, {IMAGE_SIZE}, 3], channels last"
         )
     if any(name.startswith("shared_memory") for name in tensor.parameters):
         raise Unsupported("shared memory is not supported: send the elements in raw_input_contents")
-    return shape[0], SIZE, SIZE, 3
+    return shape[0], IMAGE_SIZE, IMAGE_SIZE, 3
 
 
 def _pixels(request: messages.ModelInferRequest, shape: tuple[int, int, int, int]) -> NDArray[np.uint8]:

@@ -7,12 +7,13 @@ import grpc
 import numpy as np
 from numpy.typing import NDArray
 
-from service.calls import Calls, Context, Failure, abort, deadline_of, peer_of
+from cifar_core.images import IMAGE_SIZE, ImageRejected, packed_images, raw_image
+from service.core.decoding import Decoded
+from service.core.inference import Inference
 from service.errors import InvalidRequest
 from service.generated.cifar.v1 import image_classifier_pb2 as messages
 from service.generated.cifar.v1 import image_classifier_pb2_grpc as rpc
-from service.images import SIZE, Decoded, ImageRejected, packed_images, raw_image
-from service.inference import Inference
+from service.rpc.calls import Calls, Context, Failure, abort, deadline_of, peer_of
 
 SERVICE = messages.DESCRIPTOR.services_by_name["ImageClassifier"].full_name
 CLASSIFY, CLASSIFY_STREAM, GET_MODEL = (f"{SERVICE}/{name}" for name in ("Classify", "ClassifyStream", "GetModel"))
@@ -128,8 +129,8 @@ class ImageClassifier(rpc.ImageClassifierServicer):
             name=model.name,
             version=model.version,
             classes=model.classes,
-            input_height=SIZE,
-            input_width=SIZE,
+            input_height=IMAGE_SIZE,
+            input_width=IMAGE_SIZE,
             variant=model.variant,
             device=model.engine.device,
             test_accuracy=model.test_accuracy,

@@ -32,11 +32,11 @@ import tenacity
 from numpy.typing import NDArray
 from PIL import Image as PillowImage
 
+from cifar_core.images import IMAGE_BYTES, IMAGE_SIZE
 from service import ports
 from service.generated.cifar.v1 import image_classifier_pb2 as messages
 from service.generated.cifar.v1 import image_classifier_pb2_grpc as rpc
 
-SIZE = 32
 DEFAULT_TARGET = "127.0.0.1:50051"
 # CANCELLED is what gRPC itself answers for calls that a stopping server had received but not begun.
 RETRIED = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.CANCELLED)
@@ -339,11 +339,11 @@ def _requests(
     """The images in as few requests as the limits allow."""
     room = limits.max_message_bytes - 1024  # for what a message holds besides its images
     if isinstance(images, np.ndarray) and images.ndim == 4:
-        if images.dtype != np.uint8 or images.shape[1:] != (SIZE, SIZE, 3):
+        if images.dtype != np.uint8 or images.shape[1:] != (IMAGE_SIZE, IMAGE_SIZE, 3):
             raise ValueError(
-                f"the array is {images.dtype} {list(images.shape)}; it must be uint8 [n, {SIZE}, {SIZE}, 3]"
+                f"the array is {images.dtype} {list(images.shape)}; it must be uint8 [n, {IMAGE_SIZE}, {IMAGE_SIZE}, 3]"
             )
-        count = max(1, min(limits.max_images, room // (SIZE * SIZE * 3)))
+        count = max(1, min(limits.max_images, room // (IMAGE_BYTES)))
         for start in range(0, len(images), count):
             packed = np.ascontiguousarray(images[start : start + count]).tobytes()
             yield messages.ClassifyRequest(packed_rgb=packed, top_k=top_k)
@@ -374,7 +374,7 @@ def _image(source: ImageSource) -> messages.Image:
     if isinstance(source, np.ndarray):
         if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3:
             raise ValueError(f"an image is {source.dtype} {list(source.shape)}; it must be uint8 [height, width, 3]")
-        if source.shape == (SIZE, SIZE, 3):
+        if source.shape == (IMAGE_SIZE, IMAGE_SIZE, 3):
             return messages.Image(rgb=source.tobytes())
         source = PillowImage.fromarray(source)
     if not isinstance(source, PillowImage.Image):

@@ -120,10 +120,10 @@ class Metrics:
         if rejected:
             self._not_classified.inc(rejected)
 
-    # Of the batcher (service.batcher.Observer)
+    # Of the batcher (service.core.batcher.Observer)
 
     def on_batch(self, images: int, queued_seconds: Sequence[float], seconds: float, failed: bool) -> None:
-        """See service.batcher.Observer."""
+        """See service.core.batcher.Observer."""
         for queued in queued_seconds:
             self._queue_seconds.observe(queued)
         self._batch_images.observe(images)
@@ -140,16 +140,16 @@ class Metrics:
         statistics.last_inference = time.time()
 
     def on_rejected(self, images: int) -> None:
-        """See service.batcher.Observer."""
+        """See service.core.batcher.Observer."""
         self._rejected.inc()
 
     def on_expired(self, images: int) -> None:
-        """See service.batcher.Observer."""
+        """See service.core.batcher.Observer."""
         self._expired.inc()
         self._spared.inc(images)
 
     def on_cancelled(self, images: int) -> None:
-        """See service.batcher.Observer."""
+        """See service.core.batcher.Observer."""
         self._cancelled.inc()
         self._spared.inc(images)
 

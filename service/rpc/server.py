@@ -16,20 +16,22 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from prometheus_client import start_http_server
 
-from service import classify, open_inference, ports
-from service.batcher import Batcher
-from service.calls import Calls, Registrar
-from service.classify import ImageClassifier
+from cifar_core.images import ImageLimits
+from service import ports
+from service.core.batcher import Batcher
+from service.core.decoding import Decoder
+from service.core.inference import Inference, Limits
+from service.core.metrics import Metrics, Processes
+from service.core.model_store import Model, Models, load
 from service.errors import StartError
 from service.generated.cifar.v1 import image_classifier_pb2, image_classifier_pb2_grpc
 from service.generated.inference import open_inference_pb2, open_inference_pb2_grpc
-from service.health import Health
-from service.images import Decoder, ImageLimits
-from service.inference import Inference, Limits
-from service.metrics import Metrics, Processes
-from service.models import Model, Models, load
-from service.open_inference import OpenInference
-from service.security import TokenInterceptor, Tokens, server_credentials
+from service.rpc import classify, open_inference
+from service.rpc.calls import Calls, Registrar
+from service.rpc.classify import ImageClassifier
+from service.rpc.health import Health
+from service.rpc.open_inference import OpenInference
+from service.rpc.security import TokenInterceptor, Tokens, server_credentials
 from service.settings import Settings
 
 logger = logging.getLogger(__name__)

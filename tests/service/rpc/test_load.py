@@ -18,7 +18,7 @@ from service.generated.cifar.v1 import image_classifier_pb2 as messages
 from service.generated.cifar.v1 import image_classifier_pb2_grpc as rpc
 from tests.service import exports
 from tests.service.exports import expected, pictures
-from tests.service.test_scale_out import pids
+from tests.service.workers.test_supervisor import pids
 
 POOL = pictures(4096, seed=99)
 # A model's answers for the pool, from inference without a server; answers for two of its images differ in every digit.

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from service.images import FORMATS, Decoder, ImageLimits, ImageRejected, decode, packed_images, raw_image
+from cifar_core.images import FORMATS, ImageLimits, ImageRejected, decode, packed_images, raw_image
+from service.core.decoding import Decoder
 from tests.service.exports import pictures
 
 LIMITS = ImageLimits(max_bytes=2**20, max_pixels=1_000_000)
@@ -166,7 +167,7 @@ def test_a_bomb_is_refused_before_it_is_decoded(file):
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "no image"),
         (saved(gradient(64, 64))[:-30], "damaged"),
         (saved(gradient(64, 64), "JPEG")[:400], "damaged"),
-        (saved(gradient(64, 64), "GIF")[:300], "its head is damaged"),
+        (saved(gradient(64, 64), "GIF")[:300], "its header is damaged"),
         (saved(gradient(64, 64), "GIF")[:900], "damaged"),
         (saved(gradient(64, 64), "WEBP")[:100], "damaged|no image"),
         (saved(gradient(64, 64), "BMP")[:100], "damaged"),
@@ -234,7 +235,7 @@ def test_a_fault_of_the_decoder_costs_one_image_and_is_told_apart(monkeypatch):
             raise AssertionError("a fault of ours")
         return decode(data, limits)
 
-    monkeypatch.setattr("service.images.decode", broken)
+    monkeypatch.setattr("service.core.decoding.decode", broken)
 
     async def test():
         decoder = Decoder(1, LIMITS)

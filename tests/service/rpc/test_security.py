@@ -11,7 +11,7 @@ from service.generated.cifar.v1 import image_classifier_pb2 as messages
 from service.generated.cifar.v1 import image_classifier_pb2_grpc as rpc
 from service.generated.inference import open_inference_pb2 as inference
 from service.generated.inference import open_inference_pb2_grpc as inference_rpc
-from service.security import Tokens, server_credentials
+from service.rpc.security import Tokens, server_credentials
 from tests.service.exports import pictures
 
 UNAUTHENTICATED, UNAVAILABLE = grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.UNAVAILABLE

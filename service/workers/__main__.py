@@ -1,4 +1,4 @@
-"""One of several server processes; started by service.scale_out, not by people.
+"""One of several server processes; started by service.workers.supervisor, not by people.
 
 Arguments: the settings as JSON, the worker's number, the descriptor of a pipe that learns when requests are answered or
 why they will not be, and the supervisor's process id.
@@ -11,8 +11,8 @@ import sys
 
 from service import logs
 from service.errors import StartError
-from service.scale_out import PIPE_BYTES, READY
 from service.settings import Settings
+from service.workers.pipe import PIPE_BYTES, READY
 
 _PR_SET_PDEATHSIG = 1
 
@@ -27,7 +27,7 @@ def main() -> int:
         return 1
 
     logs.configure(settings.log_level, settings.log_format, number)
-    from service.server import run
+    from service.rpc.server import run
 
     try:
         return run(settings, shares_port=True, on_ready=lambda: _tell(pipe, READY))

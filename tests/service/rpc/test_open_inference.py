@@ -40,7 +40,7 @@ def test_nvidias_client_does_all_its_calls_unchanged(server, tmp_path):
     descriptor = tmp_path / "descriptor"
     descriptor.write_bytes(messages.DESCRIPTOR.serialized_pb)
     done = subprocess.run(
-        [sys.executable, "-m", "tests.service.triton_session", server.target, str(descriptor)],
+        [sys.executable, "-m", "tests.service.rpc.triton_session", server.target, str(descriptor)],
         cwd=REPOSITORY, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

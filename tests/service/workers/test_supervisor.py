@@ -20,8 +20,8 @@ def pids(server) -> dict[str, int]:
     workers = {}
     for child in children:
         arguments = Path(f"/proc/{child}/cmdline").read_bytes().split(b"\0")
-        if b"service.worker" in arguments:
-            workers[arguments[arguments.index(b"service.worker") + 2].decode()] = int(child)
+        if b"service.workers" in arguments:
+            workers[arguments[arguments.index(b"service.workers") + 2].decode()] = int(child)
     return workers
 
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from service.batcher import Batcher, Images, Outputs, Queue, Request, compute_pieces, hand_out
+from service.core.batcher import Batcher, Images, Outputs, Queue, Request, compute_pieces, hand_out
 from service.errors import DeadlineExpired, EngineFailed, Overloaded
 
 

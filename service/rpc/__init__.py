@@ -1,0 +1,1 @@
+"""gRPC: translates messages to and from `service.core`."""
