@@ -12,7 +12,7 @@ from cifar_core.images import ImageLimits
 from service.core.batcher import Admission, Batcher
 from service.core.decoding import Decoder
 from service.core.metrics import Metrics
-from service.core.model_store import Model, Models
+from service.core.model_store import Model, ModelStore
 from service.errors import InvalidRequest
 
 
@@ -38,7 +38,7 @@ class Answer:
 class Inference:
     """The way of images through the server, in the order of the methods: admit, decode, compute."""
 
-    def __init__(self, models: Models, batcher: Batcher, decoder: Decoder, limits: Limits, metrics: Metrics) -> None:
+    def __init__(self, models: ModelStore, batcher: Batcher, decoder: Decoder, limits: Limits, metrics: Metrics) -> None:
         self.models, self.decoder, self.limits, self.metrics = models, decoder, limits, metrics
         self._batcher = batcher
 

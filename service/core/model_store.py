@@ -158,7 +158,7 @@ def _self_test(engine: Engine, classes: tuple[str, ...], version: str) -> None:
         raise StartError("self-test: an image's probabilities depend on the others in its batch")
 
 
-class Models:
+class ModelStore:
     """The model that is served now. Only `reload` changes it, and only to one that was verified.
 
     Args:

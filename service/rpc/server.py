@@ -22,7 +22,7 @@ from service.core.batcher import Batcher
 from service.core.decoding import Decoder
 from service.core.inference import Inference, Limits
 from service.core.metrics import Metrics, Processes
-from service.core.model_store import Model, Models, load
+from service.core.model_store import Model, ModelStore, load
 from service.errors import StartError
 from service.generated.cifar.v1 import image_classifier_pb2, image_classifier_pb2_grpc
 from service.generated.inference import open_inference_pb2, open_inference_pb2_grpc
@@ -134,7 +134,7 @@ def _spare_the_collector() -> None:
     gc.freeze()
 
 
-def _models(settings: Settings, metrics: Metrics) -> Models:
+def _models(settings: Settings, metrics: Metrics) -> ModelStore:
     def on_reload(model: Model | None) -> None:
         metrics.on_reload(model is not None)
         if model is not None:
@@ -149,14 +149,14 @@ def _models(settings: Settings, metrics: Metrics) -> Models:
             max_batch_size=settings.max_batch_size,
         )
 
-    models = Models(settings.model, loader, on_reload)
+    models = ModelStore(settings.model, loader, on_reload)
     model = models.current
     metrics.on_model(model.version, model.variant, model.engine.device, model.sha256)
     return models
 
 
 @contextlib.asynccontextmanager
-async def _inference(settings: Settings, models: Models, metrics: Metrics) -> AsyncIterator[Inference]:
+async def _inference(settings: Settings, models: ModelStore, metrics: Metrics) -> AsyncIterator[Inference]:
     limits = Limits(
         ImageLimits(settings.max_image_bytes, settings.max_image_pixels),
         settings.max_images,
@@ -234,7 +234,7 @@ def _show_metrics(settings: Settings, metrics: Metrics) -> None:
     logger.info("metrics at http://%s/metrics", ports.address(settings.metrics_host, http.server_port))
 
 
-def _handle_signals(models: Models) -> asyncio.Event:
+def _handle_signals(models: ModelStore) -> asyncio.Event:
     """The first SIGTERM or SIGINT sets the event, the second ends the process at once; SIGHUP reloads the model."""
     loop = asyncio.get_running_loop()
     stopping = asyncio.Event()

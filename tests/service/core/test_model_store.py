@@ -7,7 +7,7 @@ import onnxruntime
 import pytest
 
 from service.core.engine import CUDA, Engine
-from service.core.model_store import Model, Models, load
+from service.core.model_store import Model, ModelStore, load
 from service.errors import StartError
 from tests.conftest import REPOSITORY
 from tests.service.exports import CLASSES, expected, graph, pictures, write_export
@@ -154,7 +154,7 @@ def test_a_graph_that_computes_nonsense_is_refused(tmp_path):
 def test_a_new_export_takes_the_place_of_the_old_one_and_a_bad_one_does_not(tmp_path):
     async def test():
         outcomes: list[Model | None] = []
-        models = Models(write_export(tmp_path, graph(0), "first"), loaded, outcomes.append)
+        models = ModelStore(write_export(tmp_path, graph(0), "first"), loaded, outcomes.append)
         write_export(tmp_path, graph(1), "second")
         assert await models.reload()
         assert models.current.version == "second"
@@ -178,7 +178,7 @@ def test_a_fault_while_loading_leaves_the_old_model(tmp_path):
                 raise MemoryError
             return loaded(folder)
 
-        models = Models(tmp_path, loader, lambda outcome: None)
+        models = ModelStore(tmp_path, loader, lambda outcome: None)
         fail = True
         assert not await models.reload()
         assert models.current.version == "first"
