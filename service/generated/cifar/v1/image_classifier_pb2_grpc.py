@@ -26,10 +26,11 @@ if _version_not_supported:
 
 
 class ImageClassifierStub:
-    """Classifies images with the model that the server holds.
+    """Classifies images with the model that the server has loaded.
 
-    Limits (number of images, bytes, pixels) are the server's; GetModel tells them. A request that breaks one is answered
-    with INVALID_ARGUMENT or RESOURCE_EXHAUSTED as a whole; an image that cannot be read costs only its own answer.
+    The server limits the number of images, bytes and pixels; GetModel returns these limits. A request that exceeds a limit
+    fails as a whole with INVALID_ARGUMENT or RESOURCE_EXHAUSTED. If a single image cannot be decoded, its result is an
+    error and the other images of the request are classified.
     """
 
     def __init__(self, channel):
@@ -56,10 +57,11 @@ class ImageClassifierStub:
 
 
 class ImageClassifierServicer:
-    """Classifies images with the model that the server holds.
+    """Classifies images with the model that the server has loaded.
 
-    Limits (number of images, bytes, pixels) are the server's; GetModel tells them. A request that breaks one is answered
-    with INVALID_ARGUMENT or RESOURCE_EXHAUSTED as a whole; an image that cannot be read costs only its own answer.
+    The server limits the number of images, bytes and pixels; GetModel returns these limits. A request that exceeds a limit
+    fails as a whole with INVALID_ARGUMENT or RESOURCE_EXHAUSTED. If a single image cannot be decoded, its result is an
+    error and the other images of the request are classified.
     """
 
     def Classify(self, request, context):
@@ -70,15 +72,15 @@ class ImageClassifierServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ClassifyStream(self, request_iterator, context):
-        """The same over one connection: requests as they come, answers as they are ready, not necessarily in order.
-        An answer belongs to the request with the same request_id.
+        """Classifies the images of many requests over one stream. Answers arrive as they become ready, which may be in another
+        order than the requests. An answer has the request_id of its request.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetModel(self, request, context):
-        """What the server serves now, and its limits.
+        """Returns the model that is loaded now, and the limits of the server.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -111,10 +113,11 @@ def add_ImageClassifierServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ImageClassifier:
-    """Classifies images with the model that the server holds.
+    """Classifies images with the model that the server has loaded.
 
-    Limits (number of images, bytes, pixels) are the server's; GetModel tells them. A request that breaks one is answered
-    with INVALID_ARGUMENT or RESOURCE_EXHAUSTED as a whole; an image that cannot be read costs only its own answer.
+    The server limits the number of images, bytes and pixels; GetModel returns these limits. A request that exceeds a limit
+    fails as a whole with INVALID_ARGUMENT or RESOURCE_EXHAUSTED. If a single image cannot be decoded, its result is an
+    error and the other images of the request are classified.
     """
 
     @staticmethod
