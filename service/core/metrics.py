@@ -1,7 +1,8 @@
-"""What the server counts: for Prometheus, and for the Open Inference Protocol's statistics call.
+"""Metrics of the server for Prometheus, and statistics for the Open Inference Protocol.
 
-Must never know gRPC: methods and status codes are strings here. With several workers each writes its numbers to files
-in PROMETHEUS_MULTIPROC_DIR, which the supervisor sets and reads; names and meanings are the same.
+This module does not know gRPC: methods and status codes are strings here. With several workers, each worker writes its
+values to files in the folder PROMETHEUS_MULTIPROC_DIR, which the supervisor sets and reads; names and meanings stay the
+same.
 """
 
 import functools
@@ -22,14 +23,15 @@ from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
 PREFIX: Final = "cifar_service"
-disable_created_metrics()  # type: ignore[no-untyped-call]  # the time when a counter began, as one more series of each
+# Otherwise each counter and histogram has one more series, which holds the time of its creation.
+disable_created_metrics()  # type: ignore[no-untyped-call]
 SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 
 @dataclass(slots=True)
 class Duration:
-    """How often something was done, and the nanoseconds in all."""
+    """How often something was done, and how many nanoseconds it took in total."""
 
     count: int = 0
     nanoseconds: int = 0
@@ -41,7 +43,7 @@ class Duration:
 
 @dataclass(slots=True)
 class Statistics:
-    """Where the time of one model version's requests went, in this process."""
+    """How the requests to one model version spent their time, in this process."""
 
     success: Duration = field(default_factory=Duration)
     failure: Duration = field(default_factory=Duration)
@@ -51,51 +53,67 @@ class Statistics:
     output: Duration = field(default_factory=Duration)
     images: int = 0
     batches: dict[int, Duration] = field(default_factory=dict)
-    last_inference: float = 0.0  # of time.time()
+    last_inference: float = 0.0  # seconds since the epoch; 0 before the first batch
 
 
 class Metrics:
-    """Everything that is counted in one process. `registry` is what an HTTP server shows."""
+    """All metrics of one process. `registry` is what the metrics page shows."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self.statistics = Statistics()
+        self._served: tuple[str, str, str, str] | None = None
         counter, gauge, histogram = self._counter, self._gauge, self._histogram
-        self._requests = counter("requests", "Requests by method and status code.", "method", "code")
+        self._requests = counter("requests", "Answered requests, by method and status code.", "method", "code")
         self._seconds = histogram(
-            "request_seconds", "Seconds from a request's arrival to its answer.", SECONDS, "method"
+            "request_seconds", "Seconds from the arrival of a request to its answer.", SECONDS, "method"
         )
         self.in_flight = gauge("requests_in_flight", "Requests that wait for their answer.")
-        self._images = counter("images", "Images that were asked about, by outcome.", "outcome")
+        self._images = counter("images", "Images in requests, by outcome.", "outcome")
         self._batch_images = histogram("batch_images", "Images in a batch given to the engine.", SIZES)
         self._queue_seconds = histogram("queue_seconds", "Seconds that a request waited for the engine.", SECONDS)
         self._inference_seconds = histogram("inference_seconds", "Seconds that the engine took for a batch.", SECONDS)
         self._engine_images = counter("engine_images", "Images that the engine computed.")
-        self._engine_failures = counter("engine_failures", "Batches that the engine failed on.")
+        self._engine_failures = counter("engine_failures", "Batches that the engine failed to compute.")
         self.waiting = gauge("waiting_images", "Images that wait for the engine.")
-        self.admitted = gauge("admitted_images", "Images in the server: being decoded, waiting or being computed.")
-        self._rejected = counter("rejected", "Requests refused because the server held as many images as it may.")
-        self._expired = counter("expired", "Requests whose deadline passed before their answer was there.")
+        self.admitted = gauge(
+            "admitted_images", "Images in the server: those being decoded, those waiting and those being computed."
+        )
+        self._rejected = counter("rejected", "Requests refused because the server was full.")
+        self._expired = counter("expired", "Requests whose deadline passed before their answer was ready.")
         self._cancelled = counter("cancelled", "Requests that their client cancelled.")
-        self._spared = counter("spared_images", "Images of expired and cancelled requests that the engine never saw.")
-        self._reloads = counter("model_reloads", "New exports found, by outcome.", "outcome")
-        self._served: tuple[str, str, str, str] | None = None
+        self._spared = counter(
+            "spared_images",
+            "Images of expired and cancelled requests that were dropped before the engine computed them.",
+        )
+        self._receive_timeouts = counter(
+            "receive_timeouts", "Requests refused because the client took too long to send them."
+        )
+        self._decoder_restarts = counter(
+            "decoder_restarts",
+            "Decoding processes that were replaced: 'limit' exceeded its time or memory, 'crash' ended by itself.",
+            "reason",
+        )
+        self._reloads = counter("model_reloads", "New exports that were found, by outcome.", "outcome")
         self._model = gauge(
             "model_info",
-            "Processes that serve this model; 0 for one that was replaced.",
+            "Processes that serve this model; 0 for a model that was replaced.",
             "version",
             "variant",
             "device",
             "sha256",
         )
-        # With labels, a series begins to exist when it is first touched; these shall be there from the start, as zeros.
+        # A series with labels exists only after its first use; these exist from the start, with the value 0.
         self._classified, self._not_classified = (self._images.labels(each) for each in ("classified", "rejected"))
         for outcome in ("served", "refused"):
             self._reloads.labels(outcome)
+        for reason in ("limit", "crash"):
+            self._decoder_restarts.labels(reason)
 
-        # Finding a series by its labels costs more than counting in it.
-        self._requests_of = functools.cache(self._requests.labels)
-        self._seconds_of = functools.cache(self._seconds.labels)
+        # Finding a series by its labels takes longer than adding to it.
+        self._series_of_request = functools.cache(
+            lambda method, code: (self._requests.labels(method, code), self._seconds.labels(method))
+        )
 
     def _counter(self, name: str, meaning: str, *labels: str) -> Counter:
         return Counter(f"{PREFIX}_{name}", meaning, labels, registry=self.registry)
@@ -106,21 +124,30 @@ class Metrics:
     def _histogram(self, name: str, meaning: str, buckets: Sequence[float], *labels: str) -> Histogram:
         return Histogram(f"{PREFIX}_{name}", meaning, labels, buckets=buckets, registry=self.registry)
 
-    # Of requests
+    # Requests
 
     def on_request(self, method: str, code: str, seconds: float) -> None:
-        """A request was answered, with the name of a gRPC status code."""
-        self._requests_of(method, code).inc()
-        self._seconds_of(method).observe(seconds)
+        """Counts an answered request; `code` is the name of a gRPC status code."""
+        count, duration = self._series_of_request(method, code)
+        count.inc()
+        duration.observe(seconds)
 
     def on_images(self, classified: int, rejected: int) -> None:
-        """So many images of a request got classes, so many an error of their own."""
+        """Counts the images of a request: those that were classified and those that got an error of their own."""
         if classified:
             self._classified.inc(classified)
         if rejected:
             self._not_classified.inc(rejected)
 
-    # Of the batcher (service.core.batcher.Observer)
+    def on_receive_timeout(self) -> None:
+        """Counts a request that was refused because its client took too long to send it."""
+        self._receive_timeouts.inc()
+
+    def on_decoder_ended(self, reason: str) -> None:
+        """Counts a replaced decoding process: "limit" if it exceeded a limit, "crash" if it ended by itself."""
+        self._decoder_restarts.labels(reason).inc()
+
+    # Batches (service.core.batcher.Observer)
 
     def on_batch(self, images: int, queued_seconds: Sequence[float], seconds: float, failed: bool) -> None:
         """See service.core.batcher.Observer."""
@@ -153,10 +180,10 @@ class Metrics:
         self._cancelled.inc()
         self._spared.inc(images)
 
-    # Of models
+    # Models
 
     def on_model(self, version: str, variant: str, device: str, sha256: str) -> None:
-        """This model is served from now on; its statistics begin anew."""
+        """Records that this model is served from now on, and starts its statistics from zero."""
         if self._served is not None:
             self._model.labels(*self._served).set(0)
         self._served = (version, variant, device, sha256)
@@ -164,22 +191,22 @@ class Metrics:
         self.statistics = Statistics()
 
     def on_reload(self, served: bool) -> None:
-        """A new export was found, and taken or refused."""
+        """Counts a new export, which is served from now on or was refused."""
         self._reloads.labels("served" if served else "refused").inc()
 
 
 class Processes(Collector):
-    """CPU, memory, open files and start of each process, as Prometheus names them, with the label `process`.
+    """CPU time, memory, open files and start time of processes: Prometheus' names with the additional label `process`.
 
     Args:
-        pids: Name and process id of each, asked for anew at every scrape.
+        pids: Returns the process id by name; called at every scrape.
     """
 
     def __init__(self, pids: Callable[[], Mapping[str, int]]) -> None:
         self._pids = pids
 
     def collect(self) -> Iterable[Metric]:
-        """The figures of all processes."""
+        """One metric family for each figure, with one sample for each process that exists."""
         merged: dict[str, Metric] = {}
         for name, pid in self._pids().items():
             for family in ProcessCollector(pid=functools.partial(int, pid), registry=None).collect():
