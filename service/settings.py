@@ -1,6 +1,6 @@
-"""Every option of the server, once: flag, variable, default, meaning; `python -m service --help` tells them.
+"""Every option of the server: its flag, environment variable, default and help text. See `python -m service --help`.
 
-Must never know what the options do: the rooms are given values, not this class.
+Modules receive the values that they need, not this class.
 """
 
 import os
@@ -11,6 +11,7 @@ from pydantic import (
     Field,
     NonNegativeFloat,
     NonNegativeInt,
+    PositiveFloat,
     PositiveInt,
     ValidationError,
     model_validator,
@@ -23,12 +24,16 @@ from service.ports import is_loopback
 
 ENVIRONMENT_PREFIX = "CIFAR_SERVICE_"
 MIB = 2**20
+# gRPC's options are 32-bit numbers.
+INT32_MAX = 2**31 - 1
 
 Port = Annotated[int, Field(ge=0, le=65535)]
+Int32 = Annotated[int, Field(ge=1, le=INT32_MAX)]
+Seconds = Annotated[float, Field(gt=0, le=INT32_MAX / 1000)]  # gRPC counts them in milliseconds
 
 
 def shipped(name: str) -> Path:
-    """A folder that came with the package: inside it where it was installed, beside it in a checkout."""
+    """A folder that came with the package: inside the package where it was installed, beside it in a checkout."""
     package = Path(__file__).parent
     installed = package / name
     return installed if installed.is_dir() else package.parent / name
@@ -42,7 +47,8 @@ def shipped_model() -> Path:
 class Settings(BaseSettings):
     """Classifies batches of images over gRPC.
 
-    Each option is also an environment variable: --max-batch-size is CIFAR_SERVICE_MAX_BATCH_SIZE. A flag wins.
+    Each option is also an environment variable: --max-batch-size is CIFAR_SERVICE_MAX_BATCH_SIZE. A flag takes
+    precedence.
     """
 
     model_config = SettingsConfigDict(
@@ -58,98 +64,135 @@ class Settings(BaseSettings):
         frozen=True,
     )
 
-    # Where it listens
-    host: str = Field("127.0.0.1", description="address to listen on; other than loopback needs TLS or --insecure")
-    port: Port = Field(50051, description="port to listen on; 0: a free one, named in the log")
-    workers: PositiveInt = Field(1, description="processes that share the port, under a supervisor that replaces them")
-    grace: NonNegativeFloat = Field(30.0, description="seconds that requests in flight have to finish after SIGTERM")
+    # Address and processes
+    host: str = Field("127.0.0.1", description="address to listen on; one other than loopback needs TLS or --insecure")
+    port: Port = Field(50051, description="port to listen on; 0 picks a free port and logs it")
+    workers: PositiveInt = Field(
+        1, description="number of server processes that share the port; a supervisor replaces those that fail"
+    )
+    grace: NonNegativeFloat = Field(
+        30.0, description="after SIGTERM, seconds that accepted requests have to finish and their answers to be sent"
+    )
 
-    # What it serves
+    # Model
     model: Path = Field(
         default_factory=shipped_model,
-        description="folder of an export, with manifest.json; left out: the model that came with the package",
+        description="folder of the export to serve (with manifest.json); default: the model that came with the package",
     )
-    variant: str = Field("fp32", description="which of the manifest's variants to serve")
+    variant: str = Field("fp32", description="variant of the model to serve, as named in the manifest: fp32, int8")
     device: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="auto: CUDA where onnxruntime has it; says which"
+        "auto", description="where to compute; auto uses CUDA if onnxruntime supports it and logs its choice"
     )
-    threads: NonNegativeInt = Field(0, description="of onnxruntime in each process; 0: the cores, divided by --workers")
+    threads: NonNegativeInt = Field(
+        0, description="number of onnxruntime threads in each process; 0: the available cores divided by --workers"
+    )
+    max_batch_seconds: PositiveFloat = Field(
+        30.0, description="longest time that one batch may compute; beyond it the process ends so that it is replaced"
+    )
 
-    # How requests wait
-    max_batch_size: PositiveInt = Field(32, description="images that are computed at once")
+    # Queue
+    max_batch_size: PositiveInt = Field(32, description="largest number of images computed at once")
     max_queue_delay_ms: NonNegativeFloat = Field(
-        0.0, description="how long an idle engine may wait for a batch to fill, in milliseconds"
+        0.0, description="milliseconds that an idle engine may wait for a batch to fill"
     )
     max_queued_images: PositiveInt = Field(
-        4096, description="images in the server at once; beyond it requests get RESOURCE_EXHAUSTED"
+        4096,
+        description="largest number of images that each process holds at once; further requests get RESOURCE_EXHAUSTED",
     )
-    max_queued_bytes: PositiveInt = Field(256 * MIB, description="bytes of images in the server at once; likewise")
+    max_queued_bytes: PositiveInt = Field(
+        256 * MIB, description="largest number of bytes of requests that each process holds at once"
+    )
 
-    # What a request may hold
-    max_images: PositiveInt = Field(1024, description="images in one request")
-    max_message_bytes: PositiveInt = Field(16 * MIB, description="bytes of one message")
-    max_image_bytes: PositiveInt = Field(10 * MIB, description="bytes of one encoded image")
-    max_image_pixels: PositiveInt = Field(32_000_000, description="pixels of one encoded image, before it is decoded")
-    decode_threads: NonNegativeInt = Field(0, description="that decode images; 0: the cores, divided by --workers")
+    # Requests
+    max_images: PositiveInt = Field(1024, description="largest number of images in a request")
+    max_message_bytes: Int32 = Field(8 * MIB, description="largest size of a request message, in bytes")
+    max_image_bytes: PositiveInt = Field(8_000_000, description="largest size of an encoded image, in bytes")
+    max_image_pixels: PositiveInt = Field(
+        32_000_000, description="largest number of pixels of an encoded image (width times height)"
+    )
+    decode_processes: NonNegativeInt = Field(
+        0, description="number of processes that decode images; 0: the available cores divided by --workers"
+    )
+    max_decode_seconds: PositiveFloat = Field(
+        1.0, description="CPU seconds that decoding one image may take; beyond them the image is rejected"
+    )
 
-    # Who may ask
-    tls_cert: Path | None = Field(None, description="PEM file of the server's certificate chain; turns TLS on")
-    tls_key: Path | None = Field(None, description="PEM file of its private key")
+    # Connections
+    max_connections: Int32 = Field(1000, description="largest number of open connections of each process")
+    max_concurrent_streams: Int32 = Field(100, description="largest number of calls under way on one connection")
+    max_connection_age: Seconds = Field(
+        3600.0,
+        description="seconds after which a client has to reconnect; it then presents its certificate and token again",
+    )
+    receive_timeout: Seconds = Field(
+        5.0, description="seconds within which a request message has to arrive once the server reads it"
+    )
+    max_receiving_bytes: PositiveInt = Field(
+        256 * MIB, description="largest number of bytes of messages that are being received at once, in each process"
+    )
+
+    # Security
+    tls_cert: Path | None = Field(None, description="PEM file with the server's certificate chain; turns on TLS")
+    tls_key: Path | None = Field(None, description="PEM file with the private key of --tls-cert")
     tls_client_ca: Path | None = Field(
-        None, description="PEM file of who signs clients' certificates; turns mutual TLS on"
+        None, description="PEM file with the authority that signs client certificates; turns on mutual TLS"
     )
     token_file: Path | None = Field(
-        None, description="file of bearer tokens, one a line, any of which is valid; read again when it changes"
+        None, description="file with bearer tokens, one per line; calls need one of them; changes are picked up"
     )
     health_without_token: bool = Field(False, description="answer health checks without a token")
-    insecure: bool = Field(False, description="allow plaintext on addresses other than loopback")
+    insecure: bool = Field(False, description="allow unencrypted traffic on addresses other than loopback")
 
-    # What it tells
-    metrics_port: Port | None = Field(None, description="serve Prometheus metrics over HTTP on this port")
-    metrics_host: str = Field("127.0.0.1", description="address of the metrics")
-    log_level: Literal["debug", "info", "warning", "error"] = Field(
-        "info", description="debug: a line for each request"
+    # Observation
+    metrics_port: Port | None = Field(None, description="port for Prometheus metrics over HTTP; 0 picks a free port")
+    metrics_host: str = Field(
+        "127.0.0.1", description="address for the metrics; one other than loopback needs --insecure"
     )
-    log_format: Literal["human", "json"] = Field("human", description="of the log, on standard error")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="lowest level to log; debug logs a line per request"
+    )
+    log_format: Literal["human", "json"] = Field("human", description="format of the log, on standard error")
 
     @model_validator(mode="after")
     def _options_agree(self) -> Self:
         if (self.tls_cert is None) != (self.tls_key is None):
-            raise ValueError("--tls-cert and --tls-key go together: give both, or neither")
+            raise ValueError("--tls-cert and --tls-key belong together: give both or neither")
         if self.tls_client_ca and not self.tls_cert:
             raise ValueError("--tls-client-ca needs --tls-cert and --tls-key")
         if self.max_images > self.max_queued_images:
             raise ValueError(
-                f"--max-images {self.max_images} is more than --max-queued-images {self.max_queued_images}, "
-                "so that the largest requests would always be refused"
+                f"--max-images {self.max_images} is more than --max-queued-images {self.max_queued_images}: "
+                "the largest requests would always be refused"
             )
-        if self.max_message_bytes > self.max_queued_bytes:
-            raise ValueError(
-                "--max-message-bytes is more than --max-queued-bytes: the largest requests would be refused"
-            )
+        for name, value in (
+            ("--max-queued-bytes", self.max_queued_bytes),
+            ("--max-receiving-bytes", self.max_receiving_bytes),
+        ):
+            if self.max_message_bytes > value:
+                raise ValueError(
+                    f"--max-message-bytes {self.max_message_bytes} is more than {name} {value}: "
+                    "the largest requests would always be refused"
+                )
         if not self.tls_cert and not self.insecure and not is_loopback(self.host):
             raise ValueError(
-                f"--host {self.host} is not loopback and there is no TLS: give --tls-cert and --tls-key, "
-                "or --insecure to send images and tokens in the clear"
+                f"--host {self.host} is not a loopback address and TLS is off: give --tls-cert and --tls-key, "
+                "or --insecure to send images and tokens unencrypted"
+            )
+        if self.metrics_port is not None and not self.insecure and not is_loopback(self.metrics_host):
+            raise ValueError(
+                f"--metrics-host {self.metrics_host} is not a loopback address and metrics are not encrypted: "
+                "give --insecure to allow that"
             )
         return self
 
     @property
-    def engine_threads(self) -> int:
-        """Threads of one process' onnxruntime."""
-        return self.threads or self._share_of_cores()
-
-    @property
-    def decoder_threads(self) -> int:
-        """Threads of one process that decode images."""
-        return self.decode_threads or self._share_of_cores()
-
-    def _share_of_cores(self) -> int:
-        return max(1, len(os.sched_getaffinity(0)) // self.workers)
+    def receiving_slots(self) -> int:
+        """Number of messages that may be received at once."""
+        return max(1, self.max_receiving_bytes // self.max_message_bytes)
 
 
 def parse(arguments: list[str]) -> Settings:
-    """Settings from flags and environment.
+    """Settings from flags and environment variables.
 
     Raises:
         StartError: An option is unknown or its value is not allowed; one line that names it.
@@ -158,12 +201,12 @@ def parse(arguments: list[str]) -> Settings:
     try:
         return Settings(_cli_parse_args=arguments)  # type: ignore[call-arg]
     except ValidationError as error:
-        raise StartError("; ".join(_told(problem, arguments) for problem in error.errors())) from error
+        raise StartError("; ".join(_describe(problem, arguments) for problem in error.errors())) from error
     except SettingsError as error:
         raise StartError(f"{' '.join(str(error).split())} (see python -m service --help)") from error
 
 
-def _told(problem: ErrorDetails, arguments: list[str]) -> str:
+def _describe(problem: ErrorDetails, arguments: list[str]) -> str:
     message = problem["msg"].removeprefix("Value error, ")
     if not problem["loc"]:
         return message
