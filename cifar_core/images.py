@@ -1,14 +1,18 @@
 """Image file bytes -> uint8 [32, 32, 3]. The only decoder: training folders and the server both use it.
 
-Must not import torch. A file is decoded as follows: rotated or mirrored as its EXIF orientation says; converted to RGB,
-with transparent parts placed on white and 16-bit values reduced to their high byte; cropped to its central square;
-resized to 32 x 32 with antialiasing. The pixels of a file that is 32 x 32 RGB already are not changed at all.
+Must not import torch. A file is decoded as follows: only the first frame of an animation is read; it is cropped to its
+central square; converted to RGB, with transparent parts placed on white and 16-bit values reduced to their high byte;
+resized to 32 x 32 with antialiasing; and rotated or mirrored as the EXIF orientation says. The pixels of a file that is
+32 x 32 RGB already do not change, except by the orientation.
 """
 
+import contextlib
 import io
+import math
 import struct
 import warnings
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +24,7 @@ from PIL import (
     GifImagePlugin,
     Image,
     JpegImagePlugin,
+    MpoImagePlugin,
     PngImagePlugin,
     UnidentifiedImageError,
     WebPImagePlugin,
@@ -29,7 +34,8 @@ IMAGE_SIZE = 32
 """Height and width of a decoded image, in pixels."""
 IMAGE_BYTES = IMAGE_SIZE * IMAGE_SIZE * 3
 
-_PLUGINS = (PngImagePlugin, JpegImagePlugin, WebPImagePlugin, GifImagePlugin, BmpImagePlugin)
+# Pillow gives a JPEG file of several pictures, as cameras write them, to the plugin for MPO.
+_PLUGINS = (PngImagePlugin, JpegImagePlugin, MpoImagePlugin, WebPImagePlugin, GifImagePlugin, BmpImagePlugin)
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
 """File names that the folder loader takes for images, in lower case."""
@@ -37,8 +43,13 @@ EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
 DECODER_VERSION = 1
 """Part of the key of caches of decoded images: raise it whenever the pixels of any file change."""
 
-# libjpeg decodes a JPEG file at half, a quarter or an eighth of its size, at least this many times the size needed.
+# libjpeg can decode a JPEG file at half, a quarter or an eighth of its size. The smallest of these is taken that is at
+# least this many times the size needed.
 _DRAFT_FACTOR = 4
+# A larger image is reduced by an integer factor to about this many times the size needed, and then resized.
+_REDUCED_FACTOR = 3
+# Large images are converted in strips of about this many pixels, so that no second copy of the whole image is needed.
+_STRIP_PIXELS = 2**18
 
 # `ImageLimits` is checked before decoding, with a message of our own; Pillow would print warnings instead.
 Image.MAX_IMAGE_PIXELS = None
@@ -54,7 +65,7 @@ _TRANSPOSE = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# What Pillow raises for damaged files besides its documented exceptions; fuzzing finds all of these.
+# Pillow raises all of these for damaged files; it documents only some of them.
 _DAMAGED = (
     OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, OverflowError, ArithmeticError,
     struct.error, zlib.error,
@@ -90,14 +101,24 @@ def decode(data: bytes, limits: ImageLimits | None = None) -> NDArray[np.uint8]:
     """Decodes an image file.
 
     Args:
-        data: The content of a file in one of `FORMATS`; of an animation the first frame counts.
-        limits: None for a file of one's own, of any size.
+        data: The content of a file in one of `FORMATS`.
+        limits: What the file may be; None for a trusted file of any size.
 
     Returns:
         uint8 [32, 32, 3], RGB.
 
     Raises:
         ImageRejected: The file is empty, too large, of no supported format, or damaged.
+    """
+    with opened(data, limits) as image:
+        return pixels_of(image)
+
+
+@contextlib.contextmanager
+def opened(data: bytes, limits: ImageLimits | None = None) -> Iterator[Image.Image]:
+    """Opens an image file: its header is read, its pixels are not decoded yet.
+
+    Arguments and errors are those of `decode`; errors of Pillow inside the `with` block are translated as well.
     """
     if not data:
         raise ImageRejected("the image is empty: 0 bytes")
@@ -106,58 +127,104 @@ def decode(data: bytes, limits: ImageLimits | None = None) -> NDArray[np.uint8]:
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if limits:
-                _check_pixels(image, limits.max_pixels)
-            return _to_model_input(image)
+                check_size(*image.size, limits)
+            yield image
     except UnidentifiedImageError as error:
         raise ImageRejected(
-            f"this is no image in {', '.join(FORMATS)}, or its header is damaged: it begins with {data[:8]!r}"
+            f"the data is not an image in {', '.join(FORMATS)}, or its header is damaged: it begins with {data[:8]!r}"
         ) from error
     except ImageRejected:
         raise
     except MemoryError as error:
-        raise ImageRejected("decoding the image needs more memory than is allowed; send a smaller one") from error
+        raise ImageRejected("decoding the image needs more memory than is allowed; send a smaller image") from error
     except _DAMAGED as error:
         raise ImageRejected(f"the image is damaged: {' '.join(str(error).split()) or type(error).__name__}") from error
 
 
-def _check_pixels(image: Image.Image, limit: int) -> None:
-    width, height = image.size
-    if width * height > limit:
-        raise ImageRejected(f"the image has {width} x {height} = {width * height} pixels; at most {limit} are allowed")
+def check_size(width: int, height: int, limits: ImageLimits) -> None:
+    """Checks the number of pixels of an image.
+
+    Raises:
+        ImageRejected: There are too many.
+    """
+    if width * height > limits.max_pixels:
+        raise ImageRejected(
+            f"the image has {width} x {height} = {width * height} pixels; at most {limits.max_pixels} are allowed"
+        )
 
 
-def _to_model_input(image: Image.Image) -> NDArray[np.uint8]:
+def pixels_of(image: Image.Image) -> NDArray[np.uint8]:
+    """Decodes an opened image: uint8 [32, 32, 3], RGB. Raises the exceptions of Pillow."""
     orientation = _orientation(image)
-    if image.format == "JPEG":
+    if isinstance(image, JpegImagePlugin.JpegImageFile):
         image.draft(None, (_DRAFT_FACTOR * IMAGE_SIZE, _DRAFT_FACTOR * IMAGE_SIZE))
     image.load()
-    converted = _to_rgb(image)
-    width, height = converted.size
-    if (width, height) != (IMAGE_SIZE, IMAGE_SIZE):
-        side = min(width, height)
-        left, top = (width - side) / 2, (height - side) / 2
-        converted = converted.resize(
-            (IMAGE_SIZE, IMAGE_SIZE),
-            Image.Resampling.BICUBIC,
-            box=(left, top, left + side, top + side),
-            reducing_gap=3.0,
-        )
-    if converted.mode == "RGBA":
-        converted = Image.alpha_composite(Image.new("RGBA", converted.size, "white"), converted).convert("RGB")
+    small = _resized_square(image)
     # Cropping and resizing are symmetric, so transposing the small image equals transposing the large one.
     if orientation in _TRANSPOSE:
-        converted = converted.transpose(_TRANSPOSE[orientation])
-    return np.asarray(converted)
+        small = small.transpose(_TRANSPOSE[orientation])
+    pixels = np.asarray(small)
+    if small.mode == "RGB":
+        return pixels
+    # Colours are multiplied by their opacity already, so that white is added where they are transparent. Resizing
+    # overshoots at edges: a colour may be larger than its opacity.
+    white = 255 - pixels[..., 3:].astype(np.int16)
+    return (pixels[..., :3] + white).clip(0, 255).astype(np.uint8)
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """RGB, or RGBA if there is transparency: resizing then weights colours by their opacity."""
-    if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion would clip at 255
-        high_bytes = (np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8)
-        return Image.fromarray(high_bytes).convert("RGB")
+def _resized_square(image: Image.Image) -> Image.Image:
+    """The central square, 32 x 32: RGB, or RGBa (colours multiplied by opacity) if there is transparency."""
+    width, height = image.size
+    if width == height == IMAGE_SIZE:
+        return _converted(image)
+    side = min(width, height)
+    left, top = (width - side) / 2, (height - side) / 2
+    factor = side // (_REDUCED_FACTOR * IMAGE_SIZE)
+    if factor > 1:
+        reduced = _reduced(image, (int(left), int(top), math.ceil(left + side), math.ceil(top + side)), factor)
+        left, top, side_reduced = (left - int(left)) / factor, (top - int(top)) / factor, side / factor
+    else:
+        reduced, side_reduced = _converted(image), float(side)
+    box = (left, top, left + side_reduced, top + side_reduced)
+    return reduced.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC, box=box)
+
+
+def _reduced(image: Image.Image, box: tuple[int, int, int, int], factor: int) -> Image.Image:
+    """A part of an image, converted and averaged over blocks of factor x factor pixels."""
+    left, top, right, bottom = box
+    rows = max(1, _STRIP_PIXELS // (right - left) // factor) * factor
+    strips = [
+        _converted(image.crop((left, start, right, min(start + rows, bottom)))).reduce(factor)
+        for start in range(top, bottom, rows)
+    ]
+    if len(strips) == 1:
+        return strips[0]
+    reduced = Image.new(strips[0].mode, (strips[0].width, sum(strip.height for strip in strips)))
+    start = 0
+    for strip in strips:
+        reduced.paste(strip, (0, start))
+        start += strip.height
+    return reduced
+
+
+def _converted(image: Image.Image) -> Image.Image:
+    """RGB, or RGBa if there is transparency: resizing then weights colours by their opacity."""
+    if image.mode.startswith("I"):
+        return _from_16_bits(image)
     if image.has_transparency_data:
-        return image.convert("RGBA")
+        return image.convert("RGBA").convert("RGBa")
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _from_16_bits(image: Image.Image) -> Image.Image:
+    """16-bit grey, which Pillow's own conversion would clip at 255."""
+    values = np.asarray(image)
+    grey = Image.fromarray((values >> 8).astype(np.uint8))
+    transparent = image.info.get("transparency")
+    if transparent is None:
+        return grey.convert("RGB")
+    grey.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
+    return grey.convert("RGBA").convert("RGBa")
 
 
 def _orientation(image: Image.Image) -> int:
@@ -168,7 +235,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def raw_image(data: bytes) -> NDArray[np.uint8]:
-    """The image of raw pixels, uint8 [32, 32, 3]; a view, nothing is copied.
+    """Raw pixels as an image, uint8 [32, 32, 3]; a view, nothing is copied.
 
     Raises:
         ImageRejected: The length is not 3,072 bytes.
