@@ -9,6 +9,8 @@ MODEL     ?=
 OPTIONS   ?=
 RUNS      ?=
 SCRIPT    ?=
+SECONDS   ?= 600
+ATTACKS   ?=
 
 VENV  := .venv
 PY    := $(VENV)/bin/python
@@ -21,7 +23,7 @@ TRAIN_OPTIONS = --seed $(SEED) --device $(DEVICE) $(if $(PRECISION),--precision 
 
 # `make train export` must run in this order, even with -j.
 .NOTPARALLEL:
-.PHONY: help demo serve setup data train export evaluate report test test-slow lint format protos wheel bench-training bench-recipes bench-dependability bench-serving soak clean
+.PHONY: help demo serve setup data train export evaluate report test test-slow lint format protos wheel bench-training bench-recipes bench-dependability bench-serving soak attacks chaos clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets and the variables that can be set
@@ -108,6 +110,12 @@ bench-serving: $(READY) ## compare serving speed with Triton, MLServer, Ray Serv
 
 soak: $(READY) ## send two million images at full load; print throughput and memory by quarter; half an hour
 	$(PY) benchmarks/soak.py
+
+attacks: $(READY) ## attack a server with its default options; print what was measured beside the limits; ATTACKS='--all'
+	$(PY) -m tests.attacks $(ATTACKS)
+
+chaos: $(READY) ## put a server under full load while workers, files and clients fail; SECONDS=600 SEED=0
+	$(PY) -m tests.chaos --seconds $(SECONDS) --seed $(SEED)
 
 clean: ## remove caches and build files; keeps .venv, data, runs and exports
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist

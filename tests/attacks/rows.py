@@ -1,0 +1,191 @@
+"""The rows of the table: each runs attacks against a server and measures what it promises."""
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.attacks import floods, image_bombs, payloads, rude_calls
+from tests.attacks.http2 import CLASSIFY, Target
+from tests.attacks.observers import HonestClients, MemoryWatch, cpu_seconds, wait_until_idle
+from tests.attacks.server import AttackedServer
+from tests.attacks.stalls import StalledMessages
+
+HONEST_SECONDS = 0.3
+STALL_SECONDS = 0.05
+PEAK_MIB = 600.0
+KEPT_MIB = 64.0
+RECOVERY_SECONDS = 30.0
+DECODE_SECONDS = 1.0  # the default of --max-decode-seconds
+DEADLINE_SECONDS = 2.0
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One figure of a row beside its limit."""
+
+    name: str
+    value: float
+    limit: float
+    unit: str = ""
+    at_least: bool = False
+
+    @property
+    def holds(self) -> bool:
+        """Whether the limit holds."""
+        return self.value >= self.limit if self.at_least else self.value <= self.limit
+
+    @property
+    def text(self) -> str:
+        """The figure, for the table."""
+        return f"{self.name}: {self.value:,.4g} {self.unit}".strip()
+
+    @property
+    def limit_text(self) -> str:
+        """The limit, for the table."""
+        return f"{'≥' if self.at_least else '≤'} {self.limit:,.4g} {self.unit}".strip()
+
+
+Row = Callable[[AttackedServer], list[Measured]]
+
+
+def _failures(honest: HonestClients) -> Measured:
+    return Measured("failed calls of honest clients", sum(honest.seen.failures.values()), 0)
+
+
+def _memory(watch: MemoryWatch) -> list[Measured]:
+    return [
+        Measured("memory at the peak", watch.peak, PEAK_MIB, "MiB"),
+        Measured("memory kept", watch.after(KEPT_MIB, RECOVERY_SECONDS) - watch.before, KEPT_MIB, "MiB"),
+    ]
+
+
+def image_bomb(server: AttackedServer, requests: list[list[bytes]], watch_seconds: float = 60.0) -> list[Measured]:
+    """Requests of expensive files whose clients give up after two seconds."""
+    honest = HonestClients(server.victim, clients=2)
+    with MemoryWatch(server.pid) as watch:
+        with honest:
+            rude_calls.send_files(server.victim, requests, timeout=DEADLINE_SECONDS)
+            wait_until_idle(server.pid, watch_seconds, share=0.6)
+        before = cpu_seconds(server.pid)
+        rude_calls.send_files(server.victim, requests, timeout=DEADLINE_SECONDS)
+        wait_until_idle(server.pid, watch_seconds)
+        spent = cpu_seconds(server.pid) - before
+    return [
+        Measured("slowest honest PNG", honest.seen.slowest, HONEST_SECONDS, "s"),
+        _failures(honest),
+        Measured("CPU spent", spent, 2 * DECODE_SECONDS, "s"),
+        *_memory(watch),
+    ]
+
+
+def large_body(server: AttackedServer, name: str, tries: int = 3) -> list[Measured]:
+    """A request that is expensive to parse or to walk, sent several times: the stall is the shortest of the tries.
+
+    A stall that the request causes is seen in each try, one that another program on the machine causes is not.
+    """
+    method, body = payloads.body(name)
+    statuses, stalls = set[str](), []
+    with MemoryWatch(server.pid) as watch:
+        for _ in range(tries):
+            honest = HonestClients(server.victim, clients=0, probe=True)
+            with honest:
+                statuses |= set(rude_calls.send_bodies(server.victim, method, [body]))
+            stalls.append(honest.seen.longest_probe)
+    return [
+        Measured("stall", min(stalls), STALL_SECONDS, "s"),
+        Measured("answered, not refused", float("OK" in statuses), 0),
+        *_memory(watch),
+    ]
+
+
+def many_large_bodies(server: AttackedServer, copies: int = 40) -> list[Measured]:
+    """Many requests at once with 15 MB in a field that is no image."""
+    names = ("request_id of 15 MB", "id of 15 MB", "parameter of 15 MB")
+    answered = 0
+    with MemoryWatch(server.pid) as watch:
+        for name in names:
+            method, body = payloads.body(name)
+            answered += rude_calls.send_bodies(server.victim, method, [body] * copies)["OK"]
+    return [Measured("answered, not refused", answered, 0), *_memory(watch)]
+
+
+def rapid_reset(server: AttackedServer, streams: int = 100_000, seconds: float = 5.0) -> list[Measured]:
+    """Streams opened and reset over one connection beside four honest clients."""
+    usual = HonestClients(server.victim, clients=4, image="pixels", pause=0.0)
+    with usual:
+        floods.hold_idle_connections(server.victim, 0, seconds)
+    attacked = HonestClients(server.victim, clients=4, image="pixels", pause=0.0)
+    with attacked:
+        floods.rapid_reset(server.victim, streams, seconds)
+    return [
+        Measured("honest throughput", attacked.seen.rate / usual.seen.rate, 0.5, "of the usual", at_least=True),
+        _failures(attacked),
+    ]
+
+
+def stalled_messages(
+    server: AttackedServer, connections: int, streams: int, size: int, seconds: float = RECOVERY_SECONDS
+) -> list[Measured]:
+    """Messages that begin and never end."""
+    with MemoryWatch(server.pid) as watch:
+        with StalledMessages(server.victim, connections, streams, size, CLASSIFY) as stalled:
+            stalled.wait_until_stalled(seconds)
+            stalled.wait_until_ended(seconds)
+            left = stalled.open_streams
+        measured = _memory(watch)
+    return [*measured, Measured("stalled messages not ended", left, 0)]
+
+
+def cancelled_streams(server: AttackedServer, count: int = 500) -> list[Measured]:
+    """Streams that their clients cancel."""
+    before = server.tasks()
+    rude_calls.cancel_streams(server.victim, count)
+    wait_until_idle(server.pid, 10)
+    return [Measured("asyncio tasks left", server.tasks() - before, 2)]
+
+
+def flood(server: AttackedServer, attack: Callable[[Target], object]) -> list[Measured]:
+    """Any attack of the catalogue beside honest clients that were connected before it."""
+    honest = HonestClients(server.victim, clients=2, image="pixels")
+    with MemoryWatch(server.pid) as watch:
+        with honest:
+            attack(server.victim)
+        measured = _memory(watch)
+    return [_failures(honest), Measured("slowest honest answer", honest.seen.slowest, 5.0, "s"), *measured]
+
+
+ISSUE: dict[str, Row] = {
+    "two progressive JPEG of 2,000 scans": lambda server: image_bomb(server, [[image_bombs.progressive_jpeg()]] * 2),
+    "eight run-length BMP of 1,084 bytes": lambda server: image_bomb(server, [[image_bombs.run_length_bmp()] * 8]),
+    "four 16-bit PNG of 5600×5600": lambda server: image_bomb(server, [[image_bombs.png()] * 4]),
+    "8,000,000 empty images": lambda server: large_body(server, "8,000,000 empty images"),
+    "rapid reset of 100,000 streams": rapid_reset,
+    "200 connections stalled in 8 MiB": lambda server: stalled_messages(server, 200, 1, 8 * MIB),
+    "20 × 90 streams stalled in 3.9 MiB": lambda server: stalled_messages(server, 20, 90, int(3.9 * MIB)),
+    "15 MB of request_id, id, parameters": many_large_bodies,
+    "500 cancelled streams": cancelled_streams,
+}
+
+
+def more_rows() -> dict[str, Row]:
+    """A row for each other attack of the catalogue."""
+    from tests.attacks.catalogue import FILES, FLOODS, STALLS
+
+    rows: dict[str, Row] = {}
+    for name, attack in {**FLOODS, **STALLS, **FILES}.items():
+        rows[name] = lambda server, attack=attack: flood(server, attack)  # type: ignore[misc]
+    for name in payloads.BODIES:
+        rows.setdefault(name, lambda server, name=name: large_body(server, name))  # type: ignore[misc]
+    return {name: row for name, row in rows.items() if name not in ISSUE}
+
+
+def run(row: Row, checkout: Path) -> list[Measured]:
+    """Runs a row against a server of its own, so that no row sees what another left."""
+    with contextlib.ExitStack() as stack:
+        server = AttackedServer(checkout)
+        stack.callback(server.kill)
+        server.ready()
+        measured = row(server)
+        return [*measured, Measured("server does not answer afterwards", float(not server.answers()), 0)]
