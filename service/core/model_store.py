@@ -1,34 +1,41 @@
-"""An export's folder -> a verified, warmed model; a new export takes its place while the server runs.
+"""Loads the model from the folder of an export, verifies it, and replaces it while the server runs.
 
-Must never know requests. Reads the manifest and the file that it names for the variant, and nothing else.
+Knows nothing of requests. Reads the manifest and the one file that the manifest names for the variant in use.
 """
 
 import asyncio
 import hashlib
-import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from cifar_core.images import IMAGE_SIZE
+from cifar_core.manifest import FILE_NAME, Manifest, ManifestError, read_manifest
 from service.core.engine import Device, Engine
 from service.errors import StartError
+from service.watch import NotReady, Watcher
 
 logger = logging.getLogger(__name__)
 
 MODEL_NAME = "cifar10"
-MANIFEST = "manifest.json"
-SCHEMA_VERSION = 1
-POLL_SECONDS = 1.0
 
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """What is served: a graph with what its manifest says of it."""
+    """A verified model that can compute, with what its manifest says about it.
+
+    Attributes:
+        version: Recipe, seed and the beginning of a digest of the weights.
+        variant: The form that is served, such as fp32 or int8.
+        classes: Class names in the order of the outputs.
+        test_accuracy: Share of the test images classified correctly, 0 to 1.
+        trained_on: Fingerprint of the training data, in hexadecimal; empty if unknown.
+        sha256: Digest of the ONNX file, in hexadecimal.
+        engine: Computes the graph.
+    """
 
     version: str
     variant: str
@@ -40,112 +47,90 @@ class Model:
 
     @property
     def name(self) -> str:
-        """Under which clients of the Open Inference Protocol ask for it."""
+        """The name by which clients of the Open Inference Protocol address the model."""
         return MODEL_NAME
 
 
 def load(folder: Path, variant: str, *, device: Device, threads: int, max_batch_size: int) -> Model:
-    """Reads, verifies, self-tests and warms the variant of an export.
+    """Reads, verifies, self-tests and warms up one variant of an export.
+
+    Args:
+        folder: Folder with manifest.json and the files that it names.
+        variant: Name of the variant in the manifest.
+        device: As for `Engine`.
+        threads: Number of intra-op threads, as for `Engine`.
+        max_batch_size: Largest batch to warm up with.
 
     Raises:
-        StartError: Something is missing, damaged or not as the manifest says; the message names it.
+        NotReady: A file is missing or unreadable, or the ONNX file is not the one that the manifest describes: the
+            export may still be being copied.
+        StartError: The export is invalid or does not run here. The message names the file.
     """
-    manifest = _read_manifest(folder / MANIFEST)
-    variants = manifest["variants"]
-    if variant not in variants:
-        raise StartError(f"{folder / MANIFEST} has no variant '{variant}'; it has {', '.join(sorted(variants))}")
-    entry = variants[variant]
-    path = folder / _plain_name(entry["file"], folder)
+    manifest = _read_manifest(folder)
+    try:
+        entry = manifest.variant(variant)
+    except ManifestError as error:
+        raise StartError(f"{folder / FILE_NAME}: {error}") from error
+    path = folder / entry.file
     try:
         graph = path.read_bytes()
     except OSError as error:
-        raise StartError(f"{path}, which the manifest names, cannot be read: {error.strerror}") from error
-    # What is hashed is what is loaded: the file is read once.
-    digest = hashlib.sha256(graph).hexdigest()
-    if digest != entry["sha256"]:
-        raise StartError(
-            f"{path} is not the file that was exported: its SHA-256 is {digest}, the manifest's {entry['sha256']}"
+        raise NotReady(f"{path}, named by the manifest, cannot be read: {error.strerror}") from error
+    # The bytes that are hashed are the bytes that are loaded: the file is read only once.
+    if hashlib.sha256(graph).hexdigest() != entry.sha256:
+        # Without the digest of the file: while a file is being copied, it differs at each attempt.
+        raise NotReady(
+            f"{path} is not the file that was exported: its SHA-256 differs from the manifest's, {entry.sha256}; "
+            "copy the whole export again"
         )
     try:
         engine = Engine(graph, device, threads)
-        classes = tuple(manifest["classes"])
-        _self_test(engine, classes, str(manifest["model_version"]))
-        engine.warm_up(max_batch_size)
+        _self_test(engine, manifest.classes, manifest.model_version)
+        _warm_up(engine, max_batch_size)
     except StartError as error:
         raise StartError(f"{path}: {error}") from error
     return Model(
-        version=str(manifest["model_version"]),
+        version=manifest.model_version,
         variant=variant,
-        classes=classes,
-        test_accuracy=float(entry["test_accuracy"]),
-        trained_on=_fingerprint(manifest),
-        sha256=digest,
+        classes=manifest.classes,
+        test_accuracy=entry.test_accuracy,
+        trained_on=manifest.data.fingerprint,
+        sha256=entry.sha256,
         engine=engine,
     )
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
+def _read_manifest(folder: Path) -> Manifest:
     try:
-        manifest = json.loads(path.read_bytes())
-    except FileNotFoundError as error:
-        raise StartError(f"there is no model: {path} does not exist (make export writes it)") from error
-    except OSError as error:
-        raise StartError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise StartError(f"{path} is not JSON: {error}") from error
-    if not isinstance(manifest, dict):
-        raise StartError(f"{path} is not a manifest: it holds no JSON object")
-    if manifest.get("schema_version") != SCHEMA_VERSION:
-        raise StartError(
-            f"{path} has schema_version {manifest.get('schema_version')!r}; this server reads {SCHEMA_VERSION}"
-        )
-    problem = _problem_of(manifest)
-    if problem:
-        raise StartError(f"{path}: {problem}")
-    return manifest
+        return read_manifest(folder)
+    except ManifestError as error:
+        raise NotReady(str(error)) from error
 
 
-def _problem_of(manifest: dict[str, Any]) -> str | None:
-    classes, variants = manifest.get("classes"), manifest.get("variants")
-    if not isinstance(manifest.get("model_version"), str):
-        return "model_version is not a string"
-    if not isinstance(classes, list) or not classes or not all(isinstance(name, str) for name in classes):
-        return "classes is not a list of names"
-    if not isinstance(variants, dict) or not variants:
-        return "variants is not an object with one variant at least"
-    for name, entry in variants.items():
-        if not isinstance(entry, dict):
-            return f"variant '{name}' is not an object"
-        for key, kinds in (("file", str), ("sha256", str), ("test_accuracy", (int, float))):
-            if not isinstance(entry.get(key), kinds):
-                return f"variant '{name}' has no valid '{key}'"
-    return None
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
-def _fingerprint(manifest: dict[str, Any]) -> str:
-    data = manifest.get("data")
-    return str(data.get("fingerprint", "")) if isinstance(data, dict) else ""
-
-
-def _plain_name(name: str, folder: Path) -> str:
-    if name in ("", ".", "..") or Path(name).name != name:
-        raise StartError(f"{folder / MANIFEST} names the file '{name}'; it must lie in the manifest's own folder")
-    return name
+def _warm_up(engine: Engine, max_batch_size: int) -> None:
+    try:
+        engine.warm_up(max_batch_size)
+    except Exception as error:  # onnxruntime's errors share no other base class
+        raise StartError(f"warm-up with batches of up to {max_batch_size} images fails: {_one_line(error)}") from error
 
 
 def _self_test(engine: Engine, classes: tuple[str, ...], version: str) -> None:
-    """That the graph computes what the manifest promises, on pictures made here."""
+    """Checks on random images that the graph computes what the manifest and the contract of the export promise."""
     if engine.classes != len(classes):
         raise StartError(f"the graph has {engine.classes} classes, the manifest names {len(classes)}")
     inside = engine.metadata.get("model_version", version)
     if inside != version:
-        raise StartError(f"the graph says that it is model version '{inside}', the manifest '{version}'")
+        raise StartError(f"the graph is of model version '{inside}', the manifest of '{version}'")
     images = np.random.default_rng(0).integers(0, 256, (3, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
     try:
         logits, probabilities = engine.compute(images)
         alone = np.concatenate([engine.compute(images[row : row + 1])[1] for row in range(len(images))])
-    except Exception as error:  # onnxruntime's errors have no common class but this
-        raise StartError(f"self-test: the graph fails: {' '.join(str(error).split())}") from error
+    except Exception as error:  # onnxruntime's errors share no other base class
+        raise StartError(f"self-test: the graph fails: {_one_line(error)}") from error
     if logits.shape != (len(images), len(classes)) or probabilities.shape != logits.shape:
         raise StartError(
             f"self-test: outputs of shape {logits.shape} and {probabilities.shape} for {len(images)} images"
@@ -159,52 +144,70 @@ def _self_test(engine: Engine, classes: tuple[str, ...], version: str) -> None:
 
 
 class ModelStore:
-    """The model that is served now. Only `reload` changes it, and only to one that was verified.
+    """Holds the model in use. Replaces it only by one that was verified.
 
     Args:
-        folder: Of the export.
-        loader: Makes a model from the folder; runs in a thread.
-        on_reload: Told of the outcome of each reload: the new model, or None where it was refused.
+        folder: Folder of the export.
+        variant: Name of the variant in the manifest.
+        device: As for `Engine`. A reload stays on the device that was chosen at the start, even if it is "auto".
+        threads: Number of intra-op threads, as for `Engine`.
+        max_batch_size: Largest batch to warm up with.
+        on_reload: Called after each reload with the new model, or with None if the new export was refused.
+
+    Raises:
+        StartError: As `load`.
     """
 
     def __init__(
-        self, folder: Path, loader: Callable[[Path], Model], on_reload: Callable[[Model | None], None]
+        self,
+        folder: Path,
+        variant: str,
+        *,
+        device: Device,
+        threads: int,
+        max_batch_size: int,
+        on_reload: Callable[[Model | None], None],
     ) -> None:
-        self._folder, self._loader, self._on_reload = folder, loader, on_reload
-        self._seen = self._signature()
-        self._reloading = asyncio.Lock()
-        self.current = loader(folder)
+        self._folder, self._variant = folder, variant
+        self._threads, self._max_batch_size = threads, max_batch_size
+        self._on_reload = on_reload
+        self._watcher = Watcher(self._files, self._replace, self._keep_old)
+        self.current = self._load(device)
 
     async def reload(self) -> bool:
-        """Takes what lies in the folder now; where it is refused the old model goes on. True: the new one is served."""
-        async with self._reloading:
-            self._seen = self._signature()
-            try:
-                model = await asyncio.get_running_loop().run_in_executor(None, self._loader, self._folder)
-            except StartError as error:
-                logger.error("the new export is refused, %s goes on: %s", self.current.version, error)  # noqa: TRY400
-                self._on_reload(None)
-                return False
-            except Exception:
-                logger.exception("the new export could not be loaded, %s goes on", self.current.version)
-                self._on_reload(None)
-                return False
-            old, self.current = self.current, model
-            logger.info("model %s (%s) takes the place of %s", model.version, model.variant, old.version)
-            self._on_reload(model)
-            return True
+        """Loads the export in the folder, changed or not. Returns False if it was refused and the old model stays."""
+        return await self._watcher.force()
 
     async def watch(self) -> None:
-        """Reloads whenever the manifest, or a file that it names, changes; until cancelled."""
-        while True:
-            await asyncio.sleep(POLL_SECONDS)
-            if self._signature() != self._seen:
-                await self.reload()
+        """Reloads when the manifest changes, or the file that it names for this variant; until cancelled."""
+        await self._watcher.run()
 
-    def _signature(self) -> tuple[tuple[str, int, int, int], ...]:
-        # Of the whole folder, so that a model file that follows its manifest late is noticed too.
+    def _files(self) -> list[Path]:
+        manifest = self._folder / FILE_NAME
         try:
-            entries = [(path.name, path.stat()) for path in self._folder.iterdir()]
-        except OSError:
-            return ()
-        return tuple(sorted((name, status.st_ino, status.st_size, status.st_mtime_ns) for name, status in entries))
+            return [manifest, self._folder / read_manifest(self._folder).variant(self._variant).file]
+        except ManifestError:  # reported by the reload that follows
+            return [manifest]
+
+    def _load(self, device: Device) -> Model:
+        return load(
+            self._folder, self._variant, device=device, threads=self._threads, max_batch_size=self._max_batch_size
+        )
+
+    async def _replace(self) -> None:
+        # The device of the model in use, not the option: "auto" would silently fall back to the CPU when the GPU has
+        # no memory for two models.
+        model = await asyncio.to_thread(self._load, self.current.engine.device)
+        old, self.current = self.current, model
+        logger.info("model %s (%s) takes the place of %s", model.version, model.variant, old.version)
+        self._on_reload(model)
+
+    def _keep_old(self, error: Exception) -> None:
+        trace = None if isinstance(error, StartError) else error
+        logger.error(
+            "the new export is refused, %s stays in use: %s",
+            self.current.version,
+            str(error) or repr(error),
+            exc_info=trace,
+        )
+        self._on_reload(None)

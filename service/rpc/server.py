@@ -9,7 +9,6 @@ import os
 import signal
 import time
 from collections.abc import AsyncIterator, Callable
-from pathlib import Path
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -22,7 +21,7 @@ from service.core.batcher import Batcher
 from service.core.decoding import Decoder
 from service.core.inference import Inference, Limits
 from service.core.metrics import Metrics, Processes
-from service.core.model_store import Model, ModelStore, load
+from service.core.model_store import Model, ModelStore
 from service.errors import StartError
 from service.generated.cifar.v1 import image_classifier_pb2, image_classifier_pb2_grpc
 from service.generated.inference import open_inference_pb2, open_inference_pb2_grpc
@@ -31,7 +30,7 @@ from service.rpc.calls import Calls, Registrar
 from service.rpc.classify import ImageClassifier
 from service.rpc.health import Health
 from service.rpc.open_inference import OpenInference
-from service.rpc.security import TokenInterceptor, Tokens, server_credentials
+from service.rpc.security import Certificates, TokenInterceptor, Tokens
 from service.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -90,12 +89,15 @@ async def _run(settings: Settings, shares_port: bool, on_ready: Callable[[], Non
         reflection.enable_server_reflection(
             (classify.SERVICE, open_inference.SERVICE, health_service, reflection.SERVICE_NAME), server
         )
-        port = _listen(server, settings)
+        certificates = _certificates(settings)
+        port = _listen(server, settings, certificates)
         _show_metrics(settings, metrics)
         stopping = _handle_signals(models)
         watches = [asyncio.create_task(models.watch())]
         if tokens:
             watches.append(asyncio.create_task(tokens.watch()))
+        if certificates:
+            watches.append(asyncio.create_task(certificates.watch()))
         await server.start()
         _spare_the_collector()
         await health.serving()
@@ -140,16 +142,14 @@ def _models(settings: Settings, metrics: Metrics) -> ModelStore:
         if model is not None:
             metrics.on_model(model.version, model.variant, model.engine.device, model.sha256)
 
-    def loader(folder: Path) -> Model:
-        return load(
-            folder,
-            settings.variant,
-            device=settings.device,
-            threads=settings.engine_threads,
-            max_batch_size=settings.max_batch_size,
-        )
-
-    models = ModelStore(settings.model, loader, on_reload)
+    models = ModelStore(
+        settings.model,
+        settings.variant,
+        device=settings.device,
+        threads=settings.engine_threads,
+        max_batch_size=settings.max_batch_size,
+        on_reload=on_reload,
+    )
     model = models.current
     metrics.on_model(model.version, model.variant, model.engine.device, model.sha256)
     return models
@@ -210,12 +210,17 @@ def _server(settings: Settings, metrics: Metrics, tokens: Tokens | None, shares_
     )
 
 
-def _listen(server: grpc.aio.Server, settings: Settings) -> int:
+def _certificates(settings: Settings) -> Certificates | None:
+    if settings.tls_cert and settings.tls_key:
+        return Certificates(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
+    return None
+
+
+def _listen(server: grpc.aio.Server, settings: Settings, certificates: Certificates | None) -> int:
     where = ports.address(settings.host, settings.port)
     try:
-        if settings.tls_cert and settings.tls_key:
-            credentials = server_credentials(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
-            return server.add_secure_port(where, credentials)
+        if certificates:
+            return server.add_secure_port(where, certificates.credentials())
         return server.add_insecure_port(where)
     except RuntimeError as error:
         raise StartError(f"cannot listen on {where}: {error}") from error

@@ -1,5 +1,8 @@
 import asyncio
+import contextlib
+import hashlib
 import json
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import numpy as np
@@ -29,13 +32,13 @@ def test_the_engine_computes_the_graph_for_any_number_of_images():
 
 
 @pytest.mark.skipif(CUDA in onnxruntime.get_available_providers(), reason="this onnxruntime has CUDA")
-def test_asked_for_cuda_without_cuda_the_engine_says_what_is_missing():
+def test_without_cuda_the_device_cuda_is_refused_with_what_to_install():
     with pytest.raises(StartError, match="onnxruntime-gpu"):
         Engine(graph(), "cuda", 1)
 
 
 @pytest.mark.skipif(CUDA in onnxruntime.get_available_providers(), reason="this onnxruntime has CUDA")
-def test_auto_takes_the_cpu_and_says_so(caplog):
+def test_auto_uses_the_cpu_without_cuda_and_logs_it(caplog):
     caplog.set_level("INFO")
     assert Engine(graph(), "auto", 1).device == "cpu"
     assert "computing on the CPU" in caplog.text
@@ -55,7 +58,7 @@ def test_a_graph_with_a_fixed_batch_is_refused():
         Engine(graph(batch=4), "cpu", 1)
 
 
-def test_what_is_no_graph_is_refused_in_one_line():
+def test_a_file_that_is_not_onnx_is_refused_in_one_line():
     with pytest.raises(StartError, match="onnxruntime cannot load the graph") as caught:
         Engine(b"not ONNX", "cpu", 1)
     assert "\n" not in str(caught.value)
@@ -81,37 +84,43 @@ def changed(folder: Path, **changes: object) -> Path:
     return write_export(folder, graph(), **changes)  # type: ignore[arg-type]
 
 
+def entry(**changes: object) -> dict[str, object]:
+    return {"file": "model.onnx", "sha256": "0" * 64, "test_accuracy": 0.5, **changes}
+
+
 def variant(**changes: object) -> dict[str, object]:
-    return {"variants": {"fp32": {"file": "model.onnx", "sha256": "0" * 64, "test_accuracy": 0.5, **changes}}}
+    return {"variants": {"fp32": entry(**changes)}}
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (variant(), "is not the file that was exported: its SHA-256 is"),
-        (variant(file="../model.onnx"), "must lie in the manifest's own folder"),
-        (variant(file="absent.onnx"), "absent.onnx, which the manifest names, cannot be read"),
-        (variant(test_accuracy="high"), "no valid 'test_accuracy'"),
-        ({"schema_version": 2}, "schema_version 2; this server reads 1"),
+        (variant(), "is not the file that was exported: its SHA-256 differs from the manifest's, 0000"),
+        (variant(file="../model.onnx"), r"manifest.json: variants.fp32.file: .*should match pattern"),
+        (variant(file=".."), r"manifest.json: variants.fp32.file: .*should match pattern"),
+        (variant(file="absent.onnx"), "absent.onnx, named by the manifest, cannot be read: No such file"),
+        (variant(test_accuracy="high"), r"manifest.json: variants.fp32.test_accuracy: .*number"),
+        ({"schema_version": 2}, "has schema_version 2; only 1 is supported"),
         ({"classes": ["cat", "dog"]}, "the graph has 10 classes, the manifest names 2"),
-        ({"classes": "cat"}, "classes is not a list of names"),
-        ({"variants": {}}, "variants is not an object"),
-        ({"variants": {"int8": {"file": "a", "sha256": "b", "test_accuracy": 1}}}, "no variant 'fp32'; it has int8"),
-        ({"model_version": None}, "model_version is not a string"),
+        ({"classes": "cat"}, r"manifest.json: classes: "),
+        ({"variants": {}}, r"manifest.json: variants: "),
+        ({"variants": {"int8": entry()}}, "manifest.json: there is no variant 'fp32'; .*int8"),
+        ({"model_version": None}, r"manifest.json: model_version: "),
     ],
 )
 def test_an_export_that_is_not_what_it_should_be_is_refused(tmp_path, changes, message):
-    with pytest.raises(StartError, match=message):
+    with pytest.raises(StartError, match=message) as caught:
         loaded(changed(tmp_path, **changes))
+    assert "\n" not in str(caught.value)
 
 
-def test_a_folder_without_a_manifest_is_no_model(tmp_path):
-    with pytest.raises(StartError, match=r"there is no model: .*manifest.json does not exist"):
+def test_a_folder_without_a_manifest_is_refused_with_the_command_that_writes_one(tmp_path):
+    with pytest.raises(StartError, match=r"manifest.json does not exist; .*make export"):
         loaded(tmp_path)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "null"])
-def test_a_damaged_manifest_is_told(tmp_path, content):
+def test_a_damaged_manifest_is_refused(tmp_path, content):
     write_export(tmp_path, graph())
     (tmp_path / "manifest.json").write_text(content)
     with pytest.raises(StartError, match=r"manifest.json (is not JSON|is not a manifest)"):
@@ -127,13 +136,13 @@ def test_a_model_file_with_a_flipped_bit_is_refused(tmp_path):
         loaded(tmp_path)
 
 
-def test_a_graph_that_says_another_version_than_the_manifest_is_refused(tmp_path):
+def test_a_graph_of_another_version_than_the_manifest_is_refused(tmp_path):
     import onnx
 
     model = onnx.load_from_string(graph())
     model.metadata_props.add(key="model_version", value="linear-1")
     write_export(tmp_path, model.SerializeToString(), "linear-2")
-    with pytest.raises(StartError, match="says that it is model version 'linear-1', the manifest 'linear-2'"):
+    with pytest.raises(StartError, match="the graph is of model version 'linear-1', the manifest of 'linear-2'"):
         loaded(tmp_path)
 
 
@@ -151,36 +160,150 @@ def test_a_graph_that_computes_nonsense_is_refused(tmp_path):
 # Reloading
 
 
+class Reloads:
+    """A store for the export in a folder, and the versions that its reloads led to; None for a refused export."""
+
+    def __init__(self, folder: Path) -> None:
+        self.outcomes: list[str | None] = []
+        self.store = ModelStore(
+            folder, "fp32", device="cpu", threads=1, max_batch_size=4,
+            on_reload=lambda model: self.outcomes.append(model and model.version),
+        )  # fmt: skip
+
+    @contextlib.asynccontextmanager
+    async def watching(self) -> AsyncIterator[None]:
+        task = asyncio.create_task(self.store.watch())
+        try:
+            yield
+        finally:
+            task.cancel()
+
+    async def until(self, *outcomes: str | None) -> None:
+        async with asyncio.timeout(20):
+            while self.outcomes != list(outcomes):
+                await asyncio.sleep(0.01)
+
+
+@pytest.fixture
+def fast_polls(monkeypatch):
+    monkeypatch.setattr("service.watch.POLL_SECONDS", 0.02)
+    monkeypatch.setattr("service.watch.MAX_RETRY_SECONDS", 0.02)
+
+
 def test_a_new_export_takes_the_place_of_the_old_one_and_a_bad_one_does_not(tmp_path):
     async def test():
-        outcomes: list[Model | None] = []
-        models = ModelStore(write_export(tmp_path, graph(0), "first"), loaded, outcomes.append)
+        reloads = Reloads(write_export(tmp_path, graph(0), "first"))
         write_export(tmp_path, graph(1), "second")
-        assert await models.reload()
-        assert models.current.version == "second"
+        assert await reloads.store.reload()
         (tmp_path / "model.onnx").write_bytes(b"damaged")
-        assert not await models.reload()
-        assert models.current.version == "second"
-        _, probabilities = models.current.engine.compute(pictures(2))
+        assert not await reloads.store.reload()
+        assert reloads.outcomes == ["second", None]
+        _, probabilities = reloads.store.current.engine.compute(pictures(2))
         assert np.abs(probabilities - expected(1, pictures(2))).max() < 1e-5
-        assert [outcome and outcome.version for outcome in outcomes] == ["second", None]
 
     asyncio.run(test())
 
 
-def test_a_fault_while_loading_leaves_the_old_model(tmp_path):
+def test_a_fault_while_loading_leaves_the_old_model_and_is_logged_with_its_traceback(tmp_path, monkeypatch, caplog):
+    def fail(*_args: object, **_options: object) -> Model:
+        raise MemoryError
+
     async def test():
-        write_export(tmp_path, graph(0), "first")
-        fail = False
-
-        def loader(folder: Path) -> Model:
-            if fail:
-                raise MemoryError
-            return loaded(folder)
-
-        models = ModelStore(tmp_path, loader, lambda outcome: None)
-        fail = True
-        assert not await models.reload()
-        assert models.current.version == "first"
+        reloads = Reloads(write_export(tmp_path, graph(0), "first"))
+        monkeypatch.setattr("service.core.model_store.load", fail)
+        assert not await reloads.store.reload()
+        assert reloads.store.current.version == "first"
 
     asyncio.run(test())
+    assert "Traceback" in caplog.text
+
+
+def test_a_model_file_that_arrives_after_its_manifest_is_loaded(tmp_path, fast_polls, caplog):
+    async def test():
+        reloads = Reloads(write_export(tmp_path / "served", graph(0), "first"))
+        new = write_export(tmp_path / "new", graph(1), "second")
+        async with reloads.watching():
+            (new / "manifest.json").replace(tmp_path / "served" / "manifest.json")
+            await reloads.until(None)
+            await asyncio.sleep(0.2)  # several attempts
+            assert caplog.text.count("is not the file that was exported") == 1
+            (new / "model.onnx").replace(tmp_path / "served" / "model.onnx")
+            await reloads.until(None, "second")
+
+    asyncio.run(test())
+
+
+def test_a_model_file_under_a_name_that_is_new_is_loaded_when_it_arrives(tmp_path, fast_polls):
+    async def test():
+        folder = write_export(tmp_path / "served", graph(0), "first")
+        reloads = Reloads(folder)
+        content = graph(1)
+        entry = {"file": "second.onnx", "sha256": hashlib.sha256(content).hexdigest(), "test_accuracy": 0.5}
+        async with reloads.watching():
+            write_export(folder, graph(0), "second", variants={"fp32": entry})
+            await reloads.until(None)
+            (folder / "second.onnx").write_bytes(content[:1000])
+            await reloads.until(None, None)  # absent, then half written
+            (folder / "second.onnx").write_bytes(content)
+            await reloads.until(None, None, "second")
+
+    asyncio.run(test())
+
+
+def test_other_files_in_the_folder_cause_no_reload(tmp_path, fast_polls):
+    async def test():
+        folder = write_export(tmp_path, graph(0), "first")
+        reloads = Reloads(folder)
+        async with reloads.watching():
+            (folder / "dangling").symlink_to("nowhere")
+            for turn in range(10):
+                (folder / "training.log").write_text(str(turn))
+                await asyncio.sleep(0.03)
+            assert reloads.outcomes == []
+            write_export(folder, graph(1), "second")  # the watcher is still alive
+            await reloads.until("second")
+
+    asyncio.run(test())
+
+
+def test_a_folder_that_is_replaced_while_the_server_runs_is_loaded(tmp_path, fast_polls):
+    async def test():
+        folder = write_export(tmp_path / "served", graph(0), "first")
+        reloads = Reloads(folder)
+        async with reloads.watching():
+            folder.rename(tmp_path / "old")
+            await reloads.until(None)
+            write_export(tmp_path / "new", graph(1), "second").rename(folder)
+            await reloads.until(None, "second")
+
+    asyncio.run(test())
+
+
+def test_an_export_that_runs_nowhere_is_tried_once(tmp_path, fast_polls, caplog):
+    async def test():
+        folder = write_export(tmp_path, graph(0), "first")
+        reloads = Reloads(folder)
+        async with reloads.watching():
+            write_export(folder, b"not ONNX", "second")
+            await asyncio.sleep(0.3)
+            assert set(reloads.outcomes) == {None}
+            assert caplog.text.count("onnxruntime cannot load the graph") == 1
+            assert reloads.store.current.version == "first"
+
+    asyncio.run(test())
+
+
+@pytest.mark.skipif(CUDA in onnxruntime.get_available_providers(), reason="this onnxruntime has CUDA")
+def test_a_reload_does_not_move_the_model_from_cuda_to_the_cpu(tmp_path, caplog):
+    async def test():
+        store = ModelStore(
+            write_export(tmp_path, graph(0), "first"), "fp32",
+            device="auto", threads=1, max_batch_size=4, on_reload=lambda model: None,
+        )  # fmt: skip
+        store.current.engine.device = "cuda"  # as if it had been chosen at the start and had gone since
+        write_export(tmp_path, graph(1), "second")
+        assert not await store.reload()
+        assert store.current.version == "first"
+
+    asyncio.run(test())
+    assert "--device cuda" in caplog.text
