@@ -278,7 +278,7 @@ def test_a_new_export_is_served_without_losing_a_request_and_a_bad_one_is_refuse
             exports.write_export(folder, exports.graph(1), "second")  # found by itself
             server.wait_for("model second .* takes the place of first")
             (folder / "model.onnx").write_bytes(b"damaged")
-            server.wait_for("the new export is refused, second goes on: .*is not the file that was exported")
+            server.wait_for("the new export is refused, second stays in use: .*is not the file that was exported")
             exports.write_export(folder, exports.graph(2), "third")
             server.process.send_signal(signal.SIGHUP)
             server.wait_for("model third .* takes the place of second")
