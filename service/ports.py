@@ -1,23 +1,27 @@
-"""Ports: whether one is free, and keeping one for several processes."""
+"""Addresses and ports: whether a port is free, and reserving one for several processes."""
 
 import contextlib
 import errno
 import ipaddress
 import socket
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
 from service.errors import StartError
 
+_Where: TypeAlias = tuple[socket.AddressFamily, tuple[Any, ...]]
+# The machine lacks the address, or its whole family: `localhost` may resolve to ::1 although IPv6 is off.
+_ABSENT = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
+
 
 def address(host: str, port: int) -> str:
-    """HOST:PORT as gRPC takes it; an IPv6 address in brackets."""
+    """HOST:PORT in the form that gRPC expects; an IPv6 address is put in brackets."""
     host = host.strip("[]")
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def is_loopback(host: str) -> bool:
-    """Whether nobody outside this machine can reach the address."""
+    """Whether an address can be reached from this machine only."""
     if host == "localhost":
         return True
     try:
@@ -27,50 +31,66 @@ def is_loopback(host: str) -> bool:
 
 
 def channel_options(target: str) -> tuple[tuple[str, int], ...]:
-    """What a channel to HOST:PORT needs: whatever the environment says, no proxy stands before one's own machine."""
+    """Options of a channel to HOST:PORT: no proxy in front of the loopback, whatever the environment says."""
     return (("grpc.enable_http_proxy", 0),) if is_loopback(target.rpartition(":")[0]) else ()
 
 
 def check_free(host: str, port: int) -> None:
-    """That nobody listens there; gRPC itself would say so in several lines, or share the port without a word.
+    """Checks that nobody listens on the port. gRPC itself would print several lines, or silently share the port.
 
     Raises:
-        StartError: Somebody does, the port is not ours to take, or the host is not an address of this machine.
+        StartError: Somebody listens there, the port needs privileges, or the host is not an address of this machine.
     """
-    for family, where in _resolve(host, port):
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
-            _bind(probe, host, where)
+    with contextlib.ExitStack() as stack:
+        _bind_all(stack, host, port)
 
 
 @contextlib.contextmanager
 def reserve(host: str, port: int) -> Iterator[int]:
-    """Keeps a port, bound but not listened to, for processes that share it by SO_REUSEPORT; yields its number.
+    """Binds a port without listening, for processes that share it by SO_REUSEPORT; yields its number.
 
     Raises:
         StartError: As `check_free`.
     """
     check_free(host, port)
-    family, where = _resolve(host, port)[0]
-    with socket.socket(family, socket.SOCK_STREAM) as kept:
-        kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        _bind(kept, host, where)
-        yield kept.getsockname()[1]
+    with contextlib.ExitStack() as stack:
+        yield _bind_all(stack, host, port, socket.SO_REUSEPORT)
 
 
-def _resolve(host: str, port: int) -> list[tuple[socket.AddressFamily, tuple[Any, ...]]]:
+def _bind_all(stack: contextlib.ExitStack, host: str, port: int, *options: int) -> int:
+    """Binds the port on each address of the host that this machine has, as gRPC does; returns its number.
+
+    Port 0 is replaced by the number that the system chose for the first address.
+    """
+    absent: OSError | None = None
+    bound = False
+    for family, where in _resolve(host, port):
+        try:
+            probe = stack.enter_context(socket.socket(family, socket.SOCK_STREAM))
+            for option in (socket.SO_REUSEADDR, *options):
+                probe.setsockopt(socket.SOL_SOCKET, option, 1)
+            if family == socket.AF_INET6:
+                probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            probe.bind((where[0], port, *where[2:]))
+        except OSError as error:
+            if error.errno not in _ABSENT:
+                raise _cannot_bind(host, port, error) from error
+            absent = error
+        else:
+            port, bound = probe.getsockname()[1], True
+    if absent and not bound:
+        raise _cannot_bind(host, port, absent) from absent
+    return port
+
+
+def _resolve(host: str, port: int) -> list[_Where]:
     try:
-        found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except OSError as error:
-        raise StartError(f"--host {host}: {error.strerror}") from error
+        found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:  # UnicodeError: a part of the name is too long
+        raise StartError(f"--host {host}: {getattr(error, 'strerror', None) or error}") from error
     return [(family, where) for family, _, _, _, where in found]
 
 
-def _bind(probe: socket.socket, host: str, where: tuple[Any, ...]) -> None:
-    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    if probe.family == socket.AF_INET6:
-        probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-    try:
-        probe.bind(where)
-    except OSError as error:
-        reason = "is taken" if error.errno == errno.EADDRINUSE else f"cannot be listened to: {error.strerror}"
-        raise StartError(f"port {where[1]} of {host} {reason}") from error
+def _cannot_bind(host: str, port: int, error: OSError) -> StartError:
+    reason = "is already in use" if error.errno == errno.EADDRINUSE else f"cannot be used: {error.strerror}"
+    return StartError(f"port {port} of {host} {reason}")

@@ -64,7 +64,7 @@ def test_what_keeps_it_from_starting_is_one_line_and_exit_code_2(tmp_path, linea
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         cases = [
-            (["--port", port, "--model", linear], f"port {port} of 127.0.0.1 is taken"),
+            (["--port", port, "--model", linear], f"port {port} of 127.0.0.1 is already in use"),
             (["--port", "0", "--model", tmp_path], "there is no model"),
             (["--port", "0", "--model", linear, "--variant", "int4"], "no variant 'int4'; it has fp32"),
             (["--port", "0", "--model", linear, "--metrics-port", port], f"--metrics-port {port} of 127.0.0.1"),
@@ -82,7 +82,7 @@ def test_what_keeps_it_from_starting_is_one_line_and_exit_code_2(tmp_path, linea
 def test_a_port_that_another_server_of_ours_has_is_taken_too(server, linear):
     done = run_to_end("--port", str(server.port), "--model", linear)
     assert done.returncode == 2
-    assert "is taken" in done.stderr
+    assert "is already in use" in done.stderr
 
 
 # Health and reflection

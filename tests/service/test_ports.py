@@ -1,0 +1,60 @@
+import socket
+
+import pytest
+
+from service.errors import StartError
+from service.ports import check_free, reserve
+
+UNASSIGNED = "2001:db8::1"  # reserved for documentation: no machine has it
+
+
+@pytest.fixture
+def listener():
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        yield listening
+
+
+def resolve_to(monkeypatch, *hosts: str) -> None:
+    """Makes every name resolve to these addresses."""
+    real = socket.getaddrinfo
+
+    def resolve(_host: str, port: int, **options: int) -> list[object]:
+        return [address for host in hosts for address in real(host, port, **options)]
+
+    monkeypatch.setattr("socket.getaddrinfo", resolve)
+
+
+def test_a_port_that_somebody_listens_on_is_named(listener):
+    port = listener.getsockname()[1]
+    with pytest.raises(StartError, match=f"port {port} of 127.0.0.1 is already in use"):
+        check_free("127.0.0.1", port)
+
+
+@pytest.mark.parametrize("host", ["no-such-host.invalid", "x" * 64 + ".invalid"])
+def test_a_name_that_does_not_resolve_is_refused_in_one_line(host):
+    with pytest.raises(StartError, match=f"--host {host}: ") as caught:
+        check_free(host, 0)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_address_that_the_machine_does_not_have_is_skipped_if_another_can_be_bound(monkeypatch, listener):
+    resolve_to(monkeypatch, UNASSIGNED, "127.0.0.1")  # as localhost does where IPv6 is off
+    check_free("localhost", 0)
+    with reserve("localhost", 0) as port:
+        assert port
+    with pytest.raises(StartError, match="is already in use"):
+        check_free("localhost", listener.getsockname()[1])
+
+
+def test_a_host_without_any_address_of_the_machine_is_refused():
+    with pytest.raises(StartError, match=f"port 50051 of {UNASSIGNED} cannot be used: "):
+        check_free(UNASSIGNED, 50051)
+
+
+def test_a_reserved_port_is_kept_and_can_be_shared():
+    with reserve("127.0.0.1", 0) as port:
+        with socket.socket() as stranger, pytest.raises(OSError, match="in use"):
+            stranger.bind(("127.0.0.1", port))
+        with socket.socket() as worker:
+            worker.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            worker.bind(("127.0.0.1", port))
