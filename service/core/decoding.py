@@ -1,68 +1,148 @@
-"""Decodes the image files of many requests in a few threads."""
+"""Decodes the image files of many requests in processes of their own, which are replaced when a file ends them.
+
+There are two lanes. The fast lane decodes what takes a few milliseconds. What is larger, or takes longer than that lane
+allows, goes to the slow lane, whose processes have a lower priority. So files that are expensive to decode delay each
+other, and not the small images of other clients.
+"""
 
 import asyncio
-import logging
 import time
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
-from numpy.typing import NDArray
+from cifar_core.images import ImageLimits, ImageRejected
+from service.core.decode_lane import Lane, LaneOptions
+from service.core.decode_worker import ProcessLimits
+from service.core.fair_queue import Decoded, Job, Request
 
-from cifar_core.images import ImageLimits, ImageRejected, decode
+__all__ = ["Decoded", "Decoder"]
 
-logger = logging.getLogger(__name__)
-
-# How long a thread stays with one request's images before another request has its turn.
-SLICE_SECONDS = 0.005
-
-Decoded = NDArray[np.uint8] | ImageRejected
+MAX_DECODE_SECONDS = 1.0
+FAST_CPU_SECONDS = 0.05
+FAST_PIXELS = 2**21
+"""About a picture of 1920 x 1080, which takes 10 to 30 ms of CPU time."""
+FAST_MEMORY = 48 * 2**20
+MAX_MEMORY = 224 * 2**20
+"""Bytes of memory that one image may need; those that need more than `FAST_MEMORY` share this much."""
+FILES_AHEAD = 8
+_FAST_WALL_SECONDS = 2.0
+_SLOW_NICENESS = 10
+# With the lower priority, on a busy machine, a process may get a tenth of a CPU.
+_SLOW_WALL_FACTOR = 30
+# How long a client whose file exceeded the fast lane's CPU time stays in the slow lane, and how many are remembered.
+_SLOW_CLIENT_SECONDS = 10.0
+_SLOW_CLIENTS = 1024
+_WATCH_SECONDS = 0.25
 
 
 class Decoder:
-    """Decodes the files of many requests in a few threads, a slice of time each: none waits for another's large images.
+    """Decodes files in processes. Must be created in a running event loop; returns before the processes have started.
 
     Args:
-        threads: That decode.
-        limits: Of each image.
+        processes: Number of processes of each lane.
+        image_limits: What an image file may be.
+        max_decode_seconds: CPU time that one image may take.
+        on_ended: Called with "limit" or "crash" when a process ended and is replaced.
     """
 
-    def __init__(self, threads: int, limits: ImageLimits) -> None:
-        self._threads, self._limits = threads, limits
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+    def __init__(
+        self,
+        processes: int,
+        image_limits: ImageLimits,
+        max_decode_seconds: float = MAX_DECODE_SECONDS,
+        on_ended: Callable[[str], None] = lambda reason: None,
+    ) -> None:
+        self._max_decode_seconds = max_decode_seconds
+        self._starter = ThreadPoolExecutor(1, thread_name_prefix="decode-start")
+        self._slow_clients: OrderedDict[str, float] = OrderedDict()
+        fast = LaneOptions(
+            name="fast",
+            limits=ProcessLimits(min(FAST_CPU_SECONDS, max_decode_seconds / 2), FAST_PIXELS, MAX_MEMORY, niceness=0),
+            processes=processes,
+            on_demand=False,
+            files_ahead=FILES_AHEAD,
+            max_seconds=_FAST_WALL_SECONDS,
+            common_memory=FAST_MEMORY,
+        )
+        slow = LaneOptions(
+            name="slow",
+            limits=ProcessLimits(max_decode_seconds, image_limits.max_pixels, MAX_MEMORY, _SLOW_NICENESS),
+            processes=processes,
+            on_demand=True,
+            files_ahead=1,
+            max_seconds=max(_FAST_WALL_SECONDS, _SLOW_WALL_FACTOR * max_decode_seconds),
+            common_memory=FAST_MEMORY,
+        )
+        self._fast = Lane(fast, image_limits, self._starter, self._on_large, self._on_fast_limit, on_ended)
+        self._slow = Lane(slow, image_limits, self._starter, self._on_large, self._on_slow_limit, on_ended)
+        self._watching = asyncio.get_running_loop().create_task(self._watch())
 
-    async def decode(self, files: Sequence[bytes]) -> list[Decoded]:
-        """One image, or the reason why there is none, per file, in order. Cancelled, it decodes no further file."""
-        results: list[Decoded | None] = [None] * len(files)
-        lanes = min(self._threads, len(files))
-        if lanes == 1:
-            await self._lane(files, results, 0, 1)
-        else:
-            await asyncio.gather(*(self._lane(files, results, lane, lanes) for lane in range(lanes)))
-        return [result for result in results if result is not None]
+    @property
+    def pids(self) -> list[int]:
+        """Process ids of both lanes."""
+        return self._fast.pids + self._slow.pids
 
-    async def _lane(self, files: Sequence[bytes], results: list[Decoded | None], place: int, stride: int) -> None:
-        loop = asyncio.get_running_loop()
-        while place < len(files):
-            place = await loop.run_in_executor(self._pool, self._slice, files, results, place, stride)
+    async def decode(
+        self, files: Sequence[bytes], deadline: float | None = None, client: str | None = None
+    ) -> list[Decoded]:
+        """Decodes files. When it is cancelled, files that no process has received yet are not decoded.
 
-    def _slice(self, files: Sequence[bytes], results: list[Decoded | None], place: int, stride: int) -> int:
-        end = time.monotonic() + SLICE_SECONDS
-        while place < len(files):
-            try:
-                results[place] = decode(files[place], self._limits)
-            except ImageRejected as rejection:
-                results[place] = rejection
-            except Exception:  # a fault of the decoder must not cost the other images their answers
-                logger.exception("the decoder failed on an image of %d bytes", len(files[place]))
-                results[place] = ImageRejected(
-                    "the decoder failed on this image; the server's log says why", internal=True
-                )
-            place += stride
-            if time.monotonic() >= end:
-                break
-        return place
+        Args:
+            files: Contents of image files.
+            deadline: On time.monotonic(); after it no further file is decoded.
+            client: Clients take turns. None: this request counts as a client of its own.
+
+        Returns:
+            Per file, in order: uint8 [32, 32, 3], or the reason why it cannot be decoded.
+
+        Raises:
+            DeadlineExpired: The deadline passed.
+        """
+        if not files:
+            return []
+        request = Request(files, client or object(), deadline, asyncio.get_running_loop().create_future())
+        lane = self._slow if client and self._slow_clients.get(client, 0.0) > time.monotonic() else self._fast
+        lane.add(Job(request, index, FAST_MEMORY) for index in range(len(files)))
+        return await request.future
 
     def close(self) -> None:
-        """Ends the threads."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        """Ends the processes. Images that wait are rejected."""
+        self._watching.cancel()
+        self._fast.close()
+        self._slow.close()
+        self._starter.shutdown(wait=False, cancel_futures=True)
+
+    def _on_large(self, job: Job) -> None:
+        self._slow.add([job])
+
+    def _on_fast_limit(self, job: Job, stuck: bool) -> None:
+        """Moves the job to the slow lane, and all that its client has in the queue if it took too much CPU time."""
+        jobs = [job]
+        if not stuck:
+            jobs += self._fast.remove_client(job.request.client)
+            if isinstance(job.request.client, str):
+                self._remember_slow(job.request.client)
+        self._slow.add(jobs)
+
+    def _on_slow_limit(self, job: Job, stuck: bool) -> None:
+        if stuck:
+            message = "decoding the image took too long because the server has no CPU time left; send it again later"
+        else:
+            message = (
+                f"decoding the image takes more than {self._max_decode_seconds:g} s of CPU time, the limit "
+                "(--max-decode-seconds): send fewer pixels, or save it as a baseline JPEG or a plain PNG"
+            )
+        job.request.finish(job.index, ImageRejected(message, internal=stuck))
+
+    def _remember_slow(self, client: str) -> None:
+        self._slow_clients[client] = time.monotonic() + _SLOW_CLIENT_SECONDS
+        self._slow_clients.move_to_end(client)
+        if len(self._slow_clients) > _SLOW_CLIENTS:
+            self._slow_clients.popitem(last=False)
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(_WATCH_SECONDS)
+            self._fast.watch()
+            self._slow.watch()

@@ -19,22 +19,37 @@ from tests.cifar_core.image_corpus import ORIENTATIONS, CorpusFile, corpus
 from tests.service.conftest import Server
 from tests.service.exports import write_export
 
-VALUES = 32 * 32 * 3
+BYTES = 32 * 32 * 3
 
 
 def pixels_as_probabilities() -> bytes:
-    """An ONNX graph of 3,072 classes: the `probability` of class i is byte i of the image."""
+    """An ONNX graph whose probabilities tell every byte of the image.
+
+    It has 3,073 classes. Class i of the first 3,072 has weight 1 + byte i, and the last has weight 1, so that the ratio
+    of a probability to the last one is 1 + byte i.
+    """
     nodes = [
         helper.make_node("Reshape", ["images", "shape"], ["rows"]),
-        helper.make_node("Cast", ["rows"], ["logits"], to=TensorProto.FLOAT),
-        helper.make_node("Identity", ["logits"], ["probabilities"]),
+        helper.make_node("Cast", ["rows"], ["bytes"], to=TensorProto.FLOAT),
+        helper.make_node("Pad", ["bytes", "one_column"], ["padded"]),
+        helper.make_node("Add", ["padded", "one"], ["weights"]),
+        helper.make_node("ReduceSum", ["weights", "classes"], ["total"]),
+        helper.make_node("Div", ["weights", "total"], ["probabilities"]),
+        helper.make_node("Log", ["weights"], ["logits"]),
     ]
+    initializers = {
+        "shape": np.array([-1, BYTES]),
+        "one_column": np.array([0, 0, 0, 1]),
+        "one": np.float32(1),
+        "classes": np.array([1]),
+    }
+    outputs = ("logits", "probabilities")
     graph = helper.make_graph(
         nodes,
         "pixels",
         [helper.make_tensor_value_info("images", TensorProto.UINT8, ["batch", 32, 32, 3])],
-        [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["batch", VALUES]) for n in ("logits", "probabilities")],
-        [numpy_helper.from_array(np.array([-1, VALUES]), "shape")],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", BYTES + 1]) for name in outputs],
+        [numpy_helper.from_array(value, name) for name, value in initializers.items()],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
     onnx.checker.check_model(model)
@@ -66,16 +81,18 @@ def through_server(files: list[CorpusFile], export: Path) -> NDArray[np.uint8]:
             answer = rpc.ImageClassifierStub(channel).Classify(messages.ClassifyRequest(images=images), timeout=60)
     finally:
         assert server.stop() == 0, server.log
-    pixels = np.empty((len(files), VALUES), np.uint8)
-    for row, result, file in zip(pixels, answer.results, files, strict=True):
+    probabilities = np.empty((len(files), BYTES + 1))
+    for row, result, file in zip(probabilities, answer.results, files, strict=True):
         assert not result.HasField("error"), (file.kind, result.error)
         for ranked in result.classes:
             row[ranked.index] = ranked.probability
-    return pixels.reshape(-1, 32, 32, 3)
+    values = probabilities[:, :-1] / probabilities[:, -1:] - 1
+    assert np.abs(values - values.round()).max() < 0.01
+    return values.round().astype(np.uint8).reshape(-1, 32, 32, 3)
 
 
 def test_training_and_serving_see_the_same_pixels_of_every_file(files, tmp_path):
-    classes = [str(index) for index in range(VALUES)]
+    classes = [str(index) for index in range(BYTES + 1)]
     export = write_export(tmp_path / "export", pixels_as_probabilities(), classes=classes)
     trained_on, served = through_folder_loader(files, tmp_path / "data"), through_server(files, export)
     assert len(trained_on) == len(served) == len(files)

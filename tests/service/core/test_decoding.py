@@ -1,218 +1,29 @@
+"""The decoder's processes: order, fairness, limits, replacement."""
+
 import asyncio
-import io
-import struct
+import os
+import signal
 import time
-import zlib
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from PIL import Image, ImageOps
+from PIL import Image
 
-from cifar_core.images import FORMATS, ImageLimits, ImageRejected, decode, packed_images, raw_image
+from cifar_core.images import ImageLimits, ImageRejected, decode
+from service.core import decode_lane, decode_worker
+from service.core.decode_worker import Kind, ProcessLimits
 from service.core.decoding import Decoder
+from service.errors import DeadlineExpired
+from tests.cifar_core.image_corpus import gradient, saved
+from tests.service.core.decoders import LIMITS, cpu_seconds, niceness, running, until
+from tests.service.core.hostile_images import noise_png, progressive_jpeg
 from tests.service.exports import pictures
 
-LIMITS = ImageLimits(max_bytes=2**20, max_pixels=1_000_000)
-
-
-def gradient(width: int, height: int) -> Image.Image:
-    """Smooth, and different in every corner and colour."""
-    y, x = np.mgrid[0:height, 0:width]
-    red, green = 255 * x / max(1, width - 1), 255 * y / max(1, height - 1)
-    return Image.fromarray(np.stack([red, green, 255 - red], axis=-1).astype(np.uint8))
-
-
-def saved(image: Image.Image, format_: str = "PNG", **options: object) -> bytes:
-    file = io.BytesIO()
-    image.save(file, format_, **options)
-    return file.getvalue()
-
-
-def close(image: np.ndarray, other: Image.Image, tolerance: float) -> bool:
-    return bool(np.abs(image.astype(int) - np.asarray(other.convert("RGB")).astype(int)).mean() <= tolerance)
-
-
-@pytest.mark.parametrize("format_", ["PNG", "BMP"])
-def test_an_image_of_the_right_size_keeps_its_pixels_to_the_last_bit(format_):
-    pixels = pictures(1)[0]
-    assert (decode(saved(Image.fromarray(pixels), format_), LIMITS) == pixels).all()
-
-
-def test_a_jpeg_of_the_right_size_is_what_training_sees():
-    file = saved(Image.fromarray(pictures(1)[0]), "JPEG", quality=80)
-    assert (decode(file, LIMITS) == np.asarray(Image.open(io.BytesIO(file)).convert("RGB"))).all()
-
-
-@pytest.mark.parametrize("format_", FORMATS)
-def test_every_format_is_read_cropped_to_its_middle_and_resized(format_):
-    wide = gradient(200, 100)
-    image = decode(saved(wide, format_), LIMITS)
-    assert image.shape == (32, 32, 3)
-    assert image.dtype == np.uint8
-    middle = wide.crop((50, 0, 150, 100)).resize((32, 32), Image.Resampling.BICUBIC)
-    assert close(image, middle, 6.0 if format_ == "GIF" else 2.0)  # GIF has 256 colours
-
-
-@pytest.mark.parametrize("size", [(1, 1), (3, 50), (31, 33), (640, 481)])
-def test_any_size_becomes_the_models(size):
-    assert decode(saved(gradient(*size)), LIMITS).shape == (32, 32, 3)
-
-
-def test_resizing_averages_over_what_it_leaves_out():
-    board = np.zeros((640, 640, 3), np.uint8)
-    board[::2] = 255  # every other row: taking nearest pixels would give black or white
-    image = decode(saved(Image.fromarray(board)), LIMITS)
-    assert abs(image.astype(int) - 127).max() < 20
-
-
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation_is_undone(orientation):
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    file = saved(gradient(96, 64), "JPEG", quality=95, exif=exif)
-    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(file)))
-    assert close(decode(file, LIMITS), Image.fromarray(decode(saved(upright), LIMITS)), 2.0)
-
-
-@pytest.mark.filterwarnings("ignore:Corrupt EXIF")  # pytest shows what the server does not
-def test_damaged_exif_data_does_not_cost_the_image():
-    image = Image.fromarray(pictures(1)[0])
-    file = saved(image, "PNG", exif=b"Exif\x00\x00II*\x00\xff\xff\xff\xff garbage")
-    assert (decode(file, LIMITS) == np.asarray(image)).all()
-
-
-def half_transparent() -> Image.Image:
-    image = Image.new("RGBA", (64, 64), (200, 0, 0, 255))
-    image.paste((0, 0, 0, 0), (32, 0, 64, 64))
-    return image
-
-
-MODES = {
-    "grey": (gradient(64, 64).convert("L"), gradient(64, 64).convert("L")),
-    "one bit": (Image.new("1", (64, 64), 1), Image.new("L", (64, 64), 255)),
-    "palette": (gradient(64, 64).quantize(256), gradient(64, 64)),
-    "grey with alpha": (Image.new("LA", (64, 64), (0, 0)), Image.new("RGB", (64, 64), "white")),
-    "alpha": (half_transparent(), None),
-    "opaque alpha": (gradient(64, 64).convert("RGBA"), gradient(64, 64)),
-}
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_every_mode_becomes_rgb(mode):
-    image, same = MODES[mode]
-    pixels = decode(saved(image), LIMITS)
-    if same is None:  # the transparent half is white, whatever colour hides below it
-        assert pixels[16, 4].tolist() == [200, 0, 0]
-        assert pixels[16, 28].tolist() == [255, 255, 255]
-    else:
-        assert close(pixels, same.resize((32, 32), Image.Resampling.BICUBIC), 4.0)
-
-
-def test_a_transparent_colour_of_a_palette_is_white():
-    image = Image.new("P", (32, 32), 1)
-    image.putpalette([0, 0, 0, 10, 20, 30])
-    assert (decode(saved(image, transparency=1), LIMITS) == 255).all()
-    assert decode(saved(image), LIMITS)[0, 0].tolist() == [10, 20, 30]
-
-
-def test_sixteen_bits_of_grey_keep_their_high_byte():
-    ramp = np.linspace(0, 65535, 32 * 32).astype(np.uint16).reshape(32, 32)
-    image = decode(saved(Image.fromarray(ramp)), LIMITS)
-    assert (image == (ramp >> 8)[..., None]).all()
-
-
-def test_cmyk_is_converted():
-    image = decode(saved(gradient(64, 64).convert("CMYK"), "JPEG", quality=95), LIMITS)
-    assert close(image, gradient(64, 64).resize((32, 32), Image.Resampling.BICUBIC), 6.0)
-
-
-def test_of_an_animation_the_first_frame_counts():
-    frames = [Image.new("RGB", (40, 40), colour) for colour in ("red", "blue")]
-    for format_ in ("GIF", "WEBP"):
-        file = saved(frames[0], format_, save_all=True, append_images=frames[1:], lossless=True)
-        assert close(decode(file, LIMITS), Image.new("RGB", (32, 32), "red"), 3.0)
-
-
-def png_of_few_bytes(width: int, height: int) -> bytes:
-    """A PNG that claims a size that its data does not have."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
-    )
-
-
-@pytest.mark.parametrize("file", [png_of_few_bytes(30_000, 30_000), saved(Image.new("L", (16_000, 16_000)), "WEBP")])
-def test_a_bomb_is_refused_before_it_is_decoded(file):
-    assert len(file) < 2**20
-    began = time.process_time()
-    with pytest.raises(ImageRejected, match=r"pixels; at most 1000000 are allowed"):
-        decode(file, LIMITS)
-    assert time.process_time() - began < 0.5  # of the processor; decoding takes many times that
-
-
-@pytest.mark.parametrize(
-    ("file", "message"),
-    [
-        (b"", "empty"),
-        (bytes(2**20 + 1), "1048577 bytes; at most 1048576 are allowed"),
-        (b"hello, world", "no image in PNG, JPEG, WEBP, GIF, BMP, .*: it begins with b'hello, w'"),
-        (saved(gradient(64, 64), "TIFF"), "no image"),
-        (saved(gradient(64, 64), "PPM"), "no image"),
-        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "no image"),
-        (saved(gradient(64, 64))[:-30], "damaged"),
-        (saved(gradient(64, 64), "JPEG")[:400], "damaged"),
-        (saved(gradient(64, 64), "GIF")[:300], "its header is damaged"),
-        (saved(gradient(64, 64), "GIF")[:900], "damaged"),
-        (saved(gradient(64, 64), "WEBP")[:100], "damaged|no image"),
-        (saved(gradient(64, 64), "BMP")[:100], "damaged"),
-        (png_of_few_bytes(300, 300), "damaged"),
-    ],
-)
-def test_what_cannot_be_read_is_told(file, message):
-    with pytest.raises(ImageRejected, match=message) as caught:
-        decode(file, LIMITS)
-    assert "\n" not in str(caught.value)
-    assert not caught.value.internal
-
-
-SEEDS = [saved(gradient(40, 30), format_) for format_ in FORMATS]
-
-
-@given(
-    st.sampled_from(SEEDS),
-    st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 255)), max_size=8),
-    st.integers(0, 60),
-)
-def test_damage_of_any_kind_gives_an_image_or_a_reason(seed, changes, cut):
-    file = bytearray(seed)
-    for place, value in changes:
-        file[place % len(file)] = value
-    try:
-        image = decode(bytes(file[: len(file) - cut]), LIMITS)
-    except ImageRejected:
-        return
-    assert image.shape == (32, 32, 3)
-    assert image.dtype == np.uint8
-
-
-def test_raw_pixels_are_taken_as_they_are():
-    pixels = pictures(3)
-    assert (raw_image(pixels[0].tobytes()) == pixels[0]).all()
-    assert (packed_images(pixels.tobytes()) == pixels).all()
-    assert packed_images(b"").shape == (0, 32, 32, 3)
-
-
-def test_raw_pixels_of_another_length_are_refused():
-    with pytest.raises(ImageRejected, match="rgb holds 3071 bytes; it must hold 3072"):
-        raw_image(bytes(3071))
-    with pytest.raises(ImageRejected, match="packed_rgb holds 3073 bytes; it must hold a multiple of 3072"):
-        packed_images(bytes(3073))
+SMALL = saved(gradient(48, 32))
+# Just below the limit of scans: about a second of CPU time.
+EXPENSIVE = progressive_jpeg(5600, 60)
+# 2 million pixels of noise, which decode in 20 to 40 ms.
+MEDIUM = noise_png(1440)
 
 
 def test_many_files_are_decoded_in_order_and_a_bad_one_costs_only_itself():
@@ -220,45 +31,233 @@ def test_many_files_are_decoded_in_order_and_a_bad_one_costs_only_itself():
         pixels = pictures(50)
         files = [saved(Image.fromarray(image)) for image in pixels]
         files[7] = b"not an image"
-        decoder = Decoder(2, LIMITS)
-        results = await decoder.decode(files)
-        decoder.close()
-        assert isinstance(results.pop(7), ImageRejected)
+        async with running() as decoder:
+            results = await decoder.decode(files)
+        rejection = results.pop(7)
+        assert isinstance(rejection, ImageRejected)
+        assert not rejection.internal
+        assert "it begins with b'not an i'" in str(rejection)
         assert all((result == image).all() for result, image in zip(results, np.delete(pixels, 7, axis=0), strict=True))
 
     asyncio.run(test())
 
 
-def test_a_fault_of_the_decoder_costs_one_image_and_is_told_apart(monkeypatch):
-    def broken(data, limits):
-        if data == b"boom":
-            raise AssertionError("a fault of ours")
-        return decode(data, limits)
-
-    monkeypatch.setattr("service.core.decoding.decode", broken)
-
+def test_a_decoder_gives_the_same_pixels_as_the_library_whatever_the_size_of_the_file():
     async def test():
-        decoder = Decoder(1, LIMITS)
-        good, bad = await decoder.decode([saved(gradient(32, 32)), b"boom"])
-        decoder.close()
-        assert isinstance(good, np.ndarray)
-        assert isinstance(bad, ImageRejected)
-        assert bad.internal
+        files = [saved(gradient(300, 200), "JPEG"), noise_png(500), noise_png(1800), SMALL]
+        async with running() as decoder:
+            for file, result in zip(files, await decoder.decode(files), strict=True):
+                assert (result == decode(file)).all()
+            assert await decoder.decode([]) == []
 
     asyncio.run(test())
 
 
-def test_a_small_request_does_not_wait_for_a_large_ones_images():
+def test_starting_does_not_block_and_files_sent_before_the_start_is_over_are_decoded():
     async def test():
-        decoder = Decoder(1, ImageLimits(2**24, 10**8))
-        large = saved(Image.new("RGB", (2000, 2000)))
-        many = asyncio.create_task(decoder.decode([large] * 40))
-        await asyncio.sleep(0)
-        await decoder.decode([saved(gradient(32, 32))])
-        assert not many.done()
-        many.cancel()
-        with pytest.raises(asyncio.CancelledError):
+        began = time.perf_counter()
+        decoder = Decoder(2, LIMITS)
+        assert time.perf_counter() - began < 0.05
+        assert isinstance((await decoder.decode([SMALL]))[0], np.ndarray)
+        decoder.close()
+
+    asyncio.run(test())
+
+
+def test_limits_of_bytes_and_pixels_hold():
+    async def test():
+        async with running(1, ImageLimits(max_bytes=20_000, max_pixels=10_000)) as decoder:
+            large, many = await decoder.decode([bytes(20_001), saved(Image.new("L", (101, 100)))])
+        assert "20001 bytes; at most 20000" in str(large)
+        assert "101 x 100 = 10100 pixels; at most 10000" in str(many)
+
+    asyncio.run(test())
+
+
+def test_a_small_request_does_not_wait_for_the_images_of_a_large_one():
+    async def test():
+        async with running(1) as decoder:
+            many = asyncio.create_task(decoder.decode([MEDIUM] * 40))
+            await asyncio.sleep(0)
+            await decoder.decode([SMALL])
+            assert not many.done()
             await many
+
+    asyncio.run(test())
+
+
+def test_clients_take_turns_whatever_the_number_of_their_requests():
+    async def test():
+        finished = []
+
+        async def ask(decoder: Decoder, client: str) -> None:
+            await decoder.decode([MEDIUM], client=client)
+            finished.append(client)
+
+        async with running(1) as decoder:
+            busy = [asyncio.create_task(ask(decoder, "busy")) for _ in range(30)]
+            await asyncio.sleep(0)
+            await ask(decoder, "modest")
+            assert finished.count("busy") <= 10  # files that were sent ahead, and its turn
+            await asyncio.gather(*busy)
+
+    asyncio.run(test())
+
+
+def test_a_cancelled_request_decodes_no_further_file():
+    async def test():
+        async with running(1) as decoder:
+            before = cpu_seconds(decoder.pids[0])
+            many = asyncio.create_task(decoder.decode([MEDIUM] * 200))
+            await asyncio.sleep(0.1)
+            many.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await many
+            await decoder.decode([SMALL])
+            assert cpu_seconds(decoder.pids[0]) - before < 1.0  # all 200 files take several seconds
+
+    asyncio.run(test())
+
+
+def test_files_whose_deadline_has_passed_are_not_decoded():
+    async def test():
+        async with running(1) as decoder:
+            with pytest.raises(DeadlineExpired):
+                await decoder.decode([MEDIUM] * 200, deadline=time.monotonic() + 0.1)
+            assert isinstance((await decoder.decode([SMALL], deadline=time.monotonic() + 60))[0], np.ndarray)
+
+    asyncio.run(test())
+
+
+def test_a_file_that_takes_too_much_cpu_time_is_rejected_with_the_limit_and_costs_nothing_else():
+    async def test():
+        ended = []
+        async with running(1, max_decode_seconds=0.3, on_ended=ended.append) as decoder:
+            first, expensive, last = await decoder.decode([SMALL, EXPENSIVE, SMALL])
+            assert isinstance(first, np.ndarray)
+            assert isinstance(last, np.ndarray)
+            assert isinstance(expensive, ImageRejected)
+            assert not expensive.internal
+            assert "more than 0.3 s of CPU time" in str(expensive)
+            assert "--max-decode-seconds" in str(expensive)
+            assert ended == ["limit"]
+            assert isinstance((await decoder.decode([SMALL]))[0], np.ndarray)
+
+    asyncio.run(test())
+
+
+def test_a_killed_process_costs_only_the_file_that_it_decoded():
+    async def test():
+        ended = []
+        async with running(1, on_ended=ended.append) as decoder:
+            (fast,) = decoder.pids
+            waiting = asyncio.create_task(decoder.decode([EXPENSIVE] + [SMALL] * 20))
+            await until(lambda: len(decoder.pids) == 2)
+            slow = next(pid for pid in decoder.pids if pid != fast)
+            await until(lambda: cpu_seconds(slow) > 0.1)
+            os.kill(slow, signal.SIGSEGV)
+            killed, *others = await waiting
+            assert isinstance(killed, ImageRejected)
+            assert killed.internal
+            assert all(isinstance(other, np.ndarray) for other in others)
+            assert ended == ["crash"]
+            assert isinstance((await decoder.decode([EXPENSIVE]))[0], np.ndarray)
+
+    asyncio.run(test())
+
+
+def test_processes_killed_at_any_moment_are_replaced_at_once():
+    async def test():
+        async with running(2) as decoder:
+            for _ in range(10):
+                waiting = asyncio.create_task(decoder.decode([SMALL] * 100))
+                await asyncio.sleep(0.003)
+                os.kill(decoder.pids[0], signal.SIGKILL)
+                results = await asyncio.wait_for(waiting, 5)
+                assert sum(isinstance(result, ImageRejected) for result in results) <= 1
+                await until(lambda: len(decoder.pids) == 2, seconds=5)
+
+    asyncio.run(test())
+
+
+def test_a_stopped_process_is_killed_and_its_files_are_decoded_by_others(monkeypatch):
+    async def test():
+        ended = []
+        async with running(1, on_ended=ended.append) as decoder:
+            os.kill(decoder.pids[0], signal.SIGSTOP)
+            results = await asyncio.wait_for(decoder.decode([SMALL] * 20), 10)
+            assert all(isinstance(result, np.ndarray) for result in results)
+            assert ended == ["limit"]
+
+    asyncio.run(test())
+
+
+def test_processes_that_cannot_start_give_internal_errors_and_pauses_that_grow(monkeypatch):
+    async def test():
+        attempts = []
+
+        def fail(*arguments: object) -> None:
+            attempts.append(time.monotonic())
+            raise OSError("no process left")
+
+        monkeypatch.setattr(decode_lane, "start_process", fail)
+        decoder = Decoder(1, LIMITS)
+        (result,) = await asyncio.wait_for(decoder.decode([SMALL]), 10)
+        assert isinstance(result, ImageRejected)
+        assert result.internal
+        assert "no decode process can be started" in str(result)
+        assert len(attempts) == 3
+        assert attempts[2] - attempts[1] > attempts[1] - attempts[0] > 0.1
+        monkeypatch.undo()
+        await until(lambda: bool(decoder.pids))
+        assert isinstance((await decoder.decode([SMALL]))[0], np.ndarray)
         decoder.close()
 
     asyncio.run(test())
+
+
+def test_expensive_files_run_in_processes_of_lower_priority():
+    async def test():
+        async with running(1) as decoder:
+            await decoder.decode([noise_png(1800)])
+            fast, slow = decoder.pids
+            assert (niceness(fast) - os.getpriority(os.PRIO_PROCESS, 0), niceness(slow)) == (0, 10)
+
+    asyncio.run(test())
+
+
+def test_a_process_has_no_files_of_the_server_and_ignores_the_signals_of_the_terminal():
+    async def test():
+        async with running(1) as decoder:
+            (pid,) = decoder.pids
+            await decoder.decode([SMALL])
+            numbers = {int(number) for number in os.listdir(f"/proc/{pid}/fd")}
+            assert len(numbers - {0, 1, 2}) == 1
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                os.kill(pid, number)
+            assert isinstance((await decoder.decode([SMALL]))[0], np.ndarray)
+            assert decoder.pids == [pid]
+
+    asyncio.run(test())
+
+
+def test_closing_the_decoder_ends_its_processes():
+    async def test():
+        decoder = Decoder(2, LIMITS)
+        await decoder.decode([SMALL, noise_png(1800)])
+        pids = decoder.pids
+        assert len(pids) >= 3
+        decoder.close()
+        await until(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in pids), seconds=5)
+
+    asyncio.run(test())
+
+
+def test_a_bug_in_the_decoder_is_reported_as_such_with_its_traceback(monkeypatch):
+    def broken(image: object) -> None:
+        raise AssertionError("a bug")
+
+    monkeypatch.setattr(decode_worker, "pixels_of", broken)
+    kind, content = decode_worker.answer(SMALL, 2**30, ProcessLimits(1, 10**8, 2**30, 0), LIMITS)
+    assert kind is Kind.FAULT
+    assert b"AssertionError: a bug" in content

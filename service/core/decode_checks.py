@@ -1,0 +1,216 @@
+"""Refuses image files that would cost far more than their size suggests, and estimates the memory that decoding needs.
+
+All of this happens before any pixel is decoded, and in the decode process: the files come from outside. Limits of CPU
+time and memory, which the kernel enforces, cover what is not recognised here.
+"""
+
+import math
+import struct
+from dataclasses import dataclass
+
+from PIL import Image, JpegImagePlugin
+
+from cifar_core.images import ImageLimits, ImageRejected, check_size
+
+MAX_DIMENSION = 65_535
+"""Largest width or height in pixels: that of JPEG. Pillow needs memory for each row, however short it is."""
+MAX_SCANS = 64
+"""Scans in a JPEG file. Encoders write about 10; libjpeg goes through the whole image for each."""
+MAX_JPEG_SEGMENTS = 1_000
+"""Marker segments before the first scan. A large colour profile takes up to 255."""
+MAX_PNG_CHUNKS = 16_384
+MAX_PNG_METADATA_CHUNKS = 256
+"""Chunks of a PNG file that hold neither pixels nor frame headers. Text and colour profiles are inflated."""
+MAX_GIF_BLOCKS = 4_096
+"""Data blocks of comments and other extensions before the first picture of a GIF file."""
+MAX_WEBP_CHUNKS = 4_096
+
+_MIB = 2**20
+# Bytes per pixel of Pillow's modes; all others take 4.
+_BYTES_PER_PIXEL = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2}
+# Two canvases of Pillow's WebP decoder, the copy that it returns and the image itself, 4 bytes per pixel each.
+_WEBP_BYTES_PER_PIXEL = 16
+_JPEG_COEFFICIENT_BYTES = 2
+_BMP_RUN_LENGTH = (1, 2)
+_JPEG_WITHOUT_LENGTH = {0x01, *range(0xD0, 0xD9)}
+_SOS, _EOI = 0xDA, 0xD9
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What decoding a file needs.
+
+    Attributes:
+        pixels: Width times height.
+        memory: Estimate in bytes, which includes the file itself.
+    """
+
+    pixels: int
+    memory: int
+
+
+def check_structure(data: bytes) -> None:
+    """Refuses files whose structure makes them expensive to read. Damaged files pass: the decoder names the damage.
+
+    Raises:
+        ImageRejected: With what is wrong, the limit and the way out.
+    """
+    if data.startswith(b"\xff\xd8"):
+        _check_jpeg(data)
+    elif data.startswith(b"\x89PNG\r\n\x1a\n"):
+        _check_png(data)
+    elif data.startswith((b"GIF87a", b"GIF89a")):
+        _check_gif(data)
+    elif data.startswith(b"RIFF"):
+        _check_webp(data)
+    elif data.startswith(b"BM"):
+        _check_bmp(data)
+
+
+def webp_demand(data: bytes, limits: ImageLimits) -> Demand | None:
+    """Demand of a WebP file by its header, None for other files: Pillow allocates memory when it opens such a file.
+
+    Raises:
+        ImageRejected: The image has too many pixels.
+    """
+    size = _webp_size(data)
+    if size is None:
+        return None
+    check_size(*size, limits)
+    return Demand(size[0] * size[1], size[0] * size[1] * _WEBP_BYTES_PER_PIXEL + len(data))
+
+
+def demand_of(image: Image.Image, data: bytes) -> Demand:
+    """Demand of an image that is opened but not decoded.
+
+    Raises:
+        ImageRejected: The width or height is too large.
+    """
+    width, height = image.size
+    if max(width, height) > MAX_DIMENSION:
+        raise ImageRejected(
+            f"the image has {width} x {height} pixels; at most {MAX_DIMENSION} per side are allowed: send a part of it"
+        )
+    pixels, rows = width * height, height * struct.calcsize("P")
+    if isinstance(image, JpegImagePlugin.JpegImageFile):
+        # libjpeg keeps the coefficients of the whole image if there is more than one scan. It decodes at an eighth of
+        # the size at best; a quarter is assumed.
+        coefficients = pixels * image.layers * _JPEG_COEFFICIENT_BYTES if data.count(b"\xff\xda") > 1 else 0
+        scale = 4 if min(width, height) >= 512 else 1
+        return Demand(pixels, coefficients + math.ceil(pixels * 4 / scale**2) + rows + len(data))
+    if image.format == "WEBP":
+        return Demand(pixels, pixels * _WEBP_BYTES_PER_PIXEL + len(data))
+    return Demand(pixels, pixels * _BYTES_PER_PIXEL.get(image.mode, 4) + rows + len(data))
+
+
+def check_memory(demand: Demand, limit: int) -> None:
+    """Refuses an image that needs too much memory.
+
+    Raises:
+        ImageRejected: It needs more than `limit` bytes.
+    """
+    if demand.memory > limit:
+        raise ImageRejected(
+            f"decoding the image needs about {math.ceil(demand.memory / _MIB)} MiB of memory; at most "
+            f"{limit // _MIB} MiB are allowed: send fewer pixels, or a baseline JPEG"
+        )
+
+
+def _check_jpeg(data: bytes) -> None:
+    # Inside compressed data FF is followed by 00 or a restart marker, so each FF DA begins a scan, if not one of a
+    # thumbnail in the metadata.
+    scans = data.count(b"\xff\xda")
+    if scans > MAX_SCANS:
+        raise ImageRejected(f"the JPEG file has {scans} scans; at most {MAX_SCANS} are allowed: save it as baseline")
+    place, segments = 2, 0
+    while place + 4 <= len(data):
+        marker = data[place + 1]
+        if data[place] != 0xFF or marker in (0x00, 0xFF):  # fill bytes and junk, which decoders skip
+            place += 1
+        elif marker in (_SOS, _EOI):
+            return
+        else:
+            place += 2 if marker in _JPEG_WITHOUT_LENGTH else 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+        segments += 1
+        if segments > MAX_JPEG_SEGMENTS:
+            raise ImageRejected(
+                f"the JPEG file has more than {MAX_JPEG_SEGMENTS} segments before its first scan: save it without "
+                "metadata"
+            )
+
+
+def _check_png(data: bytes) -> None:
+    place, chunks, metadata = 8, 0, 0
+    while place + 8 <= len(data):
+        kind = data[place + 4 : place + 8]
+        chunks += 1
+        if kind == b"IEND":
+            return
+        if kind not in (b"IDAT", b"fdAT", b"fcTL"):
+            metadata += 1
+        if chunks > MAX_PNG_CHUNKS:
+            raise ImageRejected(f"the PNG file has more than {MAX_PNG_CHUNKS} chunks: save it again, in larger ones")
+        if metadata > MAX_PNG_METADATA_CHUNKS:
+            raise ImageRejected(
+                f"the PNG file has more than {MAX_PNG_METADATA_CHUNKS} chunks of metadata: save it without metadata"
+            )
+        place += 12 + int.from_bytes(data[place : place + 4], "big")
+
+
+def _check_gif(data: bytes) -> None:
+    if len(data) < 13:
+        return
+    place, blocks = 13 + _colour_table_bytes(data[10]), 0
+    while data[place : place + 1] == b"!":
+        place += 2
+        while place < len(data) and data[place]:
+            place += 1 + data[place]
+            blocks += 1
+            if blocks > MAX_GIF_BLOCKS:
+                raise ImageRejected(
+                    f"the GIF file has more than {MAX_GIF_BLOCKS} blocks of comments or extensions before its first "
+                    "picture: save it without metadata"
+                )
+        place += 1
+        blocks += 1
+
+
+def _colour_table_bytes(flags: int) -> int:
+    return 3 * 2 ** ((flags & 7) + 1) if flags & 0x80 else 0
+
+
+def _check_webp(data: bytes) -> None:
+    place, chunks = 12, 0
+    while place + 8 <= len(data):
+        size = int.from_bytes(data[place + 4 : place + 8], "little")
+        place += 8 + size + size % 2
+        chunks += 1
+        if chunks > MAX_WEBP_CHUNKS:
+            raise ImageRejected(
+                f"the WebP file has more than {MAX_WEBP_CHUNKS} chunks: send a single picture of the animation"
+            )
+
+
+def _check_bmp(data: bytes) -> None:
+    if len(data) < 34 or int.from_bytes(data[14:18], "little") < 40:
+        return
+    if int.from_bytes(data[30:34], "little") in _BMP_RUN_LENGTH:
+        raise ImageRejected(
+            "the BMP file is run-length encoded, which is not supported: save it uncompressed or as PNG"
+        )
+
+
+def _webp_size(data: bytes) -> tuple[int, int] | None:
+    """Width and height of the canvas, or None if this is not a WebP file with a readable header."""
+    if data[:4] != b"RIFF" or data[8:12] != b"WEBP" or len(data) < 30:
+        return None
+    kind = data[12:16]
+    if kind == b"VP8X":
+        return 1 + int.from_bytes(data[24:27], "little"), 1 + int.from_bytes(data[27:30], "little")
+    if kind == b"VP8L":
+        bits = int.from_bytes(data[21:25], "little")
+        return 1 + (bits & 0x3FFF), 1 + ((bits >> 14) & 0x3FFF)
+    if kind == b"VP8 ":
+        width, height = struct.unpack("<HH", data[26:30])
+        return width & 0x3FFF, height & 0x3FFF
+    return None

@@ -1,0 +1,247 @@
+"""A lane: a queue of image files and the decode processes that work on it."""
+
+import asyncio
+import logging
+import signal
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import Executor
+from dataclasses import dataclass
+
+import numpy as np
+
+from cifar_core.images import IMAGE_SIZE, ImageLimits, ImageRejected
+from service.core.decode_process import DecodeProcess, start_process
+from service.core.decode_worker import NEEDED, Kind, ProcessLimits
+from service.core.fair_queue import FairQueue, Job
+
+logger = logging.getLogger(__name__)
+
+# After a process of this lane was ended, processes get one file at a time: others would wait behind an expensive one.
+_CAUTIOUS_SECONDS = 2.0
+_SENT_AHEAD_BYTES = 2**18
+# A lane none of whose processes starts rejects its files instead of letting them wait.
+_FAILED_STARTS = 3
+_START_SECONDS = 15.0
+_MAX_PAUSE_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class LaneOptions:
+    """How a lane works.
+
+    Attributes:
+        name: For the log.
+        limits: What a process may spend on one file.
+        processes: Their number.
+        on_demand: Start them when files wait, instead of at once.
+        files_ahead: Files that a process may have at a time, so that it need not wait for the event loop after each.
+        max_seconds: Wall time; a process that has not answered by then is killed. Far above the limit of CPU time, so
+            that only a process that is stopped or gets no CPU reaches it.
+        common_memory: Estimate in bytes up to which files are decoded at the same time in all processes. Of those that
+            need more, as many are decoded at a time as fit into the limit of one file.
+    """
+
+    name: str
+    limits: ProcessLimits
+    processes: int
+    on_demand: bool
+    files_ahead: int
+    max_seconds: float
+    common_memory: int
+
+
+class Lane:
+    """Sends files to processes, fairly, and replaces processes that end.
+
+    Args:
+        options: How it works.
+        image_limits: What an image file may be.
+        starter: A single thread that starts processes.
+        on_large: Called with a job that needs more memory than `job.memory`, which is updated, or has too many pixels.
+        on_limit: Called with a job whose process exceeded the CPU time, or (True) the wall time.
+        on_ended: Called with "limit" or "crash" when a process that had started ends.
+    """
+
+    def __init__(
+        self,
+        options: LaneOptions,
+        image_limits: ImageLimits,
+        starter: Executor,
+        on_large: Callable[[Job], None],
+        on_limit: Callable[[Job, bool], None],
+        on_ended: Callable[[str], None],
+    ) -> None:
+        self._options, self._image_limits, self._starter = options, image_limits, starter
+        self._on_large, self._on_limit, self._on_ended = on_large, on_limit, on_ended
+        self._queue, self._large = FairQueue(), FairQueue()
+        self._large_was_last = False
+        self._processes: list[DecodeProcess] = []
+        self._tasks: list[asyncio.Task[None]] = []
+        self._failed_starts = 0
+        self._last_ready = time.monotonic()
+        self._cautious_until = 0.0
+        if not options.on_demand:
+            for _ in range(options.processes):
+                self._start_process()
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids."""
+        return [process.pid for process in self._processes if process.pid is not None]
+
+    def add(self, jobs: Iterable[Job]) -> None:
+        """Adds jobs to the queue."""
+        for job in jobs:
+            self._push(job)
+        self._dispatch()
+
+    def remove_client(self, client: object) -> list[Job]:
+        """Removes all jobs of a client from the queue and returns them."""
+        return self._queue.remove_client(client)
+
+    def watch(self) -> None:
+        """Kills processes that have had a file for too long; to be called regularly."""
+        now = time.monotonic()
+        for process in self._processes:
+            patience = self._options.max_seconds if process.is_ready else _START_SECONDS
+            if (process.jobs or not process.is_ready) and now - process.busy_since > patience:
+                process.is_stuck = True
+                process.kill()
+        self._dispatch()
+
+    def close(self) -> None:
+        """Kills the processes and rejects what waits."""
+        for process in self._processes:
+            process.kill()
+        for task in self._tasks:
+            task.cancel()
+        self._reject_all("the server is shutting down")
+
+    def _push(self, job: Job, *, first: bool = False) -> None:
+        (self._large if job.memory > self._options.common_memory else self._queue).push(job, first=first)
+
+    def _dispatch(self) -> None:
+        if not any(process.is_ready for process in self._processes) and self._cannot_start:
+            self._reject_all("no decode process can be started; the server's log says why")
+            return
+        while process := self._free_process():
+            job = self._next()
+            if job is None:
+                return
+            process.send(job)
+        if len(self._tasks) < self._options.processes and (self._queue.peek() or self._large.peek()):
+            self._start_process()
+
+    @property
+    def _cannot_start(self) -> bool:
+        return self._failed_starts >= _FAILED_STARTS or time.monotonic() - self._last_ready > _START_SECONDS
+
+    def _free_process(self) -> DecodeProcess | None:
+        ahead = 1 if time.monotonic() < self._cautious_until else self._options.files_ahead
+        free = [
+            process
+            for process in self._processes
+            if process.is_ready
+            and (not process.jobs or (len(process.jobs) < ahead and process.unanswered_bytes < _SENT_AHEAD_BYTES))
+        ]
+        return min(free, key=lambda process: len(process.jobs), default=None)
+
+    def _next(self) -> Job | None:
+        """The next job. Those that need much memory alternate with the others, and wait until there is memory."""
+        large, common = self._large.peek(), self._queue.peek()
+        if large and self._memory_in_use + large.memory > self._options.limits.max_memory:
+            large = None
+        if large and not (common and self._large_was_last):
+            self._large_was_last = True
+            return self._large.pop()
+        self._large_was_last = False
+        return self._queue.pop() if common else None
+
+    @property
+    def _memory_in_use(self) -> int:
+        """What the jobs under way that need much memory take, in bytes."""
+        jobs = (job for process in self._processes for job in process.jobs)
+        return sum(job.memory for job in jobs if job.memory > self._options.common_memory)
+
+    def _start_process(self) -> None:
+        if not self._tasks:
+            self._last_ready = time.monotonic()
+        self._tasks.append(asyncio.get_running_loop().create_task(self._keep_process()))
+
+    async def _keep_process(self) -> None:
+        """Runs a process, and another when it has ended, until it is cancelled."""
+        while True:
+            reason = await self._run_process()
+            if reason is None:
+                continue
+            self._failed_starts += 1
+            pause = min(0.1 * 2**self._failed_starts, _MAX_PAUSE_SECONDS)
+            logger.error("a decode process cannot be started: %s; next try in %g s", reason, pause)
+            self._dispatch()
+            await asyncio.sleep(pause)
+
+    async def _run_process(self) -> str | None:
+        """Runs one process until it ends; returns why it did not get ready, or None if it did."""
+        loop = asyncio.get_running_loop()
+        try:
+            started = await loop.run_in_executor(self._starter, start_process, self._options.limits, self._image_limits)
+        except (OSError, EOFError) as error:
+            return str(error) or type(error).__name__
+        process = DecodeProcess(*started, self._starter, self._on_ready, self._on_reply)
+        self._processes.append(process)
+        try:
+            code = await process.run()
+        finally:
+            self._processes.remove(process)
+        if not process.is_ready:
+            return f"it ended with code {code} before it was ready"
+        self._replace(process, code)
+        return None
+
+    def _on_ready(self) -> None:
+        self._failed_starts = 0
+        self._last_ready = time.monotonic()
+        self._dispatch()
+
+    def _on_reply(self, job: Job, kind: Kind, content: bytes) -> None:
+        if kind is Kind.PIXELS:
+            pixels = np.frombuffer(content, np.uint8).reshape(IMAGE_SIZE, IMAGE_SIZE, 3)
+            job.request.finish(job.index, pixels)
+        elif kind is Kind.REJECTED:
+            job.request.finish(job.index, ImageRejected(content.decode(errors="replace")))
+        elif kind is Kind.LARGE:
+            job.memory = max(job.memory, *NEEDED.unpack(content))
+            self._on_large(job)
+        else:
+            logger.error("the decoder failed on an image of %d bytes:\n%s", len(job.data), content.decode())
+            job.request.finish(
+                job.index, ImageRejected("the decoder failed on this image; the server's log says why", internal=True)
+            )
+        self._dispatch()
+
+    def _replace(self, process: DecodeProcess, code: int | None) -> None:
+        """Deals with the jobs of a process that has ended. The first was being decoded, the others have not begun."""
+        self._last_ready = time.monotonic()
+        exceeded = process.is_stuck or code == -signal.SIGPROF
+        self._on_ended("limit" if exceeded else "crash")
+        logger.warning(
+            "a decode process of the %s lane ended (%s) and is replaced",
+            self._options.name,
+            "no answer in time" if process.is_stuck else "CPU time of one image" if exceeded else f"code {code}",
+        )
+        job = process.jobs.popleft() if process.jobs else None
+        for waiting in reversed(process.jobs):
+            self._push(waiting, first=True)
+        if exceeded:
+            self._cautious_until = time.monotonic() + _CAUTIOUS_SECONDS
+        if job and exceeded:
+            self._on_limit(job, process.is_stuck)
+        elif job:
+            message = "the decode process ended while it decoded this image; the server's log says more"
+            job.request.finish(job.index, ImageRejected(message, internal=True))
+        self._dispatch()
+
+    def _reject_all(self, reason: str) -> None:
+        for job in self._queue.remove_all() + self._large.remove_all():
+            job.request.finish(job.index, ImageRejected(reason, internal=True))

@@ -1,0 +1,189 @@
+"""The server's side of one decode process: starts it, sends it files, reads its replies, notices its end."""
+
+import asyncio
+import contextlib
+import multiprocessing
+import os
+import signal
+import socket
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Executor
+from multiprocessing.context import ForkServerProcess
+
+from cifar_core.images import ImageLimits
+from service.core import decode_worker
+from service.core.decode_worker import MAX_REPLY_BYTES, REPLY, REQUEST, Kind, ProcessLimits
+from service.core.fair_queue import Job
+
+_RECEIVE_BYTES = 65_536
+_SEND_BUFFER_BYTES = 2**20
+_EXIT_CODE_SECONDS = 2.0
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["service.core.decode_preload"])
+
+
+def start_process(limits: ProcessLimits, image_limits: ImageLimits) -> tuple[ForkServerProcess, socket.socket]:
+    """Starts a process and returns it with the server's end of its socket. Blocks until it was forked.
+
+    Must always be called in the same thread, as must all methods of the process: `multiprocessing` is not thread-safe.
+
+    Raises:
+        OSError, EOFError: It cannot be started.
+    """
+    ours, theirs = socket.socketpair()
+    with theirs:
+        process = _context.Process(
+            target=decode_worker.main, args=(theirs, limits, image_limits), name="decode", daemon=True
+        )
+        process.start()
+    ours.setblocking(False)
+    ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
+    return process, ours
+
+
+class DecodeProcess:
+    """A decode process and the jobs that were sent to it and are not answered yet, oldest first.
+
+    Args:
+        process: The process; used in the thread of `starter` only.
+        connection: Its socket.
+        starter: The thread that started it.
+        on_ready: Called when files can be sent.
+        on_reply: Called with the oldest job, and kind and content of the reply to it.
+    """
+
+    def __init__(
+        self,
+        process: ForkServerProcess,
+        connection: socket.socket,
+        starter: Executor,
+        on_ready: Callable[[], None],
+        on_reply: Callable[[Job, Kind, bytes], None],
+    ) -> None:
+        self.jobs: deque[Job] = deque()
+        self.unanswered_bytes = 0
+        self.is_ready = False
+        self.is_stuck = False
+        self.busy_since = time.monotonic()
+        self._process, self._socket, self._starter = process, connection, starter
+        self._on_ready, self._on_reply = on_ready, on_reply
+        self._loop = asyncio.get_running_loop()
+        self._ended = asyncio.Event()
+        self._received = bytearray()
+        self._unsent: deque[memoryview] = deque()
+
+    @property
+    def pid(self) -> int | None:
+        """Process id; None after it has ended."""
+        return None if self._ended.is_set() else self._process.pid
+
+    async def run(self) -> int | None:
+        """Handles replies until the process ends; returns its exit code: negative, the signal; None, unknown."""
+        self._loop.add_reader(self._socket, self._read)
+        self._loop.add_reader(self._process.sentinel, self._ended.set)
+        try:
+            await self._ended.wait()
+            while self._read():  # replies that it sent before its end
+                pass
+        finally:
+            self._ended.set()
+            self._loop.remove_reader(self._process.sentinel)
+            self._loop.remove_reader(self._socket)
+            self._loop.remove_writer(self._socket)
+            self._socket.close()
+        return await self._loop.run_in_executor(self._starter, self._exit_code)
+
+    def send(self, job: Job) -> None:
+        """Sends a file; `on_reply` gets the answer."""
+        data = job.data
+        if not self.jobs:
+            self.busy_since = time.monotonic()
+        self.jobs.append(job)
+        self.unanswered_bytes += len(data)
+        parts = [memoryview(REQUEST.pack(len(data), job.memory)), memoryview(data)]
+        if self._unsent:
+            self._unsent.extend(parts)
+            return
+        try:
+            sent = self._socket.sendmsg(parts)
+        except BlockingIOError:
+            sent = 0
+        except OSError:  # it has ended; `run` will say so
+            return
+        if sent < REQUEST.size + len(data):
+            for part in parts:
+                if sent < len(part):
+                    self._unsent.append(part[sent:])
+                sent = max(0, sent - len(part))
+            self._loop.add_writer(self._socket, self._write)
+
+    def kill(self) -> None:
+        """Ends the process at once; `run` returns."""
+        pid = self.pid
+        if pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def _exit_code(self) -> int | None:
+        self._process.join(_EXIT_CODE_SECONDS)  # it has ended: the fork server tells the code within moments
+        return self._process.exitcode
+
+    def _write(self) -> None:
+        try:
+            while self._unsent:
+                sent = self._socket.send(self._unsent[0])
+                if sent < len(self._unsent[0]):
+                    self._unsent[0] = self._unsent[0][sent:]
+                else:
+                    self._unsent.popleft()
+        except BlockingIOError:
+            return
+        except OSError:
+            self._unsent.clear()
+        self._loop.remove_writer(self._socket)
+
+    def _read(self) -> bool:
+        """Reads once; returns whether there may be more."""
+        try:
+            content = self._socket.recv(_RECEIVE_BYTES)
+        except BlockingIOError:
+            return False
+        except OSError:
+            content = b""
+        if not content:  # it has ended; `run` goes on when its sentinel says so
+            self._loop.remove_reader(self._socket)
+            return False
+        self._received += content
+        self._parse()
+        return True
+
+    def _parse(self) -> None:
+        place = 0
+        while len(self._received) - place >= REPLY.size:
+            number, size = REPLY.unpack_from(self._received, place)
+            if size > MAX_REPLY_BYTES or number > max(Kind):
+                self.kill()  # it no longer follows the protocol
+                return
+            end = place + REPLY.size + size
+            if len(self._received) < end:
+                break
+            content = bytes(self._received[place + REPLY.size : end])
+            place = end
+            self._handle(Kind(number), content)
+        del self._received[:place]
+
+    def _handle(self, kind: Kind, content: bytes) -> None:
+        if kind is Kind.READY:
+            self.is_ready = True
+            self._on_ready()
+            return
+        if not self.jobs:
+            self.kill()
+            return
+        job = self.jobs.popleft()
+        self.unanswered_bytes -= len(job.data)
+        self.busy_since = time.monotonic()
+        self._on_reply(job, kind, content)

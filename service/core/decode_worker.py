@@ -1,0 +1,140 @@
+"""A decode process: reads image files from a socket and answers with pixels, under limits that the kernel enforces.
+
+Of the server it may import only `decode_checks`, and never gRPC: the fork server of `multiprocessing` imports this
+module once, and each process starts as a copy of it. Nothing that comes from outside is unpickled.
+
+The parent sends per file a `REQUEST` header (bytes of the file, bytes of memory that it may take) and the file. The
+process answers per file, in order, with a `REPLY` header (kind, bytes of what follows) and pixels or a message.
+"""
+
+import contextlib
+import ctypes
+import enum
+import os
+import resource
+import signal
+import socket
+import struct
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+from cifar_core.images import IMAGE_BYTES, ImageLimits, ImageRejected, opened, pixels_of
+from service.core.decode_checks import Demand, check_memory, check_structure, demand_of, webp_demand
+
+REQUEST = struct.Struct("<IQ")
+REPLY = struct.Struct("<BI")
+NEEDED = struct.Struct("<Q")
+MAX_REPLY_BYTES = max(IMAGE_BYTES, 4000)
+
+_PR_SET_PDEATHSIG = 1
+_PR_SET_NO_NEW_PRIVS = 38
+_M_MMAP_THRESHOLD = -3
+_MIB = 2**20
+# What the process itself may take beyond the estimate of a file: buffers, tables, and errors of the estimate.
+_MARGIN_BYTES = 32 * _MIB
+_OPEN_FILES = 64
+_OOM_SCORE = "500"
+
+
+class Kind(enum.IntEnum):
+    """What a reply holds."""
+
+    READY = 0  # nothing: the process has started
+    PIXELS = 1  # 3,072 bytes
+    REJECTED = 2  # message for the sender of the image
+    FAULT = 3  # traceback for the log
+    LARGE = 4  # `NEEDED`: the image needs more memory, or has more pixels, than allowed here; it was not decoded
+
+
+@dataclass(frozen=True)
+class ProcessLimits:
+    """What a process may spend on one file.
+
+    Attributes:
+        cpu_seconds: CPU time; the kernel ends the process with SIGPROF beyond it.
+        max_pixels: A larger image is answered with `LARGE`.
+        max_memory: An image that needs more bytes is rejected.
+        niceness: Added to that of the server.
+    """
+
+    cpu_seconds: float
+    max_pixels: int
+    max_memory: int
+    niceness: int
+
+
+def main(connection: socket.socket, limits: ProcessLimits, image_limits: ImageLimits) -> None:
+    """Answers until the socket closes; then ends the process at once."""
+    _confine(connection, limits)
+    address_space = _address_space()
+    hard_limit = address_space + limits.max_memory + image_limits.max_bytes + _MARGIN_BYTES
+    allowed = -1
+    with contextlib.suppress(ConnectionError), connection.makefile("rb") as requests:
+        connection.sendall(REPLY.pack(Kind.READY, 0))
+        while len(header := requests.read(REQUEST.size)) == REQUEST.size:
+            size, memory = REQUEST.unpack(header)
+            if memory != allowed:
+                soft_limit = min(hard_limit, address_space + memory + image_limits.max_bytes + _MARGIN_BYTES)
+                resource.setrlimit(resource.RLIMIT_AS, (soft_limit, hard_limit))
+                allowed = memory
+            data = requests.read(size)
+            signal.setitimer(signal.ITIMER_PROF, limits.cpu_seconds)
+            kind, content = answer(data, memory, limits, image_limits)
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            connection.sendall(REPLY.pack(kind, len(content)) + content)
+    os._exit(0)
+
+
+def answer(data: bytes, memory: int, limits: ProcessLimits, image_limits: ImageLimits) -> tuple[Kind, bytes]:
+    """Decodes one file that may take `memory` bytes: kind and content of the reply."""
+    try:
+        check_structure(data)
+        demand = webp_demand(data, image_limits)
+        if demand and _too_large(demand, memory, limits):
+            return Kind.LARGE, NEEDED.pack(demand.memory)
+        with opened(data, image_limits) as image:
+            demand = demand_of(image, data)
+            if _too_large(demand, memory, limits):
+                return Kind.LARGE, NEEDED.pack(demand.memory)
+            return Kind.PIXELS, pixels_of(image).tobytes()
+    except ImageRejected as rejection:
+        return Kind.REJECTED, str(rejection).encode(errors="replace")[:MAX_REPLY_BYTES]
+    except Exception:  # noqa: BLE001 -- reported to the parent, which logs it: a fault must not cost other images
+        return Kind.FAULT, traceback.format_exc().encode(errors="replace")[-MAX_REPLY_BYTES:]
+
+
+def _too_large(demand: Demand, memory: int, limits: ProcessLimits) -> bool:
+    check_memory(demand, limits.max_memory)
+    return demand.memory > memory or demand.pixels > limits.max_pixels
+
+
+def _confine(connection: socket.socket, limits: ProcessLimits) -> None:
+    """Takes from this process what decoding does not need."""
+    libc = ctypes.CDLL(None)
+    # The parent is the fork server, which ends with the server.
+    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() == 1:
+        os._exit(1)
+    libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    # Large blocks go back to the system when they are freed.
+    libc.mallopt(_M_MMAP_THRESHOLD, _MIB)
+    # The server drains when it gets these signals, and closes the socket at the end; a terminal or a service manager
+    # sends them to all processes of a group.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+    os.nice(limits.niceness)
+    os.closerange(3, connection.fileno())
+    os.closerange(connection.fileno() + 1, 1024)
+    for limit, value in ((resource.RLIMIT_CORE, 0), (resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_NOFILE, _OPEN_FILES)):
+        resource.setrlimit(limit, (value, value))
+    # The system is to end this process before the server when memory runs out. Not permitted everywhere.
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text(_OOM_SCORE)
+
+
+def _address_space() -> int:
+    """Size of this process' address space in bytes."""
+    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()

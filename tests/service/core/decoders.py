@@ -1,0 +1,90 @@
+"""Decoders of the tests, and what the system says about their processes."""
+
+import asyncio
+import contextlib
+import os
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+from cifar_core.images import ImageLimits
+from service.core.decoding import Decoder
+
+LIMITS = ImageLimits(max_bytes=10 * 2**20, max_pixels=32_000_000)
+_TICKS = os.sysconf("SC_CLK_TCK")
+_PAGE_MIB = os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+@contextlib.asynccontextmanager
+async def running(processes: int = 2, limits: ImageLimits = LIMITS, **options: object) -> AsyncIterator[Decoder]:
+    decoder = Decoder(processes, limits, **options)
+    try:
+        await until(lambda: len(decoder.pids) >= processes)
+        yield decoder
+    finally:
+        decoder.close()
+
+
+async def until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "the condition did not become true"
+        await asyncio.sleep(0.005)
+
+
+def cpu_seconds(pid: int) -> float:
+    """CPU time of a process, 0 if it has ended."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / _TICKS
+
+
+def resident_mib(pid: int) -> float:
+    """Resident memory of a process that it shares with no other, 0 if it has ended."""
+    try:
+        return sum(
+            int(line.split()[1]) / 1024
+            for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+            if line.startswith(("Private_Clean", "Private_Dirty"))
+        )
+    except OSError:
+        return 0.0
+
+
+def niceness(pid: int) -> int:
+    return os.getpriority(os.PRIO_PROCESS, pid)
+
+
+class CpuMeter:
+    """CPU time of all processes that a decoder ever had, sampled while they live."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+        self._seconds: dict[int, float] = {}
+        self._first = {pid: cpu_seconds(pid) for pid in decoder.pids}
+        self.peak_mib = 0.0
+
+    async def __aenter__(self) -> "CpuMeter":
+        self._task = asyncio.create_task(self._sample())
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        self._task.cancel()
+        self._note()
+
+    @property
+    def seconds(self) -> float:
+        return sum(value - self._first.get(pid, 0.0) for pid, value in self._seconds.items())
+
+    def _note(self) -> None:
+        pids = self._decoder.pids
+        for pid in pids:
+            self._seconds[pid] = max(self._seconds.get(pid, 0.0), cpu_seconds(pid))
+        self.peak_mib = max(self.peak_mib, sum(resident_mib(pid) for pid in pids))
+
+    async def _sample(self) -> None:
+        while True:
+            self._note()
+            await asyncio.sleep(0.005)

@@ -1,0 +1,141 @@
+"""Files made to be expensive: what they cost, and what becomes of the images of other clients meanwhile."""
+
+import asyncio
+import time
+
+import numpy as np
+import pytest
+
+from cifar_core.images import ImageRejected
+from service.core import decode_checks
+from service.core.decoding import Decoder
+from tests.cifar_core.image_corpus import gradient, saved
+from tests.service.core import hostile_images as hostile
+from tests.service.core.decoders import CpuMeter, running
+
+HONEST = saved(gradient(48, 32))
+HONEST_SECONDS = 0.3
+MAX_DECODE_SECONDS = 1.0
+
+REFUSED = {
+    "JPEG of 2,000 scans": (hostile.progressive_jpeg(2000, 2000), "2000 scans; at most 64"),
+    "JPEG of a million comments": (hostile.jpeg_of_many_segments(0xFE, 1_000_000), "more than 1000 segments"),
+    "JPEG of many Huffman tables": (hostile.jpeg_of_many_segments(0xC4, 5000, bytes(17)), "more than 1000 segments"),
+    "run-length BMP": (hostile.run_length_bmp(32_000_000), "run-length encoded"),
+    "PNG of 800,000 chunks": (hostile.png_of_many_chunks(b"teSt", 800_000), "more than 256 chunks of metadata"),
+    "PNG of 800,000 empty data chunks": (hostile.png_of_many_chunks(b"IDAT", 800_000), "more than 16384 chunks"),
+    "PNG with 200 MiB of inflating text": (hostile.png_with_inflating_text(200), "text chunks"),
+    "PNG with a profile of 1 GiB": (hostile.png_with_inflating_profile(2**30), "too large"),
+    "animated PNG of 100,000 frames": (hostile.apng_of_many_frames(100_000), "more than 16384 chunks"),
+    "GIF of a million comments": (hostile.gif_of_many_comments(1_000_000), "more than 4096 blocks"),
+    "WebP that claims 268 million pixels": (hostile.webp_of_large_canvas(16_383), "at most 32000000 are allowed"),
+    "WebP that needs too much memory": (hostile.webp_of_large_canvas(4000), "MiB of memory; at most 224 MiB"),
+    "WebP of a million chunks": (hostile.webp_of_many_chunks(1_000_000), "more than 4096 chunks"),
+    "PNG of 30 million rows": (hostile.png(1, 30_000_000, 8, 0, bytes(6_000_000)), "at most 65535 per side"),
+}
+ACCEPTED = {
+    "JPEG of 20 scans": hostile.progressive_jpeg(64, 20),
+    "JPEG of 900 comments": hostile.jpeg_of_many_segments(0xFE, 900),
+    "PNG of 200 chunks": hostile.png_of_many_chunks(b"teSt", 200),
+    "PNG of 10,000 data chunks": hostile.png_of_many_chunks(b"IDAT", 10_000),
+    "animated PNG of 5,000 frames": hostile.apng_of_many_frames(5_000),
+    "GIF of 2,000 comments": hostile.gif_of_many_comments(2000),
+    "overlapping Exif entries": hostile.jpeg_with_overlapping_exif(),
+}
+EXPENSIVE = {
+    "JPEG of 60 scans": hostile.progressive_jpeg(5600, 60),
+    "16-bit PNG": hostile.png_16_bit(5600),
+    "interlaced PNG": hostile.png(5600, 5600, 8, 2, bytes(3 * 5600 * 5600 + 20 * 5600), interlace=1),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_file_of_an_expensive_structure_is_refused_before_it_is_decoded(name):
+    file, message = REFUSED[name]
+    assert len(file) <= 10 * 2**20
+
+    async def test():
+        async with running(1) as decoder, CpuMeter(decoder) as meter:
+            (result,) = await decoder.decode([file])
+            await asyncio.sleep(0.05)
+        assert isinstance(result, ImageRejected)
+        assert message in str(result)
+        assert not result.internal
+        assert meter.seconds < 0.4
+        assert meter.peak_mib < 100
+
+    asyncio.run(test())
+
+
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_a_file_within_the_limits_of_structure_is_decoded(name):
+    async def test():
+        async with running(1) as decoder:
+            (result,) = await decoder.decode([ACCEPTED[name]])
+        assert isinstance(result, np.ndarray), result
+
+    asyncio.run(test())
+
+
+async def slowest_honest_answer(decoder: Decoder, attack: "asyncio.Future[object]") -> float:
+    """Sends a small image every 20 ms until the attack is over; the longest time that an answer took, in seconds."""
+    slowest = 0.0
+    while not attack.done():
+        began = time.perf_counter()
+        (result,) = await decoder.decode([HONEST], client="honest")
+        slowest = max(slowest, time.perf_counter() - began)
+        assert isinstance(result, np.ndarray)
+        await asyncio.sleep(0.02)
+    return slowest
+
+
+@pytest.mark.parametrize("name", EXPENSIVE)
+def test_honest_images_are_answered_at_once_while_expensive_ones_are_decoded(name):
+    async def test():
+        async with running(2) as decoder, CpuMeter(decoder) as meter:
+            attack = asyncio.gather(*(decoder.decode([EXPENSIVE[name]] * 4, client=f"{i}") for i in range(2)))
+            assert await slowest_honest_answer(decoder, attack) < HONEST_SECONDS
+            await attack
+        assert meter.seconds < 8 * 2 * MAX_DECODE_SECONDS
+        assert meter.peak_mib < 400
+
+    asyncio.run(test())
+
+
+def test_files_whose_cost_nothing_predicts_move_to_the_slow_lane(monkeypatch):
+    """Small in pixels and memory, but slow: 0.2 s each."""
+    file = hostile.with_scans(hostile.saved(hostile.gradient(1440, 1440), "JPEG", progressive=True, quality=95), 64)
+
+    async def test():
+        ended = []
+        async with running(2, max_decode_seconds=0.15, on_ended=ended.append) as decoder:
+            async with CpuMeter(decoder) as meter:
+                requests = [decoder.decode([file] * 8, client=f"attacker {i % 2}") for i in range(4)]
+                attack = asyncio.gather(*requests)
+                assert await slowest_honest_answer(decoder, attack) < HONEST_SECONDS
+                results = [result for results in await attack for result in results]
+            assert all(isinstance(result, ImageRejected) for result in results)
+            assert ended.count("limit") >= len(results)
+            assert meter.seconds < len(results) * 2 * 0.15 + 1.0
+
+    asyncio.run(test())
+
+
+def test_memory_of_four_16_bit_images_stays_within_the_limit_and_is_given_back():
+    async def test():
+        file = hostile.png_16_bit(5600)
+        async with running(2) as decoder, CpuMeter(decoder) as meter:
+            results = await decoder.decode([file] * 4)
+            assert all(isinstance(result, np.ndarray) for result in results)
+            assert meter.peak_mib < 300
+            from tests.service.core.decoders import resident_mib
+
+            assert sum(map(resident_mib, decoder.pids)) < 100
+
+    asyncio.run(test())
+
+
+def test_a_file_that_needs_more_memory_than_allowed_is_refused_by_its_header():
+    demand = decode_checks.Demand(pixels=10**8, memory=500 * 2**20)
+    with pytest.raises(ImageRejected, match="needs about 500 MiB of memory; at most 224 MiB are allowed"):
+        decode_checks.check_memory(demand, 224 * 2**20)
