@@ -1,4 +1,4 @@
-"""`python -m service.probe`: see service.client.probe."""
+"""`python -m service.probe [HOST:PORT]`: asks a server for its health. See service.client.probe."""
 
 import sys
 

@@ -1,13 +1,18 @@
-"""Client of the service: `Client`, `AsyncClient`, and a command, `python -m service.client IMAGE…`."""
+"""The client of the service: `Client`, `AsyncClient`, and a command, `python -m service.client IMAGE…`.
 
-from service.client.client import (
-    AsyncClient,
-    Classification,
-    ClassificationError,
-    Client,
-    Options,
-    RankedClass,
-    print_table,
-)
+    with Client("localhost:50051") as client:
+        for image in client.classify(["cat.jpg", "ship.png"]):
+            print(image.best.name, image.best.probability)
+
+Long lists are sent in as few requests as the server's limits allow, small calls that are made at the same time share
+requests, and a request is sent again, with growing pauses, when the server could not take it (UNAVAILABLE,
+RESOURCE_EXHAUSTED with a hint, CANCELLED by a server that stops).
+"""
+
+from service.client.aio import AsyncClient
+from service.client.answers import Classification, ClassificationError, RankedClass
+from service.client.options import Options
+from service.client.sync import Client
+from service.client.table import print_table
 
 __all__ = ["AsyncClient", "Classification", "ClassificationError", "Client", "Options", "RankedClass", "print_table"]

@@ -2,7 +2,7 @@
 
 import sys
 
-from service.client.client import main
+from service.client.command import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,50 +1,171 @@
-"""Asks a server for its health, once; for container health checks.
+"""Asks a server for its health once; for the health checks of containers.
 
-    python -m service.probe [HOST:PORT] [--ca FILE]
+    python -m service.probe [HOST:PORT]
 
-Exit code 0: it serves. 1: it answers that it does not, or not at all. With tokens, it needs --health-without-token.
+Without HOST:PORT it asks the server of its own container: it reads the environment variables that configure that
+server, trusts the server's own certificate file, and sends the first token of its token file.
 """
 
 import argparse
 import os
+import socket
+import ssl
 import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from service import ports
-from service.settings import ENVIRONMENT_PREFIX
+from service import ENVIRONMENT_PREFIX
+from service.client.command import add_connection_options, options_of
+from service.client.options import Options, channel_options, read_token
+from service.ports import address
+
+_EVERY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 -- nothing listens there: it is replaced
 
 
-def main() -> int:
-    """The command line; returns the exit code."""
-    port = os.environ.get(f"{ENVIRONMENT_PREFIX}PORT", "50051")
-    parser = argparse.ArgumentParser(prog="python -m service.probe", description="Asks a server for its health.")
-    parser.add_argument(
-        "target", nargs="?", default=f"127.0.0.1:{port}", metavar="HOST:PORT", help="default: %(default)s"
+@dataclass(frozen=True)
+class _Place:
+    """A server to ask.
+
+    Attributes:
+        host: Its name or IP address.
+        port: Its port.
+        options: TLS, token and timeout.
+        pinned: `options.ca` is the server's own certificate, which need not name `host`.
+    """
+
+    host: str
+    port: int
+    options: Options
+    pinned: bool = False
+
+    @property
+    def target(self) -> str:
+        return address(self.host, self.port)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line.
+
+    Returns:
+        The exit code. 0: the server answers SERVING. 1: it answers something else or nothing, or a file is missing.
+    """
+    chosen = _parser().parse_args(arguments)
+    name = chosen.target or "this machine's server"
+    try:
+        options = options_of(chosen)
+        place = _named(chosen.target, options) if chosen.target else own_server(os.environ, options)
+        name = place.target
+        status = _status(place)
+    except grpc.RpcError as error:
+        print(f"{name}: {error.code().name}: {error.details()}", file=sys.stderr)
+        return 1
+    except (OSError, ValueError) as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return 1
+    print(f"{name}: {status}")
+    return 0 if status == "SERVING" else 1
+
+
+def own_server(environment: Mapping[str, str], options: Options) -> _Place:
+    """The server that these environment variables configure; what `options` sets is not replaced.
+
+    The server's own certificate serves as certificate authority. With mutual TLS, the client's certificate is that of
+    CIFAR_PROBE_CERTIFICATE and CIFAR_PROBE_KEY, or else the server's own, which its client authority may not accept.
+
+    Raises:
+        OSError: The token file cannot be read.
+        ValueError: A value is not valid.
+    """
+
+    def setting(name: str) -> str | None:
+        value = environment.get(ENVIRONMENT_PREFIX + name)
+        return None if value is None or value.lower() == "none" else value
+
+    def path(name: str) -> Path | None:
+        return Path(value) if (value := setting(name)) else None
+
+    host = setting("HOST") or "127.0.0.1"
+    certificate, key, token_file = path("TLS_CERT"), path("TLS_KEY"), path("TOKEN_FILE")
+    pinned = certificate is not None and not options.ca and not options.tls
+    if pinned:
+        options = replace(options, ca=certificate)
+    if setting("TLS_CLIENT_CA") and not options.certificate:
+        options = replace(
+            options,
+            certificate=Path(environment.get("CIFAR_PROBE_CERTIFICATE", str(certificate))),
+            key=Path(environment.get("CIFAR_PROBE_KEY", str(key))),
+        )
+    if token_file and not options.token:
+        # It reaches no other machine: the server that it is for listens on this one.
+        options = replace(options, token=read_token(token_file), allow_plaintext_token=True)
+    return _Place(_EVERY_ADDRESS.get(host, host), int(setting("PORT") or 50051), options, pinned)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m service.probe",
+        description="Asks a server for its health once. Exit code 0: it answers SERVING.",
     )
-    parser.add_argument("--ca", type=Path, help="PEM file of who signed the server's certificate; means TLS")
-    parser.add_argument("--timeout", type=float, default=2.0, help="seconds; default: %(default)s")
-    chosen = parser.parse_args()
-    credentials = grpc.ssl_channel_credentials(chosen.ca.read_bytes()) if chosen.ca else None
-    options = ports.channel_options(chosen.target)
-    if credentials:
-        channel = grpc.secure_channel(chosen.target, credentials, options)
+    parser.add_argument(
+        "target",
+        nargs="?",
+        metavar="HOST:PORT",
+        help=f"default: the server on this machine that the environment variables {ENVIRONMENT_PREFIX}* configure",
+    )
+    add_connection_options(parser, timeout=2.0)
+    return parser
+
+
+def _named(target: str, options: Options) -> _Place:
+    host, _, port = target.rpartition(":")
+    if not host or not port.isdecimal():
+        raise ValueError("the address must be HOST:PORT")
+    options.check_token_is_safe(target)
+    return _Place(host, int(port), options)
+
+
+def _status(place: _Place) -> str:
+    """The name of the health status that the server answers."""
+    credentials = place.options.credentials()
+    options: tuple[tuple[str, int | str], ...] = channel_options(place.target)
+    if place.pinned:
+        options = (*options, ("grpc.ssl_target_name_override", _certificate_name(place)))
+    if credentials is None:
+        channel = grpc.insecure_channel(place.target, options)
     else:
-        channel = grpc.insecure_channel(chosen.target, options)
+        channel = grpc.secure_channel(place.target, credentials, options)
     with channel:
-        try:
-            health: Any = health_pb2_grpc.HealthStub(channel)  # its types know no methods
-            answer = health.Check(health_pb2.HealthCheckRequest(), timeout=chosen.timeout)
-        except grpc.RpcError as error:
-            print(f"{chosen.target}: {error.code().name}: {error.details()}", file=sys.stderr)
-            return 1
-    name = health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
-    print(f"{chosen.target}: {name}")
-    return 0 if answer.status == health_pb2.HealthCheckResponse.SERVING else 1
+        health: Any = health_pb2_grpc.HealthStub(channel)  # its types know no methods
+        answer = health.Check(
+            health_pb2.HealthCheckRequest(), timeout=place.options.timeout, metadata=place.options.metadata
+        )
+    return str(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status))
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def _certificate_name(place: _Place) -> str:
+    """A host name that the server's certificate is valid for: gRPC compares one, and cannot be told to leave it out.
+
+    Raises:
+        OSError: The server cannot be reached, or its certificate is not the one in the file.
+        ValueError: The certificate names no host.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # the file need not hold the root that signed it
+    context.set_alpn_protocols(["h2"])
+    context.load_verify_locations(place.options.ca)
+    if place.options.certificate:
+        context.load_cert_chain(place.options.certificate, place.options.key)
+    connection = socket.create_connection((place.host.strip("[]"), place.port), place.options.timeout)
+    with connection, context.wrap_socket(connection) as secured:
+        certificate: Any = secured.getpeercert()
+    names = [name for kind, name in certificate.get("subjectAltName", ()) if kind in ("DNS", "IP Address")]
+    names += [value for pairs in certificate["subject"] for key, value in pairs if key == "commonName"]
+    if not names:
+        raise ValueError(f"the certificate {place.options.ca} names no host")
+    return str(names[0]).replace("*", "probe")

@@ -1,0 +1,128 @@
+"""`AsyncClient`, for asyncio."""
+
+import asyncio
+import itertools
+from collections.abc import Awaitable, Callable
+from types import TracebackType
+from typing import Any, Self
+
+import grpc
+import numpy as np
+from numpy.typing import NDArray
+
+from service.client.aio_sharing import AsyncSharing
+from service.client.answers import Classification, Results, classifications, probability_table
+from service.client.base import BaseClient, check_top_k
+from service.client.contents import Content, Images, contents
+from service.client.options import DEFAULT_TARGET, Options
+from service.client.packing import distribute, request_of
+from service.client.retrying import Attempts, Deadline, RequestFailed
+from service.generated.cifar.v1 import image_classifier_pb2 as messages
+from service.generated.cifar.v1 import image_classifier_pb2_grpc as rpc
+
+
+class AsyncClient(BaseClient):
+    """`Client` for asyncio: `async with AsyncClient(…) as client: await client.classify(…)`.
+
+    Use it in one event loop. Small calls that are awaited at the same time travel in shared requests; each keeps its
+    own deadline, errors and retries, and cancelling one does not affect the others.
+
+    Args and errors as for `Client`.
+    """
+
+    def __init__(self, target: str = DEFAULT_TARGET, options: Options | None = None) -> None:
+        super().__init__(target, options)
+        if self._credentials is None:
+            self._channel = grpc.aio.insecure_channel(target, self._channel_options)
+        else:
+            self._channel = grpc.aio.secure_channel(target, self._credentials, self._channel_options)
+        self._stub: Any = rpc.ImageClassifierStub(self._channel)  # type: ignore[no-untyped-call]
+        self._sharing = AsyncSharing(self.options.max_shared_requests, self._classify_once, self._capacity)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Ends the connection; calls that are still waiting fail."""
+        await self._channel.close()
+
+    async def model(self) -> messages.GetModelResponse:
+        """As `Client.model`."""
+        return await self._fetch_model(self._deadline(None))
+
+    async def classify(self, images: Images, top_k: int = 0, timeout: float | None = None) -> list[Classification]:
+        """As `Client.classify`."""
+        check_top_k(top_k)
+        parts = await self._results(images, top_k, self._deadline(timeout))
+        return [answer for part in parts for answer in classifications(part, top_k)]
+
+    async def probabilities(self, images: NDArray[np.uint8], timeout: float | None = None) -> NDArray[np.float32]:
+        """As `Client.probabilities`."""
+        return probability_table(await self._results(images, 0, self._deadline(timeout)))
+
+    async def _results(self, images: Images, top_k: int, deadline: Deadline) -> list[Results]:
+        if self._limits_may_have_changed:
+            await self._fetch_model(deadline)
+        remaining = contents(images, self._capacity)
+        results: list[Results] = []
+        # No more contents are made than are sent at once, so that a long list of files is read as it is sent.
+        while window := list(itertools.islice(remaining, self._WINDOW)):
+            if len(window) == 1:
+                results += await self._send(window[0], top_k, deadline)
+                continue
+            tasks = [asyncio.create_task(self._send(content, top_k, deadline)) for content in window]
+            try:
+                for part in await asyncio.gather(*tasks):
+                    results += part
+            finally:
+                for task in tasks:
+                    task.cancel()
+        return results
+
+    async def _send(self, content: Content, top_k: int, deadline: Deadline) -> list[Results]:
+        """The results of one content; in several parts if the server's limits turn out to be lower than known."""
+        try:
+            return [await self._repeat(deadline, self._exchange, content, top_k, deadline)]
+        except RequestFailed as failure:
+            if not failure.may_be_too_large:
+                raise
+            await self._fetch_model(deadline)
+            smaller = self._smaller(content, failure)
+        return [await self._repeat(deadline, self._exchange, part, top_k, deadline) for part in smaller]
+
+    async def _exchange(self, content: Content, top_k: int, deadline: Deadline) -> Results:
+        """One attempt, in a shared request if the content is small."""
+        if self._is_shared(content):
+            return await self._sharing.exchange(content, top_k, deadline)
+        response = await self._classify_once(request_of([content], top_k), deadline)
+        return distribute([content], response)[0]
+
+    async def _classify_once(self, request: messages.ClassifyRequest, deadline: Deadline) -> messages.ClassifyResponse:
+        response: messages.ClassifyResponse = await self._call(self._stub.Classify, request, deadline)
+        return response
+
+    async def _fetch_model(self, deadline: Deadline) -> messages.GetModelResponse:
+        request = messages.GetModelRequest()
+        return self._remember(await self._repeat(deadline, self._call, self._stub.GetModel, request, deadline))
+
+    async def _call(self, method: Callable[..., Any], request: Any, deadline: Deadline) -> Any:  # noqa: ANN401
+        try:
+            return await method(request, timeout=deadline.remaining(), metadata=self.options.metadata)
+        except grpc.RpcError as error:
+            failure = RequestFailed.of(error)
+            self._note_failure(failure)
+            raise failure from error
+
+    async def _repeat(self, deadline: Deadline, attempt: Callable[..., Awaitable[Any]], *arguments: Any) -> Any:  # noqa: ANN401
+        attempts = Attempts(self.options.attempts, deadline)
+        while True:
+            try:
+                return await attempt(*arguments)
+            except RequestFailed as failure:
+                pause = attempts.pause_after(failure)
+            await asyncio.sleep(pause)

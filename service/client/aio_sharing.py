@@ -1,0 +1,101 @@
+"""Sends the shared requests of an `AsyncClient`; which calls travel together is decided by `packing`."""
+
+import asyncio
+import functools
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import grpc
+
+from service.client.answers import Results
+from service.client.contents import Capacity, Content
+from service.client.packing import Entry, SharedRequests, distribute, request_of_group
+from service.client.retrying import Deadline, RequestFailed, deadline_exceeded
+from service.generated.cifar.v1 import image_classifier_pb2 as messages
+
+Send: TypeAlias = "Callable[[messages.ClassifyRequest, Deadline], Awaitable[messages.ClassifyResponse]]"
+
+
+@dataclass(eq=False)
+class _Entry(Entry):
+    finished: asyncio.Event = field(default_factory=asyncio.Event)
+    sending: "_Sending | None" = None
+
+
+@dataclass(eq=False)
+class _Sending:
+    """A shared request that is under way, and the task that waits for its response."""
+
+    group: list[_Entry]
+    task: "asyncio.Task[list[Results]]"
+
+
+class AsyncSharing:
+    """Lets calls that run in one event loop share requests.
+
+    Args:
+        slots: How many shared requests may be under way at once.
+        send: Sends a request once; raises RequestFailed.
+        capacity: What one request may hold now.
+    """
+
+    def __init__(self, slots: int, send: Send, capacity: Callable[[], Capacity]) -> None:
+        self._requests = SharedRequests[_Entry](slots)
+        self._send, self._capacity = send, capacity
+        self._start_is_scheduled = False
+
+    async def exchange(self, content: Content, top_k: int, deadline: Deadline) -> Results:
+        """The results of one content, after one attempt.
+
+        Raises:
+            RequestFailed: The attempt failed, or the deadline passed.
+        """
+        entry = _Entry(content, top_k, deadline)
+        self._requests.add(entry)
+        self._schedule_start()
+        try:
+            async with asyncio.timeout(deadline.remaining()):
+                await entry.finished.wait()
+        except TimeoutError:
+            raise deadline_exceeded() from None
+        finally:
+            if entry.outcome is None:
+                self._abandon(entry)
+        return entry.result()
+
+    def _schedule_start(self) -> None:
+        # Not at once: when a response arrives, its callers run one after another and often make their next calls,
+        # which shall travel together. A lone call is sent in the next turn of the event loop, microseconds later.
+        if not self._start_is_scheduled:
+            self._start_is_scheduled = True
+            asyncio.get_running_loop().call_soon(self._start)
+
+    def _start(self) -> None:
+        self._start_is_scheduled = False
+        while group := self._requests.next_group(self._capacity()):
+            sending = _Sending(group, asyncio.create_task(self._ask(group)))
+            for entry in group:
+                entry.sending = sending
+            sending.task.add_done_callback(functools.partial(self._finish, group))
+
+    async def _ask(self, group: list[_Entry]) -> list[Results]:
+        latest = max((entry.deadline for entry in group), key=lambda deadline: deadline.at)
+        response = await self._send(request_of_group(group), latest)
+        return distribute([entry.content for entry in group], response)
+
+    def _finish(self, group: list[_Entry], task: "asyncio.Task[list[Results]]") -> None:
+        failure = RequestFailed(grpc.StatusCode.CANCELLED, "cancelled") if task.cancelled() else task.exception()
+        if failure is None:
+            self._requests.answered(group, task.result())
+        else:
+            self._requests.failed(group, failure)
+        for entry in group:
+            if entry.outcome is not None:
+                entry.finished.set()
+        self._schedule_start()
+
+    def _abandon(self, entry: _Entry) -> None:
+        self._requests.abandon(entry)
+        if entry.sending and all(other.abandoned for other in entry.sending.group):
+            entry.sending.task.cancel()  # nobody waits for the response

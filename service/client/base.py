@@ -1,0 +1,76 @@
+"""What `Client` and `AsyncClient` share: everything but sending and waiting."""
+
+from service.client.contents import Capacity, Content
+from service.client.options import DEFAULT_TARGET, Options, channel_options
+from service.client.packing import is_small
+from service.client.retrying import Deadline, RequestFailed
+from service.generated.cifar.v1 import image_classifier_pb2 as messages
+
+
+class BaseClient:
+    """The options of a client and what it knows about its server.
+
+    Args:
+        target: HOST:PORT.
+        options: Security, time limits and coalescing.
+
+    Raises:
+        OSError: A file that the options name cannot be read.
+        ValueError: A file is not a PEM file, or the token would be sent to another machine without TLS.
+    """
+
+    # Requests of one large call that are under way at once: the server computes one while the next is sent.
+    _WINDOW = 4
+
+    def __init__(self, target: str = DEFAULT_TARGET, options: Options | None = None) -> None:
+        self.target = target
+        self.options = options or Options()
+        self.options.check_token_is_safe(target)
+        self._credentials = self.options.credentials()
+        self._channel_options = channel_options(target)
+        self._known_limits: messages.Limits | None = None
+        self._limits_may_have_changed = True
+
+    def _remember(self, model: messages.GetModelResponse) -> messages.GetModelResponse:
+        self._known_limits = model.limits
+        self._limits_may_have_changed = False
+        return model
+
+    def _capacity(self) -> Capacity:
+        """What one request may hold, as far as the client knows."""
+        if self._known_limits is None:
+            raise RuntimeError("the server's limits are needed before any request is made")
+        return Capacity.of(self._known_limits)
+
+    def _note_failure(self, failure: RequestFailed) -> None:
+        # A server that was restarted with lower limits refuses requests that it took before.
+        if failure.may_be_too_large:
+            self._limits_may_have_changed = True
+
+    def _deadline(self, timeout: float | None) -> Deadline:
+        return Deadline(self.options.timeout if timeout is None else timeout)
+
+    def _is_shared(self, content: Content) -> bool:
+        return self.options.coalesce and is_small(content)
+
+    def _smaller(self, content: Content, failure: RequestFailed) -> list[Content]:
+        """The contents to send instead of one that was refused, after the limits were fetched again.
+
+        Raises:
+            RequestFailed: The content is within the limits, or cannot be made smaller: `failure` is the outcome.
+        """
+        capacity = self._capacity()
+        parts = [] if content.fits(capacity) else content.split(capacity)
+        if len(parts) < 2:
+            raise failure
+        return parts
+
+
+def check_top_k(top_k: int) -> None:
+    """Refuses a negative number of classes.
+
+    Raises:
+        ValueError: It is negative.
+    """
+    if top_k < 0:
+        raise ValueError(f"top_k is {top_k}; it must be the number of classes per image, or 0 for all")

@@ -1,0 +1,124 @@
+"""How a client reaches a server: TLS, token, time limits, and the options of the gRPC channel."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import grpc
+
+from service.ports import is_loopback
+
+DEFAULT_TARGET = "127.0.0.1:50051"
+
+_CHANNEL_OPTIONS = (
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_send_message_length", -1),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 2000),
+    # The client repeats calls itself: it knows the deadline of the whole call and which errors are worth repeating.
+    ("grpc.enable_retries", 0),
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to reach a server and how long to try.
+
+    Attributes:
+        tls: Use TLS. Without `ca`, the server's certificate is checked against the system's certificate authorities.
+        ca: PEM file of the certificate authority that signed the server's certificate; turns TLS on.
+        certificate: PEM file of the client's certificate, for mutual TLS; turns TLS on and needs `key`.
+        key: PEM file of the private key of `certificate`.
+        token: Bearer token that is sent with every call.
+        timeout: Seconds for a whole call, including all its requests and retries; None for no limit.
+        attempts: How often a request is sent at most.
+        coalesce: Pack small calls that are made at the same time into shared requests.
+        max_shared_requests: How many shared requests may be under way at once. Calls wait, and gather, only while all
+            of these are under way.
+        allow_plaintext_token: Send the token without TLS to other machines too, where anybody on the way can read it.
+
+    Raises:
+        ValueError: The options contradict each other.
+    """
+
+    tls: bool = False
+    ca: Path | None = None
+    certificate: Path | None = None
+    key: Path | None = None
+    token: str | None = field(default=None, repr=False)
+    timeout: float | None = 60.0
+    attempts: int = 10
+    coalesce: bool = True
+    max_shared_requests: int = 2
+    allow_plaintext_token: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.certificate is None) != (self.key is None):
+            given, missing = ("certificate", "key") if self.key is None else ("key", "certificate")
+            raise ValueError(f"{given} is given without {missing}: mutual TLS needs both PEM files")
+        for name in ("attempts", "max_shared_requests"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+
+    @property
+    def encrypted(self) -> bool:
+        """Whether the connection uses TLS."""
+        return self.tls or self.ca is not None or self.certificate is not None
+
+    def credentials(self) -> grpc.ChannelCredentials | None:
+        """TLS as the options say; None for plaintext.
+
+        Raises:
+            OSError: A file cannot be read.
+            ValueError: A file is not a PEM file.
+        """
+        if not self.encrypted:
+            return None
+        return grpc.ssl_channel_credentials(*(_read_pem(path) for path in (self.ca, self.key, self.certificate)))
+
+    @property
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """Metadata of every call."""
+        return (("authorization", f"Bearer {self.token}"),) if self.token else ()
+
+    def check_token_is_safe(self, target: str) -> None:
+        """Refuses to send a token that others can read on its way to HOST:PORT.
+
+        Raises:
+            ValueError: The token would be sent without TLS to another machine.
+        """
+        if self.token and not (self.encrypted or self.allow_plaintext_token or is_loopback(_host(target))):
+            raise ValueError(
+                f"the token would be sent to {target} without encryption: use TLS (tls=True, or ca), "
+                "or allow it with allow_plaintext_token=True"
+            )
+
+
+def channel_options(target: str) -> tuple[tuple[str, int], ...]:
+    """Options of a gRPC channel to HOST:PORT. A proxy named in the environment is not used for this machine itself."""
+    return (*_CHANNEL_OPTIONS, ("grpc.enable_http_proxy", 0)) if is_loopback(_host(target)) else _CHANNEL_OPTIONS
+
+
+def read_token(path: Path) -> str:
+    """The first token of a file that holds one token a line. Empty lines and lines that begin with # are skipped.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: It holds no token.
+    """
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if (token := line.strip()) and not token.startswith("#"):
+            return token
+    raise ValueError(f"{path} holds no token: write it on a line of its own")
+
+
+def _host(target: str) -> str:
+    return target.rpartition(":")[0]
+
+
+def _read_pem(path: Path | None) -> bytes | None:
+    if path is None:
+        return None
+    content = Path(path).read_bytes()
+    if b"-----BEGIN " not in content:
+        raise ValueError(f"{path} is not a PEM file: it holds no line '-----BEGIN …'")
+    return content

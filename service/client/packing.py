@@ -1,0 +1,174 @@
+"""Packs small calls that are made at the same time into shared requests. Pure logic: no I/O, threads or event loop.
+
+A call is sent at once while fewer than `slots` shared requests are under way. Otherwise it waits, together with all
+calls that arrive meanwhile, until a slot is free; then they travel together. So a single caller never waits, and the
+more callers there are, the more images share the price of a request.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import grpc
+
+from service.client.answers import Results
+from service.client.contents import Capacity, Content
+from service.client.retrying import Deadline, RequestFailed
+from service.generated.cifar.v1 import image_classifier_pb2 as messages
+
+# Larger calls gain nothing by sharing, and would make small ones wait: they get requests of their own.
+SMALL_IMAGES, SMALL_BYTES = 32, 2**18
+
+
+def is_small(content: Content) -> bool:
+    """Whether a content may share a request with others."""
+    return content.count <= SMALL_IMAGES and content.size <= SMALL_BYTES
+
+
+@dataclass(eq=False)
+class Entry:
+    """The content of one call on its way through a shared request.
+
+    Attributes:
+        content: Its images.
+        top_k: How many classes per image the call wants; 0 for all.
+        deadline: When the call gives up.
+        abandoned: Nobody waits for the outcome any more.
+        outcome: Its results, or why it has none; None as long as neither is known.
+    """
+
+    content: Content
+    top_k: int
+    deadline: Deadline
+    abandoned: bool = False
+    outcome: Results | BaseException | None = None
+
+    def __post_init__(self) -> None:
+        self.count, self.size = self.content.count, self.content.size
+
+    def result(self) -> Results:
+        """The results, or the exception that is the outcome. To be called once the outcome is known."""
+        if isinstance(self.outcome, Results):
+            return self.outcome
+        raise self.outcome or RuntimeError("the outcome is not known yet")
+
+
+E = TypeVar("E", bound=Entry)
+
+
+class SharedRequests(Generic[E]):
+    """Which entries wait and which are under way.
+
+    Args:
+        slots: How many requests may be under way at once.
+    """
+
+    def __init__(self, slots: int) -> None:
+        self._slots = slots
+        self._waiting: dict[E, None] = {}  # a queue, in order of arrival, from which any entry can be removed
+        self._halves: deque[list[E]] = deque()
+        self._under_way: list[list[E]] = []
+
+    def add(self, entry: E) -> None:
+        """Lets an entry wait for a slot."""
+        self._waiting[entry] = None
+
+    def abandon(self, entry: E) -> None:
+        """Notes that nobody waits for this entry any more; if it has not been sent, it never will be."""
+        entry.abandoned = True
+        self._waiting.pop(entry, None)
+
+    def next_group(self, capacity: Capacity) -> list[E] | None:
+        """Takes a slot for the entries that are to be sent next, in one request; None if there is no slot or no entry.
+
+        The entries fit into the capacity, except that a single entry may exceed it.
+        """
+        if len(self._under_way) >= self._slots:
+            return None
+        group = self._next_half() or self._from_waiting(capacity)
+        if not group:
+            return None
+        self._under_way.append(group)
+        return group
+
+    def answered(self, group: list[E], parts: Sequence[Results]) -> None:
+        """Frees the group's slot and gives each entry its results, which are in the same order."""
+        self._under_way.remove(group)
+        for entry, results in zip(group, parts, strict=True):
+            entry.outcome = results
+
+    def failed(self, group: list[E], failure: BaseException) -> None:
+        """Frees the group's slot; its entries fail too, unless only one of them may have caused the failure.
+
+        In that case the group is sent again in two halves, so that in the end only the entry at fault fails.
+        """
+        self._under_way.remove(group)
+        remaining = [entry for entry in group if not entry.abandoned]
+        if isinstance(failure, RequestFailed) and failure.caused_by_content and len(group) > 1:
+            middle = (len(remaining) + 1) // 2
+            self._halves += [half for half in (remaining[:middle], remaining[middle:]) if half]
+            return
+        for entry in remaining:
+            entry.outcome = failure.copy() if isinstance(failure, RequestFailed) else failure
+
+    def _next_half(self) -> list[E]:
+        while self._halves:
+            if group := [entry for entry in self._halves.popleft() if not entry.abandoned]:
+                return group
+        return []
+
+    def _from_waiting(self, capacity: Capacity) -> list[E]:
+        # An equal share for each slot, so that the server computes one request while the next one is prepared.
+        images = sum(entry.count for group in (self._waiting, *self._under_way) for entry in group)
+        share = min(capacity.images, -(-images // self._slots))
+        group: list[E] = []
+        count = size = 0
+        for entry in self._waiting:
+            count, size = count + entry.count, size + entry.size
+            if group and (count > share or size > capacity.size):
+                break
+            group.append(entry)
+        for entry in group:
+            del self._waiting[entry]
+        return group
+
+
+def request_of_group(group: Sequence[Entry]) -> messages.ClassifyRequest:
+    """One request for all entries of a group, which asks for as many classes as any of them wants."""
+    wanted = [entry.top_k for entry in group]
+    return request_of([entry.content for entry in group], 0 if 0 in wanted else max(wanted))
+
+
+def request_of(contents: Sequence[Content], top_k: int) -> messages.ClassifyRequest:
+    """One request for several contents; `distribute` takes its response apart."""
+    return messages.ClassifyRequest(
+        images=[image for content in contents for image in content.images],
+        packed_rgb=b"".join(content.pixels for content in contents),
+        top_k=top_k,
+    )
+
+
+def distribute(contents: Sequence[Content], response: messages.ClassifyResponse) -> list[Results]:
+    """The results of each content, from the response to `request_of(contents, …)`.
+
+    Raises:
+        RequestFailed: The response does not hold one result per image.
+    """
+    images = sum(content.count for content in contents)
+    if len(response.results) != images:
+        raise RequestFailed(
+            grpc.StatusCode.INTERNAL, f"the server sent {len(response.results)} results for {images} images"
+        )
+    # The server answers all `images` of a request first, then its `packed_rgb`.
+    next_image, next_pixels = 0, sum(len(content.images) for content in contents)
+    parts = []
+    for content in contents:
+        start = next_pixels if content.pixels else next_image
+        end = start + content.count
+        if content.pixels:
+            next_pixels = end
+        else:
+            next_image = end
+        parts.append(Results(response.results[start:end], response.model_version))
+    return parts

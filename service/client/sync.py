@@ -1,0 +1,161 @@
+"""`Client`, for threads."""
+
+import itertools
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from types import TracebackType
+from typing import Any, Self
+
+import grpc
+import numpy as np
+from numpy.typing import NDArray
+
+from service.client.answers import Classification, Results, classifications, probability_table
+from service.client.base import BaseClient, check_top_k
+from service.client.contents import Content, Images, contents
+from service.client.options import DEFAULT_TARGET, Options
+from service.client.packing import distribute, request_of
+from service.client.retrying import Attempts, Deadline, RequestFailed
+from service.client.sync_sharing import SyncSharing
+from service.generated.cifar.v1 import image_classifier_pb2 as messages
+from service.generated.cifar.v1 import image_classifier_pb2_grpc as rpc
+
+
+class Client(BaseClient):
+    """Classifies images over one connection to a server. Several threads may use it at once.
+
+    Small calls that threads make at the same time travel in shared requests; each keeps its own deadline, errors and
+    retries.
+
+    Args:
+        target: HOST:PORT.
+        options: Security, time limits and coalescing.
+
+    Raises:
+        OSError: A file that the options name cannot be read.
+        ValueError: A file is not a PEM file, or the token would be sent to another machine without TLS.
+    """
+
+    def __init__(self, target: str = DEFAULT_TARGET, options: Options | None = None) -> None:
+        super().__init__(target, options)
+        if self._credentials is None:
+            self._channel = grpc.insecure_channel(target, self._channel_options)
+        else:
+            self._channel = grpc.secure_channel(target, self._credentials, self._channel_options)
+        self._stub = rpc.ImageClassifierStub(self._channel)  # type: ignore[no-untyped-call]
+        self._sharing = SyncSharing(self.options.max_shared_requests, self._classify_once, self._capacity)
+        self._pool = ThreadPoolExecutor(self._WINDOW, thread_name_prefix="classify")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the connection; calls that are still waiting fail."""
+        self._pool.shutdown(cancel_futures=True)
+        self._channel.close()
+
+    def model(self) -> messages.GetModelResponse:
+        """Asks the server which model it serves now, and for its limits.
+
+        Raises:
+            ClassificationError: The server does not answer.
+        """
+        return self._fetch_model(self._deadline(None))
+
+    def classify(self, images: Images, top_k: int = 0, timeout: float | None = None) -> list[Classification]:
+        """Classifies images.
+
+        Args:
+            images: A list of images: paths, bytes of image files, PIL images, or uint8 arrays [height, width, 3]. Or
+                one uint8 array [n, 32, 32, 3], the fast way for many images.
+            top_k: How many classes to return per image, the most probable first; 0 for all.
+            timeout: Seconds for the whole call; None for the timeout of the options.
+
+        Returns:
+            One answer per image, in the same order. An image that the server cannot read has an answer without
+            classes that says why.
+
+        Raises:
+            ClassificationError: A request failed as a whole.
+            OSError: A path cannot be read.
+            ValueError: An array does not have the type and shape of images, or top_k is negative.
+            TypeError: `images` is a single image instead of a list, or holds something that is not an image.
+        """
+        check_top_k(top_k)
+        parts = self._results(images, top_k, self._deadline(timeout))
+        return [answer for part in parts for answer in classifications(part, top_k)]
+
+    def probabilities(self, images: NDArray[np.uint8], timeout: float | None = None) -> NDArray[np.float32]:
+        """Classifies raw images, uint8 [n, 32, 32, 3].
+
+        Returns:
+            Probabilities, float32 [n, classes], in the model's order of classes.
+
+        Raises:
+            ClassificationError: A request failed as a whole.
+            ValueError: The array does not have this type and shape.
+        """
+        return probability_table(self._results(images, 0, self._deadline(timeout)))
+
+    def _results(self, images: Images, top_k: int, deadline: Deadline) -> list[Results]:
+        if self._limits_may_have_changed:
+            self._fetch_model(deadline)
+        remaining = contents(images, self._capacity)
+        results: list[Results] = []
+        # No more contents are made than are sent at once, so that a long list of files is read as it is sent.
+        while window := list(itertools.islice(remaining, self._WINDOW)):
+            if len(window) == 1:
+                results += self._send(window[0], top_k, deadline)
+            else:
+                for part in self._pool.map(lambda content: self._send(content, top_k, deadline), window):
+                    results += part
+        return results
+
+    def _send(self, content: Content, top_k: int, deadline: Deadline) -> list[Results]:
+        """The results of one content; in several parts if the server's limits turn out to be lower than known."""
+        try:
+            return [self._repeat(deadline, self._exchange, content, top_k, deadline)]
+        except RequestFailed as failure:
+            if not failure.may_be_too_large:
+                raise
+            self._fetch_model(deadline)
+            smaller = self._smaller(content, failure)
+        return [self._repeat(deadline, self._exchange, part, top_k, deadline) for part in smaller]
+
+    def _exchange(self, content: Content, top_k: int, deadline: Deadline) -> Results:
+        """One attempt, in a shared request if the content is small."""
+        if self._is_shared(content):
+            return self._sharing.exchange(content, top_k, deadline)
+        response = self._classify_once(request_of([content], top_k), deadline)
+        return distribute([content], response)[0]
+
+    def _classify_once(self, request: messages.ClassifyRequest, deadline: Deadline) -> messages.ClassifyResponse:
+        response: messages.ClassifyResponse = self._call(self._stub.Classify, request, deadline)
+        return response
+
+    def _fetch_model(self, deadline: Deadline) -> messages.GetModelResponse:
+        request = messages.GetModelRequest()
+        return self._remember(self._repeat(deadline, self._call, self._stub.GetModel, request, deadline))
+
+    def _call(self, method: Callable[..., Any], request: Any, deadline: Deadline) -> Any:  # noqa: ANN401
+        try:
+            return method(request, timeout=deadline.remaining(), metadata=self.options.metadata)
+        except grpc.RpcError as error:
+            failure = RequestFailed.of(error)
+            self._note_failure(failure)
+            raise failure from error
+
+    def _repeat(self, deadline: Deadline, attempt: Callable[..., Any], *arguments: Any) -> Any:  # noqa: ANN401
+        attempts = Attempts(self.options.attempts, deadline)
+        while True:
+            try:
+                return attempt(*arguments)
+            except RequestFailed as failure:
+                pause = attempts.pause_after(failure)
+            time.sleep(pause)
