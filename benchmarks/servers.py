@@ -1,7 +1,8 @@
-"""The servers that `serving.py` compares: how each is installed, started, watched and stopped.
+"""The servers that `serving.py` compares, and how each is installed, started, measured and stopped.
 
-Each peer gets a virtual environment of its own, made on demand with the versions named here, and computes with the
-same onnxruntime session (peers/session.py). Their scripts in peers/ are set as their documentation advises.
+Each peer runs in a virtual environment of its own, which is made on demand with the versions that are named here. All
+Python peers compute with the same onnxruntime session (peers/session.py). Their scripts in peers/ are configured as
+their documentation recommends.
 """
 
 import os
@@ -9,12 +10,16 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import psutil
+from processes import cpu_seconds, memory, process_tree
+
+from service.errors import StartError
+from service.launch import ServerProcess
 
 REPOSITORY = Path(__file__).parents[1]
 PEERS = REPOSITORY / "benchmarks/peers"
@@ -28,18 +33,21 @@ class Server:
     """One way to serve the model.
 
     Attributes:
-        name: In the table.
-        method: gRPC method that answers; None for HTTP.
-        options: Of our server.
-        script: Of a peer, in peers/; None for our server.
-        requirements: What its virtual environment holds besides onnxruntime.
-        python: That makes its virtual environment.
-        connections: That the load is spread over; several where several processes share the port.
+        name: Name in the table and on the command line.
+        method: gRPC method that is called; None for HTTP.
+        options: Command-line options, if it is our server.
+        checkout: Folder that our server is imported from.
+        script: File in peers/ that starts it, if it is a peer; None for our server.
+        requirements: Packages of the peer's virtual environment, besides onnxruntime; none: it runs in this one.
+        python: Interpreter that makes the virtual environment.
+        environment: Variables to set.
+        connections: Number of connections that the load is spread over; several where processes share the port.
     """
 
     name: str
     method: str | None = CLASSIFY
     options: tuple[str, ...] = ()
+    checkout: Path = REPOSITORY
     script: str | None = None
     requirements: tuple[str, ...] = ()
     python: str = sys.executable
@@ -47,19 +55,27 @@ class Server:
     connections: int = 1
 
 
-# A queue of 512 images bounds the latency of what is accepted to about a third of a second here.
+# With a queue of 512 images an accepted request waits a third of a second at most, on two cores.
 QUEUE = ("--max-queued-images", "512", "--max-images", "256")
-SERVERS = (
+OURS = (
     Server("ours", options=QUEUE),
-    Server("ours, Open Inference Protocol", MODEL_INFER, QUEUE),
-    Server("ours, two workers", options=(*QUEUE, "--workers", "2"), connections=16),
-    Server("ours, int8", options=(*QUEUE, "--variant", "int8")),
+    Server("ours with the Open Inference Protocol", MODEL_INFER, QUEUE),
+    Server("ours with two workers", options=(*QUEUE, "--workers", "2"), connections=16),
+    Server("ours in int8", options=(*QUEUE, "--variant", "int8")),
+)
+PEER_SERVERS = (
+    Server(
+        "plain",  # what one writes in an afternoon
+        MODEL_INFER,
+        script="plain.py",
+        environment={"PYTHONPATH": str(REPOSITORY)},
+    ),
     Server(
         "Triton",
         MODEL_INFER,
         script="triton.py",
         requirements=("nvidia-pytriton==0.5.14", "numpy<2"),
-        python="/usr/bin/python3",  # its binary starts under Debian's build of Python only
+        python="/usr/bin/python3",  # its binary works with Debian's build of Python only
     ),
     Server("MLServer", MODEL_INFER, script="mlserver_start.py", requirements=("mlserver==1.7.1",)),
     Server(
@@ -69,15 +85,26 @@ SERVERS = (
         requirements=("ray[serve,serve-grpc]==2.60.0",),
         environment={"PYTHONPATH": f"{REPOSITORY}:{PEERS}"},
     ),
-    Server("LitServe (HTTP)", None, script="litserve_start.py", requirements=("litserve==0.2.19",)),
+    Server("LitServe", None, script="litserve_start.py", requirements=("litserve==0.2.19",)),
 )
 
 
+def all_servers(before: Path | None = None) -> tuple[Server, ...]:
+    """Our server in each of its forms, and the peers.
+
+    Args:
+        before: Folder of another checkout, whose server is added in the same forms under names that begin with
+            "before".
+    """
+    earlier = [replace(each, name=each.name.replace("ours", "before"), checkout=before) for each in OURS if before]
+    return (*OURS, *earlier, *PEER_SERVERS)
+
+
 def install(server: Server, folder: Path) -> Path:
-    """The Python of a server's virtual environment below a folder, made if need be."""
-    if server.script is None:
+    """The Python interpreter that runs a server; its virtual environment is made below `folder` if it is missing."""
+    if not server.requirements:
         return Path(sys.executable)
-    place = folder / Path(server.script).stem
+    place = folder / Path(str(server.script)).stem
     ready = place / ".ready"
     wanted = " ".join((*server.requirements, ONNXRUNTIME))
     if not ready.exists() or ready.read_text() != wanted:
@@ -90,7 +117,7 @@ def install(server: Server, folder: Path) -> Path:
 
 
 def free_port() -> int:
-    """A port that nobody has, and the next one neither."""
+    """A free port whose next port is free too."""
     while True:
         with socket.socket() as one, socket.socket() as other, suppress(OSError):
             one.bind(("127.0.0.1", 0))
@@ -100,84 +127,84 @@ def free_port() -> int:
 
 
 class Running:
-    """A started server's processes: their CPU seconds, and the most memory they were seen to hold together."""
+    """A server that runs.
 
-    def __init__(self, process: subprocess.Popen[bytes], port: int) -> None:
-        self.port = port
-        self._process = psutil.Process(process.pid)
-        self._ended: dict[int, float] = {}
-        self.peak_memory = 0
+    Args:
+        pid: Of its first process.
+        port: That it listens on.
+        log: Returns what it has printed.
 
-    def _tree(self) -> list[psutil.Process]:
-        with suppress(psutil.NoSuchProcess):
-            return [self._process, *self._process.children(recursive=True)]
-        return []
+    Attributes:
+        peak_memory: The most memory that `note_memory` has found, in MiB.
+    """
+
+    def __init__(self, pid: int, port: int, log: Callable[[], str]) -> None:
+        self.pid, self.port, self.log = pid, port, log
+        self.peak_memory = 0.0
 
     def note_memory(self) -> None:
-        """Looks how much they hold now. Not while a load runs: to count shared pages holds up the processes."""
-        held = 0
-        for process in self._tree():
-            with suppress(psutil.Error):
-                held += process.memory_full_info().pss  # pages that several share count once
-        self.peak_memory = max(self.peak_memory, held)
+        """Measures its memory now. Not to be called during a load: counting shared pages delays the processes."""
+        self.peak_memory = max(self.peak_memory, memory(self.pid))
 
-    def resident_memory(self) -> int:
-        """Bytes that all its processes hold now."""
-        held = 0
-        for process in self._tree():
-            with suppress(psutil.Error):
-                held += process.memory_info().rss
-        return held
+    def memory(self) -> float:
+        """Memory of all its processes now, in MiB."""
+        return memory(self.pid)
 
     def cpu_seconds(self) -> float:
-        """Of all its processes until now, those that ended too."""
-        for process in self._tree():
-            with suppress(psutil.Error):
-                times = process.cpu_times()
-                self._ended[process.pid] = times.user + times.system
-        return sum(self._ended.values())
-
-    def end(self) -> None:
-        """Stops the processes, by force where they do not go by themselves."""
-        tree = self._tree()
-        for process in tree[:1]:
-            with suppress(psutil.Error):
-                process.terminate()
-        _, alive = psutil.wait_procs(tree, timeout=8)
-        for process in alive:
-            with suppress(psutil.Error):
-                process.kill()
-        psutil.wait_procs(alive, timeout=5)
+        """Processor time of all its processes until now."""
+        return cpu_seconds(self.pid)
 
 
 @contextmanager
 def started(server: Server, python: Path, model: Path, threads: int, log: Path) -> Iterator[Running]:
-    """Runs a server for the length of a `with`. Its output goes to a file.
+    """Runs a server until the end of a `with`.
 
     Args:
         server: What to start.
-        python: Of its virtual environment.
+        python: Interpreter of its virtual environment.
         model: The ONNX file, in the folder of an export.
-        threads: Of onnxruntime, over all processes.
-        log: For what it prints.
+        threads: Number of onnxruntime's threads, over all processes.
+        log: File for what a peer prints.
     """
+    running = _ours(server, model) if server.script is None else _peer(server, python, model, threads, log)
+    with running as measured:
+        yield measured
+    time.sleep(0.5)
+
+
+@contextmanager
+def _ours(server: Server, model: Path) -> Iterator[Running]:
+    options = ["--model", str(model.parent), *server.options]
+    with ServerProcess(*options, environment=server.environment, folder=server.checkout) as process:
+        try:
+            process.ready()
+        except StartError as error:
+            raise SystemExit(f"{server.name} did not start: {error}") from error
+        yield Running(process.process.pid, process.port, lambda: process.log)
+
+
+@contextmanager
+def _peer(server: Server, python: Path, model: Path, threads: int, log: Path) -> Iterator[Running]:
     port = free_port()
-    if server.script is None:
-        command = [str(python), "-m", "service", "--port", str(port), "--model", str(model.parent)]
-        command += ["--log-level", "warning", *server.options]
-        folder = REPOSITORY
-    else:
-        command = [str(python), server.script]
-        folder = PEERS
-    environment = {**os.environ, **server.environment, "MODEL": str(model), "THREADS": str(threads), "PORT": str(port)}
+    variables = {**os.environ, **server.environment, "MODEL": str(model), "THREADS": str(threads), "PORT": str(port)}
     with log.open("wb") as output:
         process = subprocess.Popen(
-            command, cwd=folder, env=environment, stdout=output, stderr=output, start_new_session=True
-        )
-        running = Running(process, port)
+            [str(python), str(server.script)], cwd=PEERS, env=variables, stdout=output, stderr=output,
+            start_new_session=True,
+        )  # fmt: skip
         try:
-            yield running
+            yield Running(process.pid, port, lambda: log.read_text(errors="replace"))
         finally:
-            running.end()
-            process.wait(20)
-            time.sleep(0.5)
+            _end(process)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Stops a process with SIGTERM, and whatever is left of its descendants with SIGKILL."""
+    tree = process_tree(process.pid)
+    process.terminate()
+    _, alive = psutil.wait_procs(tree, timeout=8)
+    for each in alive:
+        with suppress(psutil.Error):
+            each.kill()
+    psutil.wait_procs(alive, timeout=5)
+    process.wait(20)

@@ -1,15 +1,18 @@
-"""Serving speed beside Triton, MLServer, Ray Serve and LitServe, on the same cores and the same ONNX file.
+"""Compares the serving speed of our server with that of another commit, a plain servicer and four other products.
 
     python benchmarks/serving.py [--rounds 5] [--servers ours,Triton] [--loads single-64]
+    python benchmarks/serving.py --checkout ../before --servers ours,before --loads single-1,single-64,batch-32x4
 
-Starts each server in turn, in several rounds, so that a drift of the machine touches all; prints medians over the
-rounds, and writes every figure and a picture to `--output`. Needs g++ and libgrpc++-dev for the load generator,
-h2load (nghttp2-client) for servers that speak HTTP, and nothing else to run on the machine. docs/performance.md says
-what is measured and what its limits are.
+All servers use the same cores and the same ONNX file. They are started in turn, in several rounds and in random order,
+so that a drift of the machine's speed affects all of them. The table shows medians over the rounds; all figures and a
+plot are written to `--output`. The load generator needs g++ and libgrpc++-dev; servers that speak HTTP need h2load
+(nghttp2-client). Nothing else should run on the machine. docs/performance.md says what is measured and how far to trust
+it.
 """
 
 import argparse
 import base64
+import itertools
 import json
 import os
 import platform
@@ -25,14 +28,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from servers import CLASSIFY, PEERS, REPOSITORY, Running, Server, all_servers, install, started
+from tabulate import tabulate
 
-REPOSITORY = Path(__file__).parents[1]
-sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "benchmarks")]
-
-from servers import CLASSIFY, PEERS, SERVERS, Running, Server, install, started  # noqa: E402
-
-from service.generated.cifar.v1 import image_classifier_pb2 as cifar  # noqa: E402
-from service.generated.inference import open_inference_pb2 as inference  # noqa: E402
+from service.generated.cifar.v1 import image_classifier_pb2 as cifar
+from service.generated.inference import open_inference_pb2 as inference
 
 Figures = dict[str, Any]
 RAW = "onnxruntime alone"
@@ -40,16 +40,17 @@ RAW = "onnxruntime alone"
 
 @dataclass(frozen=True)
 class Load:
-    """What is asked of a server.
+    """One kind of load.
 
     Attributes:
-        name: In the table, and of `--loads`.
-        images: Of each call.
-        concurrency: Calls in flight, of a closed loop.
-        share: Of the server's own capacity (what it answered at `single-64`), of an open loop with Poisson arrivals.
-        batch: That onnxruntime alone computes to compare.
-        encoded: JPEG files instead of pixels; only ours decodes them.
-        longer: Times as long as the others.
+        name: Name in the table and for `--loads`.
+        images: Images in each call.
+        concurrency: Calls in flight, if the load is a closed loop.
+        share: Rate of calls as a share of the server's own capacity (its throughput at `single-64`), if the load is an
+            open loop with Poisson arrivals.
+        batch: Batch size with which onnxruntime alone is measured for comparison.
+        encoded: Whether to send JPEG files instead of pixels; only our server decodes them.
+        longer: Factor on `--seconds`.
     """
 
     name: str
@@ -72,12 +73,12 @@ LOADS = (
     Load("poisson-50", share=0.5),
     Load("poisson-80", share=0.8),
     Load("poisson-95", share=0.95),
-    Load("overload-150", share=1.5, longer=3),  # so that queues fill
+    Load("overload-150", share=1.5, longer=3),  # longer, so that queues fill
 )
 
 
 def compile_load_generator(folder: Path) -> Path:
-    """Builds load.cpp, once."""
+    """Compiles load.cpp if it has changed; the program."""
     program, source = folder / "load", REPOSITORY / "benchmarks/load/load.cpp"
     if not program.exists() or program.stat().st_mtime < source.stat().st_mtime:
         folder.mkdir(parents=True, exist_ok=True)
@@ -90,13 +91,13 @@ def compile_load_generator(folder: Path) -> Path:
 
 
 class Payloads:
-    """Requests of each form as files, of the same random pixels."""
+    """Serialised requests as files; all hold the same random pixels."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def of(self, server: Server, load: Load) -> Path:
-        """The file that a load sends to a server."""
+        """The file with the request that a load sends to a server."""
         kind = "http" if server.method is None else server.method.rsplit("/")[-1]
         file = self._folder / f"{kind}-{load.images}{'-jpeg' if load.encoded else ''}"
         if not file.exists():
@@ -119,7 +120,7 @@ class Payloads:
 
 
 class Bench:
-    """Everything that stays the same over a run."""
+    """What stays the same over a run: model, tools, virtual environments."""
 
     def __init__(self, model: Path, seconds: int, servers: Sequence[Server], peers: Path, folder: Path) -> None:
         self.model = model.resolve()
@@ -131,7 +132,7 @@ class Bench:
         self.pythons = {server.name: install(server, peers) for server in servers}
 
     def raw(self, load: Load) -> Figures:
-        """What onnxruntime does alone, in batches as a server could form them."""
+        """Measures onnxruntime alone, with the batches that a server could form."""
         environment = {**os.environ, "MODEL": str(self.model), "THREADS": str(self.threads)}
         done = subprocess.run(
             [sys.executable, "raw.py", str(load.batch), str(self.seconds)],
@@ -140,7 +141,7 @@ class Bench:
         return dict(json.loads(done.stdout))
 
     def ask(self, server: Server, running: Running, load: Load, rate: float, seed: int) -> Figures:
-        """Puts a load on a running server."""
+        """Puts a load on a running server; its figures."""
         payload, before = self.payloads.of(server, load), running.cpu_seconds()
         if server.method is None:
             figures = self._ask_http(running.port, load, payload)
@@ -170,7 +171,7 @@ class Bench:
         subprocess.run(command, check=True, capture_output=True, timeout=300)
         rows = [line.split("\t") for line in log.read_text().splitlines()]
         times = sorted(int(row[2]) / 1000 for row in rows if row[1] == "200")
-        share = (self.seconds + 1) / self.seconds  # the log tells of what came after the warm-up
+        share = (self.seconds + 1) / self.seconds  # the log leaves out the warm-up, the processor time does not
         return {
             "images_per_second": len(times) * load.images / self.seconds,
             "p50": times[len(times) // 2] if times else 0.0,
@@ -181,11 +182,11 @@ class Bench:
         }
 
     def wait_until_it_answers(self, server: Server, running: Running) -> None:
-        """Asks for one image until it comes."""
-        load, patience = Load("ready", concurrency=1), time.monotonic() + 90
+        """Sends single images until one is answered."""
+        load, end = Load("ready", concurrency=1), time.monotonic() + 90
         seconds, self.seconds = self.seconds, 1
         try:
-            while time.monotonic() < patience:
+            while time.monotonic() < end:
                 try:
                     if self.ask(server, running, load, 0.0, 0)["images_per_second"] > 0:
                         return
@@ -193,91 +194,95 @@ class Bench:
                     time.sleep(0.5)
         finally:
             self.seconds = seconds
-        log = (self.logs / "server.log").read_text(errors="replace")[-2000:]
-        raise SystemExit(f"{server.name} does not answer; it printed:\n{log}")
+        raise SystemExit(f"{server.name} does not answer; it printed:\n{running.log()[-2000:]}")
 
-    def round(self, server: Server, loads: Sequence[Load], seed: int, tell: Callable[[str], None]) -> Figures:
-        """Starts a server, puts every load on it, and stops it. Figures by load."""
+    def round(self, server: Server, loads: Sequence[Load], seed: int, progress: Callable[[str], None]) -> Figures:
+        """Starts a server, puts every load on it and stops it; figures by load."""
         result: Figures = {}
         with started(server, self.pythons[server.name], self.model, self.threads, self.logs / "server.log") as running:
             self.wait_until_it_answers(server, running)
             for load in loads:
                 if (load.encoded and server.method != CLASSIFY) or (load.share and server.method is None):
                     continue
-                tell(f"{server.name}: {load.name}")
+                progress(f"{server.name}: {load.name}")
                 rate = load.share * result.get(CAPACITY, {}).get("images_per_second", 0.0)
                 if load.share and not rate:
                     continue
                 result[load.name] = self.ask(server, running, load, rate, seed)
                 running.note_memory()
-            result["peak_mebibytes"] = running.peak_memory / 2**20
+            result["peak_mebibytes"] = running.peak_memory
         return result
 
 
-def _of_grpc(told: Figures, load: Load) -> Figures:
-    good = told["codes"].get("0", {"count": 0, "p50": 0.0, "p99": 0.0})
-    bad = {code: each for code, each in told["codes"].items() if code != "0"}
-    images = told["answered_in_time"] * load.images
+def _of_grpc(result: Figures, load: Load) -> Figures:
+    good = result["codes"].get("0", {"count": 0, "p50": 0.0, "p99": 0.0})
+    bad = {code: each for code, each in result["codes"].items() if code != "0"}
+    images = result["answered_in_time"] * load.images
     return {
-        "images_per_second": images / told["seconds"],
+        "images_per_second": images / result["seconds"],
         "p50": good["p50"],
         "p99": good["p99"],
-        "answered": told["answered"],
-        "client_cpu_seconds_per_image": told["client_cpu_seconds"] / max(images, 1),
+        "answered": result["answered"],
+        "client_cpu_seconds_per_image": result["client_cpu_seconds"] / max(images, 1),
         "refused_p99": max((each["p99"] for each in bad.values()), default=None),
-        "codes": {code: each["count"] for code, each in told["codes"].items()},
-        "first_error": told["first_error"],
+        "codes": {code: each["count"] for code, each in result["codes"].items()},
+        "first_error": result["first_error"],
     }
 
 
 def median(rounds: Sequence[Figures], load: str, key: str) -> float | None:
-    """Of a figure over the rounds."""
+    """Median of a figure over the rounds; None if no round has it."""
     values = [each[load][key] for each in rounds if load in each and each[load].get(key) is not None]
     return statistics.median(values) if values else None
 
 
 def table(results: dict[str, list[Figures]], loads: Sequence[Load]) -> str:
-    """Markdown: a block per load, a line per server."""
+    """Markdown: a table for each load with a row for each server, and one of memory."""
+    headers = (
+        "server",
+        "images/s (lowest to highest)",
+        "ours is ×",
+        "p50, ms",
+        "p99, ms",
+        "CPU, ms/image",
+        "refused, %",
+    )
     blocks = []
     for load in loads:
-        lines = [
-            f"**{load.name}**",
-            "",
-            "| server | images/s (lowest to highest) | ours is × | p50, ms | p99, ms | CPU, ms/image | refused, % |",
-            "| --- | --- | --- | --- | --- | --- | --- |",
-        ]
-        ours = [each.get(load.name, {}).get("images_per_second") for each in results.get("ours", [])]
-        for name, rounds in results.items():
-            speeds = [each[load.name]["images_per_second"] for each in rounds if load.name in each]
-            if not speeds:
-                continue
-            ratios = [
-                mine / each[load.name]["images_per_second"]
-                for mine, each in zip(ours, rounds, strict=False)
-                if mine and load.name in each and each[load.name]["images_per_second"]
-            ]
-            refused = [_refused(each[load.name]) for each in rounds if load.name in each]
-            cells = (
-                name,
-                f"{statistics.median(speeds):,.0f} ({min(speeds):,.0f} to {max(speeds):,.0f})",
-                f"{statistics.median(ratios):.2f}" if ratios and name != "ours" else "",
-                _number(median(rounds, load.name, "p50"), ".2f"),
-                _number(median(rounds, load.name, "p99"), ".2f"),
-                _number(1000 * (median(rounds, load.name, "cpu_seconds_per_image") or 0), ".2f"),
-                _number(statistics.median(refused), ".1f"),
-            )
-            lines.append("| " + " | ".join(cells) + " |")
-        blocks.append("\n".join(lines))
-    memory = ["**peak memory**, MiB", "", "| server | |", "| --- | --- |"]
-    for name, rounds in results.items():
-        held = [each["peak_mebibytes"] for each in rounds if "peak_mebibytes" in each]
-        if held:
-            memory.append(f"| {name} | {statistics.median(held):,.0f} |")
-    return "\n\n".join([*blocks, "\n".join(memory)])
+        rows = [_row(name, results, load) for name in results if any(load.name in each for each in results[name])]
+        blocks.append(f"**{load.name}**\n\n{tabulate(rows, headers, 'github', disable_numparse=True)}")
+    memory = [
+        (name, f"{statistics.median(peaks):,.0f}")
+        for name, rounds in results.items()
+        if (peaks := [each["peak_mebibytes"] for each in rounds if "peak_mebibytes" in each])
+    ]
+    blocks.append(tabulate(memory, ("server", "peak memory, MiB"), "github", disable_numparse=True))
+    return "\n\n".join(blocks)
+
+
+def _row(name: str, results: dict[str, list[Figures]], load: Load) -> tuple[str, ...]:
+    rounds = results[name]
+    measured = [each[load.name] for each in rounds if load.name in each]
+    speeds = [each["images_per_second"] for each in measured]
+    # Ratios within a round: the servers of one round ran on the same machine at nearly the same time.
+    ratios = [
+        ours[load.name]["images_per_second"] / each[load.name]["images_per_second"]
+        for ours, each in zip(results.get("ours", []), rounds, strict=False)
+        if load.name in ours and load.name in each and each[load.name]["images_per_second"]
+    ]
+    return (
+        name,
+        f"{statistics.median(speeds):,.0f} ({min(speeds):,.0f} to {max(speeds):,.0f})",
+        f"{statistics.median(ratios):.2f}" if ratios and name != "ours" else "",
+        _number(median(rounds, load.name, "p50"), ".2f"),
+        _number(median(rounds, load.name, "p99"), ".2f"),
+        _number(1000 * (median(rounds, load.name, "cpu_seconds_per_image") or 0), ".2f"),
+        _number(statistics.median(_refused(each) for each in measured), ".1f"),
+    )
 
 
 def _refused(figures: Figures) -> float:
-    """Per cent of the calls that had no answer."""
+    """Percentage of the calls that were not answered."""
     codes = figures.get("codes") or {"0": 1}
     return float(100 * (1 - codes.get("0", 0) / sum(codes.values())))
 
@@ -287,14 +292,14 @@ def _number(value: float | None, form: str) -> str:
 
 
 def draw(results: dict[str, list[Figures]], file: Path) -> None:
-    """Throughput against p99 latency at one image a call, a line per server, a point per concurrency."""
+    """Plots p99 latency over throughput for calls of one image; each server is a line, each concurrency a point."""
     from matplotlib import pyplot, style
 
-    from cifar_core.figures import COLOURS, STYLE
+    from cifar_core.study.figures import COLOURS, STYLE
 
-    # One colour for all of ours, a style of line each.
-    styles = iter(("-", "--", "-.", ":"))
-    others = iter(("blue", "green", "purple", "sky"))
+    # All forms of our server have one colour and differ in the style of the line.
+    styles = itertools.cycle(("-", "--", "-.", ":"))
+    others = itertools.cycle(("blue", "green", "purple", "sky"))
     with style.context(STYLE):
         figure, axes = pyplot.subplots(figsize=(8.0, 4.6), layout="constrained")
         for (name, rounds), marker in zip(results.items(), "xos^DvP*X", strict=False):
@@ -308,48 +313,61 @@ def draw(results: dict[str, list[Figures]], file: Path) -> None:
                 continue
             colour, line = ("orange", next(styles)) if name.startswith("ours") else (next(others), "-")
             axes.plot(xs, ys, line, marker=marker, color=COLOURS[colour], label=name)
-        axes.set(xlabel="images/s, one a call", ylabel="p99, ms", yscale="log", xlim=(0, None))
+        axes.set(xlabel="images/s, one image a call", ylabel="p99, ms", yscale="log", xlim=(0, None))
         figure.legend(loc="outside right center", fontsize=10)
         figure.savefig(file, dpi=150, metadata={"Software": None})
         pyplot.close(figure)
 
 
+def arguments() -> argparse.Namespace:
+    """The command line, with servers and loads looked up by their names."""
+    parser = argparse.ArgumentParser(
+        description="Compares the serving speed of our server with that of others.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="how often each server is started and measured")
+    parser.add_argument("--seconds", type=int, default=3, help="seconds of each load, after a second of warm-up")
+    parser.add_argument("--checkout", type=Path, help='folder of another checkout, measured as "before"')
+    parser.add_argument("--servers", help="names, separated by commas; all if left out")
+    parser.add_argument("--loads", help="names, separated by commas; all if left out")
+    parser.add_argument("--model", type=Path, default=REPOSITORY / "exported/model.onnx", help="the ONNX file")
+    parser.add_argument(
+        "--peers", type=Path, default=Path.home() / ".cache/cifar-core/peers", help="installs peers here"
+    )
+    parser.add_argument("--output", type=Path, default=Path("reports/serving"), help="folder for all figures")
+    given = parser.parse_args()
+    servers = {server.name: server for server in all_servers(given.checkout and given.checkout.resolve())}
+    loads = {load.name: load for load in LOADS}
+    for option, known in (("servers", servers), ("loads", loads)):
+        names = getattr(given, option).split(",") if getattr(given, option) else list(known)
+        if unknown := set(names) - set(known):
+            parser.error(f"--{option}: {', '.join(sorted(unknown))} is not one of {', '.join(known)}")
+        setattr(given, option, [each for name, each in known.items() if name in names])
+    return given
+
+
 def main() -> None:
     """Runs the rounds and prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    names = [server.name for server in SERVERS]
-    parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
-    parser.add_argument("--seconds", type=int, default=3, help="of each load, after a second of warm-up; %(default)s")
-    parser.add_argument("--servers", default=";".join(names), help="names with ; between; default: all: %(default)s")
-    parser.add_argument("--loads", default=",".join(load.name for load in LOADS), help="default: all: %(default)s")
-    parser.add_argument("--model", type=Path, default=REPOSITORY / "exported/model.onnx", help="default: %(default)s")
-    parser.add_argument("--peers", type=Path, default=Path.home() / ".cache/cifar-core/peers", help="for what is built")
-    parser.add_argument("--output", type=Path, default=Path("reports/serving"), help="default: %(default)s")
-    arguments = parser.parse_args()
-    wanted = arguments.servers.split(";")
-    chosen = [server for server in SERVERS if server.name in wanted]
-    loads = [load for load in LOADS if load.name in arguments.loads.split(",")]
-    if unknown := set(wanted) - set(names):
-        parser.error(f"no server is called {', '.join(unknown)}; there are: {'; '.join(names)}")
-    results: dict[str, list[Figures]] = {RAW: [], **{server.name: [] for server in chosen}}
-    arguments.output.mkdir(parents=True, exist_ok=True)
+    given = arguments()
+    servers: list[Server] = given.servers
+    results: dict[str, list[Figures]] = {RAW: [], **{server.name: [] for server in servers}}
+    given.output.mkdir(parents=True, exist_ok=True)
 
-    def tell(what: str) -> None:
-        print(f"{time.strftime('%H:%M:%S')} {what}", file=sys.stderr, flush=True)
+    def progress(message: str) -> None:
+        print(f"{time.strftime('%H:%M:%S')} {message}", file=sys.stderr, flush=True)
 
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(arguments.model, arguments.seconds, chosen, arguments.peers, Path(folder))
-        for number in range(arguments.rounds):
-            tell(f"round {number + 1} of {arguments.rounds}")
-            order = list(chosen)
-            random.Random(number).shuffle(order)
-            results[RAW].append({load.name: bench.raw(load) for load in loads if load.concurrency})
+        bench = Bench(given.model, given.seconds, servers, given.peers, Path(folder))
+        for number in range(given.rounds):
+            progress(f"round {number + 1} of {given.rounds}")
+            order = random.Random(number).sample(servers, len(servers))
+            results[RAW].append({load.name: bench.raw(load) for load in given.loads if load.concurrency})
             for server in order:
-                results[server.name].append(bench.round(server, loads, number, tell))
-            (arguments.output / "serving.json").write_text(json.dumps(results, indent=1))
-    draw(results, arguments.output / "serving.png")
-    print(f"{platform.processor() or platform.machine()}, {bench.threads} cores, {arguments.rounds} rounds\n")
-    print(table(results, loads))
+                results[server.name].append(bench.round(server, given.loads, number, progress))
+            (given.output / "serving.json").write_text(json.dumps(results, indent=1))
+    draw(results, given.output / "serving.png")
+    print(f"{platform.processor() or platform.machine()}, {bench.threads} cores, {given.rounds} rounds\n")
+    print(table(results, given.loads))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-// A load generator for any gRPC server: sends one message again and again, and tells how long the answers took.
+// A load generator for any gRPC server: it sends the same message again and again and measures how long answers take.
 //
 //   load --target 127.0.0.1:50051 --method /cifar.v1.ImageClassifier/Classify --payload FILE --seconds 10
 //        (--concurrency N | --rate R)  [--connections C] [--warmup S] [--deadline-ms D] [--seed S]
 //
-// With --concurrency it is closed: N calls are in flight, the next begins when one ends. With --rate it is open: calls
-// begin at the moments of a Poisson process, whether earlier ones have ended or not, and a latency counts from that
-// moment, so that a queue before the server is not hidden. One thread; compiled, because a client in Python would take
-// more of the machine than the servers that it measures. Prints one JSON object.
+// With --concurrency the loop is closed: N calls are in flight, and the next one begins when one ends. With --rate it is
+// open: calls begin at the times of a Poisson process, whether or not earlier ones have ended, and a latency is counted
+// from that time, so that a queue in front of the server is not hidden. It is compiled and has one thread, because a
+// client in Python would use more of the machine than the servers that it measures. It prints one JSON object.
 
 #include <grpcpp/generic/generic_stub.h>
 #include <grpcpp/grpcpp.h>
@@ -83,7 +83,7 @@ struct Call {
 };
 
 struct Outcome {
-  std::vector<double> milliseconds;  // of the calls that were due in the time that counts
+  std::vector<double> milliseconds;  // of the calls that began after the warm-up
 };
 
 double CpuSeconds() {
@@ -104,7 +104,7 @@ class Load {
     for (int i = 0; i < options.connections; ++i) {
       grpc::ChannelArguments arguments;
       arguments.SetMaxReceiveMessageSize(-1);
-      arguments.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);  // a connection of its own
+      arguments.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);  // each channel has its own connection
       arguments.SetInt(GRPC_ARG_ENABLE_HTTP_PROXY, 0);
       auto channel = grpc::CreateCustomChannel(options.target, grpc::InsecureChannelCredentials(), arguments);
       if (!channel->WaitForConnected(std::chrono::system_clock::now() + std::chrono::seconds(20)))
@@ -153,7 +153,7 @@ class Load {
       if (now >= counted_from_ && now < end_) ++answered_in_time_;
     }
     if (call->due < counted_from_ || call->due >= end_) return;
-    if (options_.rate == 0 && now >= end_) return;  // a closed loop counts what ended in time
+    if (options_.rate == 0 && now >= end_) return;  // a closed loop counts only calls that ended in time
     outcomes_[call->status.error_code()].milliseconds.push_back(Seconds(now - call->due).count() * 1000);
     if (call->status.ok()) bytes_ = std::max(bytes_, call->response.Length());
     if (!call->status.ok() && error_.empty()) error_ = call->status.error_message();

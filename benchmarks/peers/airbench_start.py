@@ -1,11 +1,11 @@
-"""Runs a training script of airbench once, on this project's data, with or without a GPU; prints one line of JSON.
+"""Runs a training script of airbench once on this project's data, with or without a GPU; prints one line of JSON.
 
     python benchmarks/peers/airbench_start.py SCRIPT [--data ...] [--seed 0]
 
-The script is used as it is. It asks for a GPU and half precision; where there is no GPU, both are given to it under
-the same names: tensors stay where they are and half precision is bfloat16, which CPUs multiply fast. Not compiled
-there. Its images are laid out beforehand in the file that it would make itself of a download, which its time therefore
-leaves out.
+The script is not changed. It uses a GPU and half precision. Without a GPU, the functions that it calls are replaced:
+tensors stay on the CPU, half precision becomes bfloat16, which CPUs multiply fast, and the network is not compiled. The
+images are written beforehand to the files that the script would otherwise make from a download, so its time includes no
+download.
 """
 
 import argparse
@@ -29,22 +29,22 @@ Unchanged = TypeVar("Unchanged")
 
 
 class Moment:
-    """A point in time, in the form of a CUDA event."""
+    """A point in time with the interface of a CUDA event."""
 
     def __init__(self, **_: object) -> None:
         self._time = 0.0
 
     def record(self) -> None:
-        """Notes the time."""
+        """Records the current time."""
         self._time = time.perf_counter()
 
     def elapsed_time(self, later: "Moment") -> float:
-        """Milliseconds until another one."""
+        """Milliseconds between this point in time and a later one."""
         return 1000 * (later._time - self._time)
 
 
 def stand_in_for_cuda() -> None:
-    """Lets code for a GPU run on the CPU, in bfloat16."""
+    """Replaces functions of torch so that code for a GPU runs on the CPU, in bfloat16."""
 
     def stay(self: Unchanged, *_: object, **__: object) -> Unchanged:
         return self
@@ -64,7 +64,7 @@ def stand_in_for_cuda() -> None:
 
 
 def lay_out(dataset: Dataset) -> None:
-    """Writes the images where the script looks for them."""
+    """Writes the images to the files that the script reads."""
     Path("cifar10").mkdir()
     for name, part in (("train", dataset.train), ("test", dataset.test)):
         content = {"images": part.images, "labels": part.labels, "classes": list(dataset.classes)}
@@ -72,8 +72,8 @@ def lay_out(dataset: Dataset) -> None:
 
 
 def load_script(path: Path) -> ModuleType:
-    """The script's functions, without running it."""
-    sys.argv = [str(path)]  # it reads its own text
+    """Imports the script as a module without running its main block."""
+    sys.argv = [str(path)]  # the script reads its own source
     specification = importlib.util.spec_from_file_location("airbench", path)
     if specification is None or specification.loader is None:
         raise SystemExit(f"{path}: not a Python file")
@@ -83,9 +83,9 @@ def load_script(path: Path) -> ModuleType:
 
 
 def main() -> None:
-    """Trains and tells the test accuracy after each epoch, with the seconds of training until then.
+    """Trains, and prints the test accuracy after each epoch with the seconds of training until then.
 
-    Evaluations are left out of the seconds, as the script's own count leaves them out.
+    The seconds do not include evaluation, as in the script's own measurement.
     """
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("script", type=Path)
@@ -95,7 +95,7 @@ def main() -> None:
     dataset, script_file = load_dataset(arguments.data), arguments.script.resolve()
     on_gpu = torch.cuda.is_available()
     if not on_gpu:
-        keep_freed_memory()  # as ours has it
+        keep_freed_memory()  # as in our own training
         stand_in_for_cuda()
     epochs: list[tuple[float, float, int]] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -107,7 +107,7 @@ def main() -> None:
         started = 0.0
         evaluating = 0.0
 
-        def evaluate_and_note(model: nn.Module, loader: object, tta_level: int = 0) -> float:
+        def evaluate_and_record(model: nn.Module, loader: object, tta_level: int = 0) -> float:
             nonlocal evaluating
             began = time.perf_counter()
             accuracy = float(evaluate(model, loader, tta_level))
@@ -115,7 +115,7 @@ def main() -> None:
             evaluating += time.perf_counter() - began
             return accuracy
 
-        script.evaluate = evaluate_and_note
+        script.evaluate = evaluate_and_record
         model = script.CifarNet().cuda().to(memory_format=torch.channels_last)
         if on_gpu:
             model.compile(mode="max-autotune")
@@ -126,14 +126,14 @@ def main() -> None:
         script.main(0, model)
         os.chdir("/")
     plain = [(seconds, accuracy) for seconds, accuracy, level in epochs if level == 0]
-    told = {
+    result = {
         "parameters": sum(each.numel() for each in model.parameters()),
         "epochs": plain,
         "seconds": plain[-1][0],
         "accuracy": plain[-1][1],
         "accuracy_six_views": next((accuracy for _, accuracy, level in epochs if level), None),
     }
-    print(json.dumps(told))
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""LitServe over HTTP: a POST of JSON to /predict with the pixels in base64, as its users send images; JSON back."""
+"""LitServe over HTTP: clients POST JSON with the pixels in base64 to /predict, and receive JSON."""
 
 import base64
 import os
@@ -9,7 +9,7 @@ from session import open_session
 
 
 class Classifier(litserve.LitAPI):
-    """Decode, stack, compute, encode."""
+    """Decodes requests, computes batches and encodes answers."""
 
     def setup(self, device: str) -> None:
         """Opens the session."""
@@ -17,17 +17,17 @@ class Classifier(litserve.LitAPI):
         self.session = open_session()
 
     def decode_request(self, request: dict[str, str]) -> np.ndarray:
-        """The body's images."""
+        """The images of a request, uint8 [n, 32, 32, 3]."""
         return np.frombuffer(base64.b64decode(request["images"]), np.uint8).reshape(-1, 32, 32, 3)
 
     def predict(self, images: list[np.ndarray]) -> list[np.ndarray]:
-        """Probabilities of each request's images."""
+        """Probabilities of each request's images, float32 [n, 10]."""
         sizes = [len(each) for each in images]
         (probabilities,) = self.session.run(["probabilities"], {"images": np.concatenate(images)})
         return np.split(probabilities, np.cumsum(sizes)[:-1])
 
     def encode_response(self, output: np.ndarray) -> dict[str, list[list[float]]]:
-        """Rows of probabilities."""
+        """The answer as JSON."""
         return {"probabilities": output.tolist()}
 
 

@@ -1,4 +1,4 @@
-"""A runtime of MLServer over onnxruntime; see mlserver_start.py for its settings."""
+"""A runtime for MLServer that uses onnxruntime; mlserver_start.py has its settings."""
 
 import numpy as np
 from mlserver import MLModel
@@ -16,7 +16,7 @@ class Classifier(MLModel):
         return True
 
     async def predict(self, payload: InferenceRequest) -> InferenceResponse:
-        """Answers a request, or the batch that adaptive batching made of several."""
+        """Answers a request, or the batch that adaptive batching has made from several requests."""
         images = NumpyCodec.decode_input(payload.inputs[0])
         (probabilities,) = self.session.run(["probabilities"], {"images": images.astype(np.uint8, copy=False)})
         return InferenceResponse(

@@ -1,7 +1,7 @@
-"""MLServer with a custom runtime over onnxruntime, adaptive batching on, everything else that costs time off.
+"""Starts MLServer with a custom runtime: adaptive batching is on, everything else that costs time is off.
 
-Inference in the server's process (parallel_workers 0): one model uses all cores, and a worker process would add a
-hand-over to each request. A batch waits a millisecond at most for others.
+Inference runs in the server's process (parallel_workers 0), because one model uses all cores and a worker process would
+add a transfer between processes to each request. A batch waits for further requests for a millisecond at most.
 """
 
 import asyncio

@@ -1,4 +1,4 @@
-"""onnxruntime alone in a loop, the ceiling of every server: prints images per second, milliseconds and CPU as JSON."""
+"""Runs onnxruntime alone in a loop, as an upper bound for servers; prints throughput, latency and CPU time as JSON."""
 
 import json
 import sys

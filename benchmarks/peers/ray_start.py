@@ -1,4 +1,4 @@
-"""Ray Serve behind its gRPC proxy, with @serve.batch; one replica, whose onnxruntime has all threads."""
+"""Starts Ray Serve with its gRPC proxy and @serve.batch; one replica has all threads of onnxruntime."""
 
 import os
 import signal
@@ -14,20 +14,20 @@ from service.generated.inference import open_inference_pb2 as messages
 
 @serve.deployment(max_ongoing_requests=1024, num_replicas=1)
 class Classifier:
-    """The Open Inference Protocol's ModelInfer, raw contents."""
+    """ModelInfer of the Open Inference Protocol, with raw contents."""
 
     def __init__(self) -> None:
         self.session = open_session()
 
     @serve.batch(max_batch_size=64, batch_wait_timeout_s=0.0)
     async def compute(self, images: list[np.ndarray]) -> list[np.ndarray]:
-        """Probabilities of each request's images."""
+        """Probabilities of each request's images, float32 [n, 10]."""
         sizes = [len(each) for each in images]
         (probabilities,) = self.session.run(["probabilities"], {"images": np.concatenate(images)})
         return np.split(probabilities, np.cumsum(sizes)[:-1])
 
     async def ModelInfer(self, request: messages.ModelInferRequest) -> messages.ModelInferResponse:  # noqa: N802
-        """The protocol's name."""
+        """Answers one request."""
         shape = tuple(request.inputs[0].shape)
         probabilities = await self.compute(np.frombuffer(request.raw_input_contents[0], np.uint8).reshape(shape))
         response = messages.ModelInferResponse(model_name="cifar10", raw_output_contents=[probabilities.tobytes()])

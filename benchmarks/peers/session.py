@@ -1,4 +1,4 @@
-"""The one onnxruntime session that every Python peer uses: the same graph, the same threads as ours."""
+"""The onnxruntime session that all Python peers use: the same graph and number of threads as our server."""
 
 import os
 
@@ -7,7 +7,7 @@ import onnxruntime
 
 
 def open_session() -> onnxruntime.InferenceSession:
-    """The graph named by MODEL on THREADS threads, which spin as ours do: for a moment between two layers only."""
+    """Opens the graph $MODEL with $THREADS threads, which spin between two layers only, as those of our server do."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = int(os.environ["THREADS"])
     options.inter_op_num_threads = 1

@@ -1,7 +1,7 @@
-"""NVIDIA's Triton Inference Server with its Python backend, as nvidia-pytriton carries it.
+"""Starts NVIDIA's Triton Inference Server with its Python backend, from the package nvidia-pytriton.
 
-Dynamic batching without a delay, as its documentation advises for latency; one instance, whose onnxruntime has all
-threads. HTTP is off. Needs nvidia-pytriton 0.5.14, NumPy below 2, and the Python that Debian brings.
+Dynamic batching has no delay, as the documentation recommends for low latency. One instance has all threads of
+onnxruntime. HTTP is off. It needs nvidia-pytriton 0.5.14, NumPy below 2 and Debian's build of Python.
 """
 
 import os
@@ -17,7 +17,7 @@ session = open_session()
 
 @batch
 def infer(images: np.ndarray) -> list[np.ndarray]:
-    """Probabilities of a batch."""
+    """Probabilities of a batch, float32 [n, 10]."""
     return session.run(["probabilities"], {"images": images})
 
 

@@ -66,10 +66,14 @@ class Target:
         """For gRPC calls."""
         return (("authorization", f"Bearer {self.token}"),) if self.token else ()
 
-    def channel(self, **options: int) -> grpc.Channel:
-        """A gRPC channel with a connection of its own and no limit on what it sends; `options` without "grpc."."""
-        chosen = {"use_local_subchannel_pool": 1, "max_send_message_length": -1, "enable_retries": 0, **options}
-        arguments = [(f"grpc.{name.replace('__', '.')}", value) for name, value in chosen.items()]
+    def channel(self) -> grpc.Channel:
+        """A gRPC channel with a connection of its own, without retries and limits of the client."""
+        arguments = [
+            ("grpc.use_local_subchannel_pool", 1),
+            ("grpc.max_send_message_length", -1),
+            ("grpc.max_receive_message_length", -1),
+            ("grpc.enable_retries", 0),
+        ]
         if self.ca is None:
             return grpc.insecure_channel(self.address, arguments)
         return grpc.secure_channel(self.address, grpc.ssl_channel_credentials(self.ca.read_bytes()), arguments)

@@ -17,8 +17,8 @@ from types import TracebackType
 from typing import Self
 
 import grpc
-import psutil
 
+from benchmarks.processes import cpu_seconds, memory
 from service.generated.cifar.v1 import image_classifier_pb2 as messages
 from service.generated.cifar.v1 import image_classifier_pb2_grpc as rpc
 from tests.attacks.http2 import Target
@@ -29,34 +29,6 @@ SAMPLE_SECONDS = 0.2
 PROBE_SECONDS = 0.01
 CALL_SECONDS = 20.0
 FAILURE_PAUSE = 0.05
-
-
-def process_tree(pid: int) -> list[psutil.Process]:
-    """A process and all below it that are alive."""
-    with suppress(psutil.NoSuchProcess):
-        process = psutil.Process(pid)
-        return [process, *process.children(recursive=True)]
-    return []
-
-
-def memory(pid: int) -> float:
-    """Memory of a process tree in MiB; pages that several of its processes share count once (PSS)."""
-    total = 0
-    for process in process_tree(pid):
-        with suppress(OSError):
-            for line in Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines():
-                if line.startswith("Pss:"):
-                    total += int(line.split()[1])
-    return total / 1024
-
-
-def cpu_seconds(pid: int) -> float:
-    """CPU time of a process tree, with that of processes that have ended and been waited for."""
-    total = 0.0
-    for process in process_tree(pid):
-        with suppress(psutil.Error):
-            total += sum(process.cpu_times()[:4])  # user, system, and both of children that have ended
-    return total
 
 
 def wait_until_idle(pid: int, seconds: float, share: float = 0.1) -> None:

@@ -39,6 +39,12 @@ def open_inference_input(content: bytes) -> bytes:
     return field(1, b"cifar10") + field(5, field(1, b"images") + field(2, b"UINT8") + content)
 
 
+def open_inference_request(content: bytes) -> bytes:
+    """A ModelInferRequest that is correct but for further fields, `content`."""
+    tensor = field(1, b"images") + field(2, b"UINT8") + field(3, bytes([1, 32, 32, 3]))
+    return field(1, b"cifar10") + content + field(5, tensor) + field(7, bytes(3072))
+
+
 def parameters(count: int) -> bytes:
     """Entries of a map of parameters, each with a key of its own."""
     return b"".join(field(4, field(1, b"%d" % number) + field(2, b"\x10\x01")) for number in range(count))
@@ -57,15 +63,15 @@ BODIES: dict[str, tuple[str, Callable[[], bytes]]] = {
     "8,000,000 empty outputs": (MODEL_INFER, lambda: empty_open_inference_fields(6, FULL // 2)),
     "8,000,000 empty raw contents": (MODEL_INFER, lambda: empty_open_inference_fields(7, FULL // 2)),
     "8,000,000 empty parameters": (MODEL_INFER, lambda: empty_open_inference_fields(4, FULL // 2)),
-    "700,000 parameters": (MODEL_INFER, lambda: field(1, b"cifar10") + parameters(700_000)),
+    "700,000 parameters": (MODEL_INFER, lambda: open_inference_request(parameters(700_000))),
     "15,000,000 dimensions": (MODEL_INFER, lambda: open_inference_input(field(3, bytes(LARGE)))),
     "15,000,000 numbers": (MODEL_INFER, lambda: open_inference_input(field(5, field(4, bytes(LARGE))))),
     "7,500,000 empty elements": (MODEL_INFER, lambda: open_inference_input(field(5, field(8, b"") * (LARGE // 2)))),
-    "id of 15 MB": (MODEL_INFER, lambda: field(1, b"cifar10") + field(3, b"i" * LARGE)),
+    "id of 15 MB": (MODEL_INFER, lambda: open_inference_request(field(3, b"i" * LARGE))),
     "model name of 15 MB": (MODEL_INFER, lambda: field(1, b"n" * LARGE)),
     "parameter of 15 MB": (
         MODEL_INFER,
-        lambda: field(1, b"cifar10") + field(4, field(1, b"key") + field(2, field(3, b"p" * LARGE))),
+        lambda: open_inference_request(field(4, field(1, b"key") + field(2, field(3, b"p" * LARGE)))),
     ),
 }
 

@@ -5,9 +5,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.processes import cpu_seconds
 from tests.attacks import floods, image_bombs, payloads, rude_calls
 from tests.attacks.http2 import CLASSIFY, Target
-from tests.attacks.observers import HonestClients, MemoryWatch, cpu_seconds, wait_until_idle
+from tests.attacks.observers import HonestClients, MemoryWatch, wait_until_idle
 from tests.attacks.server import AttackedServer
 from tests.attacks.stalls import StalledMessages
 

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from tabulate import tabulate
 
+from benchmarks.processes import memory
 from service.launch import ServerProcess
-from tests.attacks.observers import REPOSITORY, MemoryWatch, memory
+from tests.attacks.observers import REPOSITORY, MemoryWatch
 from tests.chaos.clients import Clients
 from tests.chaos.faults import WORKERS, Faults, Files
 
@@ -33,8 +34,7 @@ def warm_up(faults: Faults, seconds: float) -> None:
     end = time.monotonic() + seconds
     for name in ("rapid reset", "stalled messages of 8 MiB", "16-bit PNG", "8,000,000 empty images"):
         faults.start_attack(name)
-        time.sleep(seconds / 5)
-    faults.wait_for_attacks()
+        faults.wait_for_attacks()
     time.sleep(max(0.0, end - time.monotonic()))
 
 
@@ -86,6 +86,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=600, help="of faults, after a warm-up; default: %(default)s")
     parser.add_argument("--clients", type=int, default=50, help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="of the schedule of faults; default: %(default)s")
+    parser.add_argument("--checkout", type=Path, default=REPOSITORY, help="folder whose server is run; default: this")
     parser.add_argument("--log", type=Path, help="file for the server's log")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -93,7 +94,7 @@ def main() -> int:
         files.write_tokens(token)
         server = ServerProcess(
             "--workers", str(WORKERS), "--model", files.model, "--tls-cert", files.certificate, "--tls-key", files.key,
-            "--token-file", files.tokens, folder=REPOSITORY,
+            "--token-file", files.tokens, folder=arguments.checkout,
         )  # fmt: skip
         try:
             server.ready()

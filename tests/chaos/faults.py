@@ -25,6 +25,7 @@ WORKERS = 2
 REPLACE_SECONDS = 30.0
 # The server looks at its files every second, and each worker for itself.
 NOTICE_SECONDS = 4.0
+ATTACKS_AT_ONCE = 2
 
 
 class Files:
@@ -100,7 +101,8 @@ class Faults:
         self._server, self._files, self._clients = server, files, clients
         self._choice = random.Random(seed)
         self._attacks: list[tuple[str, multiprocessing.context.SpawnProcess]] = []
-        self._faults: dict[str, tuple[Callable[[], None], int]] = {
+        # What does each fault and says whether it could be done, and how often it is chosen.
+        self._faults: dict[str, tuple[Callable[[], bool], int]] = {
             "attack": (self.start_attack, 12),
             "worker killed": (self.kill_worker, 2),
             "worker stopped": (self.stop_worker, 2),
@@ -109,15 +111,16 @@ class Faults:
             "good export": (self.swap_model, 3),
             "damaged export": (self.damage_model, 2),
             "token renewed": (self.renew_token, 2),
-            "certificate renewed": (self._files.renew_certificate, 2),
+            "certificate renewed": (self.renew_certificate, 2),
         }
 
     def next(self) -> str:
-        """Does one fault; its name."""
+        """Does one fault; its name, or why it was left out."""
         names = list(self._faults)
         weights = [weight for _, weight in self._faults.values()]
         name = self._choice.choices(names, weights)[0]
-        self._faults[name][0]()
+        if not self._faults[name][0]():
+            return f"{name}: left out, because another has not ended"
         self.done[name] += 1
         return name
 
@@ -126,7 +129,10 @@ class Faults:
         found = []
         for child in psutil.Process(self._server.process.pid).children():
             with suppress(psutil.Error):
-                if "service.workers" in child.cmdline() and child.status() != psutil.STATUS_ZOMBIE:
+                if (
+                    any(part.startswith("service.worker") for part in child.cmdline())
+                    and child.status() != psutil.STATUS_ZOMBIE
+                ):
                     found.append(child)
         return found
 
@@ -144,28 +150,35 @@ class Faults:
         # The next fault waits until both work, so that there is always one that the clients can reach.
         return self._choice.choice(workers) if len(workers) == WORKERS else None
 
-    def kill_worker(self) -> None:
+    def kill_worker(self) -> bool:
         """SIGKILL, SIGSEGV or a real-time signal, for which Python has no name."""
         number = self._choice.choice((signal.SIGKILL, signal.SIGSEGV, 40))
-        if worker := self._any_worker():
+        worker = self._any_worker()
+        if worker:
             worker.send_signal(number)
             self._wait_until_replaced(worker)
+        return worker is not None
 
-    def stop_worker(self) -> None:
+    def stop_worker(self) -> bool:
         """SIGSTOP: the process exists and does nothing."""
-        if worker := self._any_worker():
+        worker = self._any_worker()
+        if worker:
             worker.suspend()
             self._wait_until_replaced(worker)
+        return worker is not None
 
-    def starve_worker(self) -> None:
+    def starve_worker(self) -> bool:
         """A worker can open no file and accept no connection for two seconds."""
-        if worker := self._any_worker():
+        worker = self._any_worker()
+        if worker:
             with suppress(psutil.NoSuchProcess):
                 self._starve(worker, lambda: time.sleep(2))
+        return worker is not None
 
-    def starve_supervisor(self) -> None:
+    def starve_supervisor(self) -> bool:
         """The supervisor can start no process for three seconds, while a worker is killed."""
-        if worker := self._any_worker():
+        worker = self._any_worker()
+        if worker:
 
             def kill() -> None:
                 worker.kill()
@@ -173,8 +186,9 @@ class Faults:
 
             self._starve(psutil.Process(self._server.process.pid), kill)
             self._wait_until_replaced(worker)
+        return worker is not None
 
-    def _starve(self, process: psutil.Process, meanwhile: Callable[[], None]) -> None:
+    def _starve(self, process: psutil.Process, meanwhile: Callable[[], object]) -> None:
         usual = process.rlimit(resource.RLIMIT_NOFILE)
         process.rlimit(resource.RLIMIT_NOFILE, (process.num_fds(), usual[1]))
         try:
@@ -182,18 +196,25 @@ class Faults:
         finally:
             process.rlimit(resource.RLIMIT_NOFILE, usual)
 
-    def swap_model(self) -> None:
-        """The other good export."""
+    def swap_model(self) -> bool:
+        """A good export, of either version."""
         self._files.write_model(self._choice.choice(list(SEEDS)))
         time.sleep(NOTICE_SECONDS)
+        return True
 
-    def damage_model(self) -> None:
+    def damage_model(self) -> bool:
         """A damaged export, and after a while a good one."""
         self._files.damage_model(self._choice)
         time.sleep(NOTICE_SECONDS)
         self._files.write_model(self._choice.choice(list(SEEDS)))
+        return True
 
-    def renew_token(self) -> None:
+    def renew_certificate(self) -> bool:
+        """Another certificate of the same authority."""
+        self._files.renew_certificate()
+        return True
+
+    def renew_token(self) -> bool:
         """Another token: first both are valid, then clients take the new one, then only it is valid."""
         old, new = self._clients.token, secrets.token_urlsafe()
         self._files.write_tokens(old, new)
@@ -201,21 +222,23 @@ class Faults:
         self._clients.token = new
         time.sleep(2 * NOTICE_SECONDS)  # calls that began with the old token end, with their retries
         self._files.write_tokens(new)
+        return True
 
-    def start_attack(self, name: str | None = None) -> None:
-        """An attack with a valid token, beside what happens next; at most two run at once."""
+    def start_attack(self, name: str | None = None) -> bool:
+        """An attack with a valid token, beside what happens next."""
         for entry in list(self._attacks):
             if not entry[1].is_alive():
                 entry[1].join()
                 self._attacks.remove(entry)
-        if len(self._attacks) >= 2:
-            return
+        if len(self._attacks) >= ATTACKS_AT_ONCE:
+            return False
         name = name or self._choice.choice(list(ATTACKS))
         self.done[f"attack: {name}"] += 1
         target = Target(self._server.port, self._files.ca, self._clients.token)
         process = multiprocessing.get_context("spawn").Process(target=attack, args=(name, target), daemon=True)
         process.start()
         self._attacks.append((name, process))
+        return True
 
     def wait_for_attacks(self, seconds: float = 90.0) -> None:
         """Waits until those that run have ended."""
