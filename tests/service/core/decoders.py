@@ -9,8 +9,10 @@ from pathlib import Path
 
 from cifar_core.images import ImageLimits
 from service.core.decoding import Decoder
+from tests.cifar_core.image_corpus import gradient, saved
 
 LIMITS = ImageLimits(max_bytes=10 * 2**20, max_pixels=32_000_000)
+_SMALL = saved(gradient(32, 32))
 _TICKS = os.sysconf("SC_CLK_TCK")
 _PAGE_MIB = os.sysconf("SC_PAGE_SIZE") / 2**20
 
@@ -20,6 +22,7 @@ async def running(processes: int = 2, limits: ImageLimits = LIMITS, **options: o
     decoder = Decoder(processes, limits, **options)
     try:
         await until(lambda: len(decoder.pids) >= processes)
+        await decoder.decode([_SMALL] * 100)  # all processes have answered
         yield decoder
     finally:
         decoder.close()

@@ -4,6 +4,7 @@ import asyncio
 import os
 import signal
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,8 +23,8 @@ from tests.service.exports import pictures
 SMALL = saved(gradient(48, 32))
 # Just below the limit of scans: about a second of CPU time.
 EXPENSIVE = progressive_jpeg(5600, 60)
-# 2 million pixels of noise, which decode in 20 to 40 ms.
-MEDIUM = noise_png(1440)
+# Nearly the most pixels that the fast lane takes: about 10 ms.
+MEDIUM = noise_png(1020)
 
 
 def test_many_files_are_decoded_in_order_and_a_bad_one_costs_only_itself():
@@ -44,7 +45,7 @@ def test_many_files_are_decoded_in_order_and_a_bad_one_costs_only_itself():
 
 def test_a_decoder_gives_the_same_pixels_as_the_library_whatever_the_size_of_the_file():
     async def test():
-        files = [saved(gradient(300, 200), "JPEG"), noise_png(500), noise_png(1800), SMALL]
+        files = [saved(gradient(300, 200), "JPEG"), noise_png(500), noise_png(1300), SMALL]
         async with running() as decoder:
             for file, result in zip(files, await decoder.decode(files), strict=True):
                 assert (result == decode(file)).all()
@@ -108,13 +109,13 @@ def test_a_cancelled_request_decodes_no_further_file():
     async def test():
         async with running(1) as decoder:
             before = cpu_seconds(decoder.pids[0])
-            many = asyncio.create_task(decoder.decode([MEDIUM] * 200))
+            many = asyncio.create_task(decoder.decode([MEDIUM] * 400))
             await asyncio.sleep(0.1)
             many.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await many
             await decoder.decode([SMALL])
-            assert cpu_seconds(decoder.pids[0]) - before < 1.0  # all 200 files take several seconds
+            assert cpu_seconds(decoder.pids[0]) - before < 1.0  # all 400 files take several seconds
 
     asyncio.run(test())
 
@@ -123,7 +124,7 @@ def test_files_whose_deadline_has_passed_are_not_decoded():
     async def test():
         async with running(1) as decoder:
             with pytest.raises(DeadlineExpired):
-                await decoder.decode([MEDIUM] * 200, deadline=time.monotonic() + 0.1)
+                await decoder.decode([MEDIUM] * 400, deadline=time.monotonic() + 0.1)
             assert isinstance((await decoder.decode([SMALL], deadline=time.monotonic() + 60))[0], np.ndarray)
 
     asyncio.run(test())
@@ -149,7 +150,7 @@ def test_a_file_that_takes_too_much_cpu_time_is_rejected_with_the_limit_and_cost
 def test_a_killed_process_costs_only_the_file_that_it_decoded():
     async def test():
         ended = []
-        async with running(1, on_ended=ended.append) as decoder:
+        async with running(1, max_decode_seconds=20, on_ended=ended.append) as decoder:
             (fast,) = decoder.pids
             waiting = asyncio.create_task(decoder.decode([EXPENSIVE] + [SMALL] * 20))
             await until(lambda: len(decoder.pids) == 2)
@@ -180,7 +181,7 @@ def test_processes_killed_at_any_moment_are_replaced_at_once():
     asyncio.run(test())
 
 
-def test_a_stopped_process_is_killed_and_its_files_are_decoded_by_others(monkeypatch):
+def test_a_stopped_process_is_killed_and_its_files_are_decoded_by_others():
     async def test():
         ended = []
         async with running(1, on_ended=ended.append) as decoder:
@@ -209,8 +210,8 @@ def test_processes_that_cannot_start_give_internal_errors_and_pauses_that_grow(m
         assert len(attempts) == 3
         assert attempts[2] - attempts[1] > attempts[1] - attempts[0] > 0.1
         monkeypatch.undo()
-        await until(lambda: bool(decoder.pids))
-        assert isinstance((await decoder.decode([SMALL]))[0], np.ndarray)
+        while isinstance((await decoder.decode([SMALL]))[0], ImageRejected):  # it starts after the pause
+            await asyncio.sleep(0.05)
         decoder.close()
 
     asyncio.run(test())
@@ -219,7 +220,7 @@ def test_processes_that_cannot_start_give_internal_errors_and_pauses_that_grow(m
 def test_expensive_files_run_in_processes_of_lower_priority():
     async def test():
         async with running(1) as decoder:
-            await decoder.decode([noise_png(1800)])
+            await decoder.decode([noise_png(1300)])
             fast, slow = decoder.pids
             assert (niceness(fast) - os.getpriority(os.PRIO_PROCESS, 0), niceness(slow)) == (0, 10)
 
@@ -231,7 +232,7 @@ def test_a_process_has_no_files_of_the_server_and_ignores_the_signals_of_the_ter
         async with running(1) as decoder:
             (pid,) = decoder.pids
             await decoder.decode([SMALL])
-            numbers = {int(number) for number in os.listdir(f"/proc/{pid}/fd")}
+            numbers = {int(link.name) for link in Path(f"/proc/{pid}/fd").iterdir()}
             assert len(numbers - {0, 1, 2}) == 1
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 os.kill(pid, number)
@@ -244,11 +245,11 @@ def test_a_process_has_no_files_of_the_server_and_ignores_the_signals_of_the_ter
 def test_closing_the_decoder_ends_its_processes():
     async def test():
         decoder = Decoder(2, LIMITS)
-        await decoder.decode([SMALL, noise_png(1800)])
+        await decoder.decode([SMALL, noise_png(1300)])
         pids = decoder.pids
         assert len(pids) >= 3
         decoder.close()
-        await until(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in pids), seconds=5)
+        await until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), seconds=5)
 
     asyncio.run(test())
 

@@ -11,7 +11,7 @@ from service.core import decode_checks
 from service.core.decoding import Decoder
 from tests.cifar_core.image_corpus import gradient, saved
 from tests.service.core import hostile_images as hostile
-from tests.service.core.decoders import CpuMeter, running
+from tests.service.core.decoders import CpuMeter, resident_mib, running
 
 HONEST = saved(gradient(48, 32))
 HONEST_SECONDS = 0.3
@@ -77,6 +77,14 @@ def test_a_file_within_the_limits_of_structure_is_decoded(name):
     asyncio.run(test())
 
 
+def stretch() -> float:
+    """How many times longer than its CPU time a computation takes now, because other programs run."""
+    began, began_cpu = time.perf_counter(), time.process_time()
+    while time.process_time() - began_cpu < 0.2:
+        pass
+    return max(1.0, (time.perf_counter() - began) / 0.2)
+
+
 async def slowest_honest_answer(decoder: Decoder, attack: "asyncio.Future[object]") -> float:
     """Sends a small image every 20 ms until the attack is over; the longest time that an answer took, in seconds."""
     slowest = 0.0
@@ -92,31 +100,33 @@ async def slowest_honest_answer(decoder: Decoder, attack: "asyncio.Future[object
 @pytest.mark.parametrize("name", EXPENSIVE)
 def test_honest_images_are_answered_at_once_while_expensive_ones_are_decoded(name):
     async def test():
+        limit = HONEST_SECONDS * stretch()
         async with running(2) as decoder, CpuMeter(decoder) as meter:
-            attack = asyncio.gather(*(decoder.decode([EXPENSIVE[name]] * 4, client=f"{i}") for i in range(2)))
-            assert await slowest_honest_answer(decoder, attack) < HONEST_SECONDS
+            attack = asyncio.gather(*(decoder.decode([EXPENSIVE[name]] * 2, client=f"{i}") for i in range(2)))
+            assert await slowest_honest_answer(decoder, attack) < limit
             await attack
-        assert meter.seconds < 8 * 2 * MAX_DECODE_SECONDS
+        assert meter.seconds < 4 * 2 * MAX_DECODE_SECONDS
         assert meter.peak_mib < 400
 
     asyncio.run(test())
 
 
-def test_files_whose_cost_nothing_predicts_move_to_the_slow_lane(monkeypatch):
-    """Small in pixels and memory, but slow: 0.2 s each."""
-    file = hostile.with_scans(hostile.saved(hostile.gradient(1440, 1440), "JPEG", progressive=True, quality=95), 64)
+def test_files_whose_cost_nothing_predicts_move_to_the_slow_lane():
+    """Small in pixels and memory, but slow: 0.05 s each."""
+    file = hostile.with_scans(saved(gradient(1020, 1020), "JPEG", progressive=True, quality=95), 64)
 
     async def test():
         ended = []
-        async with running(2, max_decode_seconds=0.15, on_ended=ended.append) as decoder:
+        limit = HONEST_SECONDS * stretch()
+        async with running(2, max_decode_seconds=0.04, on_ended=ended.append) as decoder:
             async with CpuMeter(decoder) as meter:
                 requests = [decoder.decode([file] * 8, client=f"attacker {i % 2}") for i in range(4)]
                 attack = asyncio.gather(*requests)
-                assert await slowest_honest_answer(decoder, attack) < HONEST_SECONDS
+                assert await slowest_honest_answer(decoder, attack) < limit
                 results = [result for results in await attack for result in results]
             assert all(isinstance(result, ImageRejected) for result in results)
             assert ended.count("limit") >= len(results)
-            assert meter.seconds < len(results) * 2 * 0.15 + 1.0
+            assert meter.seconds < len(results) * 2 * 0.04 + 1.0
 
     asyncio.run(test())
 
@@ -128,8 +138,6 @@ def test_memory_of_four_16_bit_images_stays_within_the_limit_and_is_given_back()
             results = await decoder.decode([file] * 4)
             assert all(isinstance(result, np.ndarray) for result in results)
             assert meter.peak_mib < 300
-            from tests.service.core.decoders import resident_mib
-
             assert sum(map(resident_mib, decoder.pids)) < 100
 
     asyncio.run(test())
