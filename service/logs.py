@@ -1,53 +1,151 @@
-"""The log, on standard error: one line per event, for people or as JSON. Never a secret, never an image."""
+"""The log on standard error: one line for each event, as text or as JSON. Contains neither secrets nor images.
 
+Lines of the log go straight to standard error, so that none is lost when the process crashes. Native libraries, gRPC
+above all, write lines of their own to file descriptor 2. For a JSON log that descriptor is replaced by a pipe, and a
+thread turns what arrives there into records of the log.
+"""
+
+import atexit
+import contextlib
+import faulthandler
 import json
 import logging
+import os
+import re
 import sys
-from typing import Literal
+import threading
+from types import TracebackType
+from typing import Literal, TextIO
 
 from pythonjsonlogger.json import JsonFormatter
 
-# What every record has; the rest was given with `extra`.
+# The attributes that every record has; all others were given with `extra`.
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", "worker"}
+_STDERR = 2
+# The beginning of gRPC's lines, as Abseil formats them: severity, date, time, thread, source file and line.
+_ABSEIL = re.compile(r"([IWEF])\d{4} \d\d:\d\d:[\d.]+ +\d+ \S+:\d+\] ")
+_LEVELS = {"I": logging.INFO, "W": logging.WARNING, "E": logging.ERROR, "F": logging.CRITICAL}
+# Abseil announces that its lines go to standard error, which says nothing to readers of a JSON log.
+_ABSEIL_NOTICE = "WARNING: All log messages before absl::InitializeLog()"
+_MAX_LINE_BYTES = 65536
 
 
 class _HumanFormatter(logging.Formatter):
-    """Time, level, message, then what was given besides, as key=value."""
+    """Time, level and message, then the fields given with `extra` as key=value."""
 
-    def format(self, record: logging.LogRecord) -> str:
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 -- the name is logging's
+        record.message = _escape(record.message)
         extras = {key: value for key, value in vars(record).items() if key not in _STANDARD}
-        line = super().format(record)
-        if not extras:
-            return line
-        first, newline, rest = line.partition("\n")
-        return (
-            first
-            + "".join(f" {key}={json.dumps(value, default=str)}" for key, value in extras.items())
-            + newline
-            + rest
-        )
+        fields = "".join(f" {key}={json.dumps(value, default=str)}" for key, value in extras.items())
+        return super().formatMessage(record) + fields
+
+    def formatException(self, ei: "_ExceptionInfo") -> str:  # noqa: N802
+        return "\n".join(_escape(line) for line in super().formatException(ei).split("\n"))
 
 
-def configure(level: str, style: Literal["human", "json"], worker: int | None = None) -> None:
-    """Sends everything of this level and above to standard error.
+_ExceptionInfo = tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None]
+
+
+def _escape(text: str) -> str:
+    r"""The text with control characters as escapes such as `\n` and `\x1b`.
+
+    Texts of clients are part of messages; they must neither begin a new line nor control a terminal.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
+    )
+
+
+def configure(
+    level: str, style: Literal["human", "json"], worker: int | None = None, descriptor: int | None = None
+) -> None:
+    """Sends log records of this level and above to standard error.
 
     Args:
         level: "debug", "info", "warning" or "error".
-        style: How a line looks.
-        worker: Number of the process, where there are several; part of every line.
+        style: Format of a line. "json" also turns lines that native libraries write to standard error into records.
+        worker: Number of the worker process, if there are several; becomes part of each line.
+        descriptor: File descriptor that the log goes to, from `log_descriptor` of the parent process; that process then
+            takes care of the native libraries' lines of this one too. None: standard error.
     """
-    handler = logging.StreamHandler(sys.stderr)
-    if style == "json":
-        handler.setFormatter(
-            JsonFormatter(
-                "%(asctime)s%(levelname)s%(name)s%(message)s",
-                rename_fields={"asctime": "time", "levelname": "level", "name": "logger"},
-                static_fields={} if worker is None else {"worker": worker},
-                datefmt="%Y-%m-%dT%H:%M:%S%z",
-            )
-        )
+    if style == "json" and descriptor is None:
+        stream = _redirect_native_lines()
     else:
-        prefix = "" if worker is None else f"[{worker}] "
-        handler.setFormatter(_HumanFormatter(f"%(asctime)s %(levelname)-7s {prefix}%(message)s"))
+        stream = _open(_STDERR if descriptor is None else descriptor)
+    # Python's own messages must not take the way through the pipe either: it does not survive a crash.
+    sys.stderr = stream
+    faulthandler.enable(stream)
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(_formatter(style, worker))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("service").setLevel(level.upper())
+    if style == "json":
+        sys.excepthook = _log_exception
+        threading.excepthook = lambda problem: _log_exception(
+            problem.exc_type, problem.exc_value or problem.exc_type(), problem.exc_traceback
+        )
+
+
+def log_descriptor() -> int:
+    """The file descriptor that the log goes to, for the child processes of this one."""
+    return sys.stderr.fileno()
+
+
+def _formatter(style: Literal["human", "json"], worker: int | None) -> logging.Formatter:
+    if style == "json":
+        return JsonFormatter(
+            "%(asctime)s%(levelname)s%(name)s%(message)s",
+            rename_fields={"asctime": "time", "levelname": "level", "name": "logger"},
+            static_fields={} if worker is None else {"worker": worker},
+            datefmt="%Y-%m-%dT%H:%M:%S%z",
+        )
+    prefix = "" if worker is None else f"[{worker}] "
+    return _HumanFormatter(f"%(asctime)s %(levelname)-7s {prefix}%(message)s")
+
+
+def _log_exception(kind: type[BaseException], problem: BaseException, traceback: TracebackType | None) -> None:
+    if issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, problem, traceback)
+        return
+    logging.getLogger("service").critical("unexpected error", exc_info=(kind, problem, traceback))
+
+
+def _open(descriptor: int) -> TextIO:
+    return os.fdopen(descriptor, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)
+
+
+def _redirect_native_lines() -> TextIO:
+    """Replaces file descriptor 2 by a pipe and starts the thread that reads it; returns the true standard error."""
+    standard_error = os.dup(_STDERR)
+    reading, writing = os.pipe()
+    # A thread that holds Python's lock may write while the reader waits for that lock: rather lose a line than wait.
+    os.set_blocking(writing, False)
+    os.dup2(writing, _STDERR)
+    os.close(writing)
+    reader = threading.Thread(target=_log_native_lines, args=(reading,), name="native-log-lines", daemon=True)
+    reader.start()
+
+    def restore() -> None:
+        """Ends the pipe, so that the thread logs what is still in it."""
+        os.dup2(standard_error, _STDERR)
+        reader.join(1)  # a child process may keep the pipe open
+
+    atexit.register(restore)
+    return _open(standard_error)
+
+
+def _log_native_lines(descriptor: int) -> None:
+    with contextlib.closing(os.fdopen(descriptor, "rb")) as pipe:
+        while line := pipe.readline(_MAX_LINE_BYTES):
+            _log_native_line(line.decode(errors="backslashreplace").rstrip())
+
+
+def _log_native_line(line: str) -> None:
+    if not line or line.startswith(_ABSEIL_NOTICE):
+        return
+    if abseil := _ABSEIL.match(line):
+        logging.getLogger("grpc").log(_LEVELS[abseil[1]], "%s", line[abseil.end() :])
+    else:
+        logging.getLogger("stderr").warning("%s", line)

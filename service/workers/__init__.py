@@ -1,1 +1,1 @@
-"""Several server processes on one port, under a supervisor that replaces those that fail."""
+"""Several server processes on one port, and the supervisor that replaces those that fail."""

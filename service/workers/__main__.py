@@ -1,18 +1,20 @@
-"""One of several server processes; started by service.workers.supervisor, not by people.
+"""The program of one worker process. It is started by the supervisor, not by users.
 
-Arguments: the settings as JSON, the worker's number, the descriptor of a pipe that learns when requests are answered or
-why they will not be, and the supervisor's process id.
+Arguments: the settings as JSON, the number of the worker, the file descriptor of the pipe to the supervisor, the file
+descriptor of the log, and the process id of the supervisor.
 """
 
+import asyncio
 import ctypes
 import os
 import signal
 import sys
+from collections.abc import Callable
 
 from service import logs
 from service.errors import StartError
 from service.settings import Settings
-from service.workers.pipe import PIPE_BYTES, READY
+from service.workers.pipe import Kind, Sender
 
 _PR_SET_PDEATHSIG = 1
 
@@ -20,25 +22,29 @@ _PR_SET_PDEATHSIG = 1
 def main() -> int:
     """Serves on the shared port; returns the exit code."""
     settings = Settings.model_validate_json(sys.argv[1])
-    number, pipe, supervisor = (int(argument) for argument in sys.argv[2:5])
-    # A supervisor that is killed cannot pass the signal on: the kernel does.
+    number, pipe, log, supervisor = map(int, sys.argv[2:6])
+    # A supervisor that is killed cannot pass a signal on; this makes the kernel send one when it ends.
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != supervisor:
         return 1
 
-    logs.configure(settings.log_level, settings.log_format, number)
+    if log != sys.stderr.fileno():
+        os.set_inheritable(log, False)
+    logs.configure(settings.log_level, settings.log_format, number, log)
     from service.rpc.server import run
 
+    sender = Sender(pipe)
+    beating: set[asyncio.Task[None]] = set()
+
+    def on_ready(healthy: Callable[[], bool] = lambda: True) -> None:
+        sender.send(Kind.READY)
+        beating.add(asyncio.get_running_loop().create_task(sender.beat(healthy)))  # a task needs a reference to live
+
     try:
-        return run(settings, shares_port=True, on_ready=lambda: _tell(pipe, READY))
+        return run(settings, shares_port=True, on_ready=on_ready)
     except StartError as error:
-        _tell(pipe, str(error).encode()[:PIPE_BYTES])
+        sender.send(Kind.REFUSED, str(error))
         return 2
-
-
-def _tell(descriptor: int, message: bytes) -> None:
-    os.write(descriptor, message)
-    os.close(descriptor)
 
 
 if __name__ == "__main__":

@@ -1,35 +1,36 @@
-"""Several server processes on one port: started, watched, replaced, stopped. Serves their metrics together.
+"""Starts several server processes on one port, watches, replaces and stops them, and shows their metrics together.
 
-Must never know gRPC: it must be able to replace a worker whatever happened to it.
+This module does not use gRPC, and no failure of a worker or of the system while it starts one ends it.
 """
 
 import asyncio
 import contextlib
 import logging
 import os
+import shutil
 import signal
-import sys
 import tempfile
-import time
-from collections.abc import Iterable
+from collections.abc import Iterator
 from pathlib import Path
 
-from prometheus_client import CollectorRegistry, Counter, start_http_server
-from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
+from prometheus_client import CollectorRegistry, Counter
+from prometheus_client.multiprocess import MultiProcessCollector
 
-from service import ports
+from service import metrics_http, ports
 from service.core.metrics import PREFIX, Processes
 from service.errors import StartError
 from service.settings import Settings
-from service.workers.pipe import PIPE_BYTES, READY
+from service.workers.hang import CHECK_SECONDS
+from service.workers.metric_files import MetricFiles
+from service.workers.process import WorkerProcess
 
 logger = logging.getLogger(__name__)
 
 FIRST_DELAY = 0.1
 LAST_DELAY = 30.0
-# A worker that lived so long died of something new.
+# A worker that served for so long was healthy: the next pause is the first one again.
 STABLE_SECONDS = 10.0
-# Beyond the grace period, for the interpreter to end.
+# Time beyond the grace period for the interpreter to end.
 KILL_SECONDS = 5.0
 
 
@@ -37,165 +38,220 @@ def supervise(settings: Settings) -> int:
     """Keeps `settings.workers` workers running until SIGTERM or SIGINT; returns the exit code.
 
     Raises:
-        StartError: A port is taken, or a worker cannot start.
+        StartError: A port is taken, a worker cannot start, or there is no folder for temporary files.
     """
-    with ports.reserve(settings.host, settings.port) as port, tempfile.TemporaryDirectory(prefix="cifar-") as folder:
-        return asyncio.run(Supervisor(settings, port, Path(folder)).run())
+    with ports.reserve(settings.host, settings.port) as port, _temporary_folder(settings.workers) as folder:
+        return asyncio.run(Supervisor(settings, port, folder).run())
+
+
+@contextlib.contextmanager
+def _temporary_folder(workers: int) -> Iterator[Path]:
+    try:
+        folder = tempfile.TemporaryDirectory(prefix="cifar-", ignore_cleanup_errors=True)
+    except OSError as error:
+        raise StartError(
+            f"--workers {workers} needs a folder for temporary files, where the workers keep their metrics "
+            f"({error.strerror}): set TMPDIR to a folder that can be written to"
+        ) from error
+    with folder as name:
+        yield Path(name)
+
+
+class Backoff:
+    """Pauses before a worker is started again: they double until one has served for a while.
+
+    The time that a worker spends loading is no proof of health. A model that loads for ten seconds and then crashes is
+    started again after growing pauses too.
+    """
+
+    def __init__(self) -> None:
+        self._next = FIRST_DELAY
+
+    def delay(self, served_seconds: float) -> float:
+        """Seconds to wait after a worker that served for so long has ended."""
+        if served_seconds > STABLE_SECONDS:
+            self._next = FIRST_DELAY
+        delay = self._next
+        self._next = min(LAST_DELAY, delay * 2)
+        return delay
 
 
 class Supervisor:
-    """Keeps the workers alive.
+    """Keeps the workers running.
 
     Args:
         settings: Of the server as a whole.
-        port: Reserved for the workers.
-        metrics_folder: Where workers write their numbers.
+        port: Port that is reserved for the workers.
+        folder: Where the workers write their metrics.
     """
 
-    def __init__(self, settings: Settings, port: int, metrics_folder: Path) -> None:
-        self._settings, self._port, self._metrics_folder = settings, port, metrics_folder
-        self._workers: dict[int, asyncio.subprocess.Process] = {}
-        self._serving: set[int] = set()
+    def __init__(self, settings: Settings, port: int, folder: Path) -> None:
+        self._settings, self._port, self._folder = settings, port, folder
+        self._workers: dict[int, WorkerProcess] = {}
         self._announced = False
         self._stopping = asyncio.Event()
+        self._signalled = False
         self._exit_code = 0
         self._refusal = ""
+        self._metric_files = MetricFiles(folder)
         self._registry = CollectorRegistry()
         self._restarts = Counter(
-            f"{PREFIX}_worker_restarts", "Workers that died and were replaced.", registry=self._registry
+            f"{PREFIX}_worker_restarts", "Workers that ended and were replaced.", registry=self._registry
         )
+        self._failures = Counter(
+            f"{PREFIX}_worker_failures",
+            "Workers that ended or could not be started, by reason: 'exit' by itself, 'signal' from outside or crash, "
+            "'hang' without heartbeats, 'stuck' engine, 'start' failed.",
+            ["reason"],
+            registry=self._registry,
+        )
+        for reason in ("exit", "signal", "hang", "stuck", "start"):
+            self._failures.labels(reason)
 
     async def run(self) -> int:
-        """Until stopped; returns the exit code.
+        """Runs until stopped; returns the exit code.
 
         Raises:
             StartError: A worker cannot start, or the port of the metrics is taken.
         """
-        self._show_metrics()
-        loop = asyncio.get_running_loop()
-        for stop_signal in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(stop_signal, self._stop)
-        loop.add_signal_handler(signal.SIGHUP, self._reload)
-        logger.info("starting %d workers on port %d", self._settings.workers, self._port, extra={"port": self._port})
-        async with asyncio.TaskGroup() as group:
-            for number in range(1, self._settings.workers + 1):
-                group.create_task(self._keep(number))
+        settings = self._settings
+        MultiProcessCollector(self._registry, str(self._folder))  # type: ignore[no-untyped-call]
+        self._registry.register(Processes(self._pids))
+        async with metrics_http.show(self._registry, settings.metrics_host, settings.metrics_port):
+            self._handle_signals()
+            logger.info("starting %d workers on port %d", settings.workers, self._port, extra={"port": self._port})
+            watching = asyncio.create_task(self._watch())
+            try:
+                async with asyncio.TaskGroup() as group:
+                    for number in range(1, settings.workers + 1):
+                        group.create_task(self._keep(number))
+            finally:
+                watching.cancel()
+                self._kill_all()
         if self._refusal:
             raise StartError(self._refusal)
         return self._exit_code
 
+    # Signals
+
+    def _handle_signals(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_stop_signal, number)
+        loop.add_signal_handler(signal.SIGHUP, self._reload)
+        loop.add_signal_handler(signal.SIGCHLD, self._reap)
+
+    def _on_stop_signal(self, number: signal.Signals) -> None:
+        """The first signal lets requests in flight finish, the second ends everything at once."""
+        if not self._signalled:
+            self._signalled = True
+            self._stop()
+            return
+        logger.warning("second signal to stop: requests in flight are dropped")
+        self._kill_all()
+        shutil.rmtree(self._folder, ignore_errors=True)
+        # The kernel ignores the default action of a signal in process 1, as this one is in a container.
+        os._exit(128 + number)
+
     def _stop(self) -> None:
-        # The second time it reaches workers that are stopping, and ends them at once.
+        if self._stopping.is_set():  # a worker cannot start
+            return
         self._stopping.set()
-        self._pass_on(signal.SIGTERM, self._workers)
+        for worker in self._workers.values():
+            worker.signal(signal.SIGTERM)
+        asyncio.get_running_loop().call_later(self._settings.grace + KILL_SECONDS, self._kill_remaining)
+
+    def _kill_remaining(self) -> None:
+        for number in self._workers:
+            logger.error("worker %d has not ended %g s after its grace period and is killed", number, KILL_SECONDS)
+        self._kill_all()
+
+    def _kill_all(self) -> None:
+        for worker in self._workers.values():
+            worker.kill()
 
     def _reload(self) -> None:
-        # One that is still starting will take the newest export anyway, and would die of the signal.
-        self._pass_on(signal.SIGHUP, self._serving)
+        # A worker that is still starting will load the newest export anyway, and the signal would end it.
+        for worker in self._workers.values():
+            if worker.ready_at is not None:
+                worker.signal(signal.SIGHUP)
 
-    def _pass_on(self, signal_number: signal.Signals, numbers: Iterable[int]) -> None:
-        for number in numbers:
-            with contextlib.suppress(ProcessLookupError):  # it died a moment ago
-                self._workers[number].send_signal(signal_number)
+    # Watching
 
-    async def _keep(self, number: int) -> None:
-        delay = FIRST_DELAY
-        was_ready = False
-        while not self._stopping.is_set():
-            began = time.monotonic()
-            code, told = await self._live(number)
-            was_ready |= told == READY
-            if self._stopping.is_set():
-                if code and told == READY:  # one that was still starting has nothing to lose
-                    self._exit_code = 1
-                return
-            reason = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-            if told not in (b"", READY):
-                reason = told.decode(errors="replace")
-                if not was_ready:  # it would say it again
-                    self._refusal = reason
-                    self._stop()
-                    return
-            if time.monotonic() - began > STABLE_SECONDS:
-                delay = FIRST_DELAY
-            logger.error("worker %d ended: %s; another starts in %g s", number, reason, delay)
-            self._restarts.inc()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._stopping.wait(), delay)
-            delay = min(LAST_DELAY, delay * 2)
-
-    async def _live(self, number: int) -> tuple[int, bytes]:
-        """One worker from start to end: its exit code, negative for a signal, and READY, or why it did not start."""
-        settings = self._settings.model_copy(update={"port": self._port, "metrics_port": None})
-        listening, telling = os.pipe()
-        try:
-            worker = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "service.workers",
-                settings.model_dump_json(), str(number), str(telling), str(os.getpid()),
-                pass_fds=(telling,),
-                env={**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(self._metrics_folder)},
-                process_group=0,  # Ctrl-C in a terminal is for the supervisor, which passes it on
-            )  # fmt: skip
-        finally:
-            os.close(telling)
-        self._workers[number] = worker
-        if self._stopping.is_set():  # while it started
-            worker.terminate()
-        try:
-            # The pipe ends when the worker does, if not before.
-            told = await _read(listening)
-            if told == READY:
-                self._on_ready(number)
-            return await self._end_of(worker), told
-        finally:
-            os.close(listening)
-            del self._workers[number]
-            self._serving.discard(number)
-            mark_process_dead(worker.pid, str(self._metrics_folder))  # type: ignore[no-untyped-call]
-
-    def _on_ready(self, number: int) -> None:
-        self._serving.add(number)
-        if len(self._serving) == self._settings.workers and not self._announced:
-            self._announced = True
-            logger.info("all %d workers serve", self._settings.workers)
-
-    async def _end_of(self, worker: asyncio.subprocess.Process) -> int:
-        """The worker's exit code, after its end; once the server stops it has its grace period for that."""
-        ended = asyncio.create_task(worker.wait())
-        stopping = asyncio.create_task(self._stopping.wait())
-        await asyncio.wait((ended, stopping), return_when=asyncio.FIRST_COMPLETED)
-        stopping.cancel()
-        done, _ = await asyncio.wait((ended,), timeout=self._settings.grace + KILL_SECONDS)
-        if not done:
-            logger.error("process %d did not end %g s after its grace period and is killed", worker.pid, KILL_SECONDS)
-            worker.kill()
-        return await ended
-
-    def _show_metrics(self) -> None:
-        if self._settings.metrics_port is None:
+    def _reap(self) -> None:
+        """Takes note of ended children; as process 1 also of those that other processes left behind."""
+        for worker in list(self._workers.values()):
+            worker.reap()
+        if os.getpid() != 1:
             return
-        MultiProcessCollector(self._registry, str(self._metrics_folder))  # type: ignore[no-untyped-call]
-        self._registry.register(Processes(self._pids))
-        try:
-            http, _ = start_http_server(self._settings.metrics_port, self._settings.metrics_host, self._registry)
-        except OSError as error:
-            raise StartError(
-                f"--metrics-port {self._settings.metrics_port} of {self._settings.metrics_host}: {error.strerror}"
-            ) from error
-        logger.info("metrics at http://%s/metrics", ports.address(self._settings.metrics_host, http.server_port))
+        workers = {worker.pid for worker in self._workers.values()}
+        with contextlib.suppress(ChildProcessError):
+            while ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                if ended.si_pid in workers:  # it ended a moment ago, and is taken note of by the next signal
+                    return
+                os.waitpid(ended.si_pid, 0)
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(CHECK_SECONDS)
+            try:
+                self._reap()  # signals can be lost while many arrive
+                if not self._stopping.is_set():  # afterwards the grace period is the limit
+                    for worker in self._workers.values():
+                        worker.kill_if_hanging()
+            except Exception:
+                logger.exception("the workers could not be checked; the next check follows in %g s", CHECK_SECONDS)
 
     def _pids(self) -> dict[str, int]:
         workers = {f"worker-{number}": worker.pid for number, worker in sorted(self._workers.items())}
         return {"supervisor": os.getpid(), **workers}
 
+    # Keeping one worker running
 
-async def _read(descriptor: int) -> bytes:
-    """What comes first through a pipe; nothing where its other end is closed."""
-    loop = asyncio.get_running_loop()
-    readable = asyncio.Event()
-    loop.add_reader(descriptor, readable.set)
-    try:
-        await readable.wait()
-        return os.read(descriptor, PIPE_BYTES)
-    finally:
-        loop.remove_reader(descriptor)
+    async def _keep(self, number: int) -> None:
+        backoff = Backoff()
+        was_ready = False
+        while not self._stopping.is_set():
+            failure, reason, served = await self._run_worker(number)
+            if self._stopping.is_set():
+                return
+            was_ready |= served is not None
+            if failure == "start" and not was_ready:  # it would fail again for the same reason
+                self._refusal = reason
+                self._stop()
+                return
+            delay = backoff.delay(served or 0.0)
+            logger.error("worker %d ended: %s; another starts in %g s", number, reason, delay)
+            self._restarts.inc()
+            self._failures.labels(failure).inc()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stopping.wait(), delay)
+
+    async def _run_worker(self, number: int) -> tuple[str, str, float | None]:
+        """One worker from its start to its end.
+
+        Returns:
+            Why it ended, as a word and as a phrase, and for how many seconds it served, None if it never did.
+        """
+        settings = self._settings.model_copy(update={"port": self._port, "metrics_port": None})
+        try:
+            self._folder.mkdir(mode=0o700, exist_ok=True)  # programs that tidy up may have removed it
+            worker = WorkerProcess(number, settings, self._folder, self._on_ready)
+        except OSError as error:
+            return "start", f"the process cannot be started: {error.strerror}", None
+        self._workers[number] = worker
+        try:
+            code = await worker.ended
+        finally:
+            del self._workers[number]
+            self._metric_files.remove(worker.pid)
+        served = worker.ready_seconds()
+        if code and served is not None and self._stopping.is_set():  # a worker that was still starting loses nothing
+            self._exit_code = 1
+        return *worker.why_it_ended(code), served
+
+    def _on_ready(self) -> None:
+        serving = sum(worker.ready_at is not None for worker in self._workers.values())
+        if serving == self._settings.workers and not self._announced:
+            self._announced = True
+            logger.info("all %d workers serve", serving)

@@ -137,7 +137,7 @@ def test_a_worker_that_cannot_start_any_more_is_tried_again_with_growing_pauses(
     server = start_server("--model", folder, "--workers", "2").ready()
     (folder / "manifest.json").rename(folder / "away")
     os.kill(pids(server)["1"], signal.SIGKILL)
-    server.wait_for("worker 1 ended: there is no model.*another starts in 0.4 s")
+    server.wait_for("worker 1 ended: .*does not exist.*another starts in 0.4 s")
     with Client(server.target) as client:  # the other one serves on
         assert client.classify(pictures(1))[0].model_version == "first"
     (folder / "away").rename(folder / "manifest.json")

@@ -1,0 +1,87 @@
+"""Files in which workers keep their metrics, one set for each process id.
+
+The values of ended workers are added up in one further set, and their files are removed: counters never go backwards,
+and a scrape after a thousand restarts reads no more files than the first.
+
+Format and names: `prometheus_client.multiprocess`, `prometheus_client.mmap_dict`.
+"""
+
+import logging
+import struct
+from collections import defaultdict
+from pathlib import Path
+
+from prometheus_client.mmap_dict import MmapedDict
+
+logger = logging.getLogger(__name__)
+
+_SUMMED = ("counter", "histogram")
+# In the place of a process id, in names of files with the sums.
+_ENDED = "ended"
+
+
+class MetricFiles:
+    """Files of all workers of one supervisor.
+
+    A scrape must not run at the same time as `remove`: both belong into the same thread.
+
+    Args:
+        folder: Where the workers write their files.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._ended: set[int] = set()
+
+    def remove(self, pid: int) -> None:
+        """Adds the values of an ended worker to the sums and removes its files.
+
+        What fails, for example because no file descriptor is free, is tried again when the next worker has ended. Until
+        then a scrape still reads the files of this one.
+        """
+        self._ended.add(pid)
+        for each in sorted(self._ended):
+            try:
+                self._remove(each)
+            except OSError as error:
+                logger.warning("metrics of the ended process %d are not merged yet: %s", each, error)
+            else:
+                self._ended.discard(each)
+
+    def _remove(self, pid: int) -> None:
+        for path in self._folder.glob(f"gauge_live*_{pid}.db"):
+            path.unlink()
+        for kind in _SUMMED:
+            path = self._folder / f"{kind}_{pid}.db"
+            if path.exists():
+                _add(path, self._folder / f"{kind}_{_ENDED}.db")
+
+
+def _add(source: Path, sums: Path) -> None:
+    """Adds the values in one file to those in another, and removes the first."""
+    values: defaultdict[str, float] = defaultdict(float)
+    for path in (sums, source):
+        for key, value in _read(path):
+            values[key] += value
+    written = sums.with_suffix(".new")
+    written.unlink(missing_ok=True)
+    file = MmapedDict(str(written))  # type: ignore[no-untyped-call]
+    try:
+        for key, value in values.items():
+            file.write_value(key, value, 0.0)  # type: ignore[no-untyped-call]
+    finally:
+        file.close()  # type: ignore[no-untyped-call]
+    # Between the two steps the values of the source are missing; in the opposite order they would count twice.
+    source.unlink()
+    written.replace(sums)
+
+
+def _read(path: Path) -> list[tuple[str, float]]:
+    try:
+        return [(key, value) for key, value, *_ in MmapedDict.read_all_values_from_file(str(path))]  # type: ignore[no-untyped-call]
+    except FileNotFoundError:
+        return []
+    except (struct.error, RuntimeError, UnicodeDecodeError) as error:
+        # The worker was killed while it created the file.
+        logger.warning("metrics file %s is damaged and left out: %s", path.name, error)
+        return []
