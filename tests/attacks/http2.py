@@ -228,6 +228,22 @@ class Connection:
             self._handle(parsed)
         return True
 
+    def discard(self) -> None:
+        """Throws away what the server sent without looking at it, which costs an attacker little.
+
+        Raises:
+            ConnectionEnded: The server closed the connection.
+        """
+        try:
+            self._socket.settimeout(0)
+            while data := self._socket.recv(2**18):
+                del data
+        except (BlockingIOError, ssl.SSLWantReadError):
+            return
+        except OSError as error:
+            raise ConnectionEnded(f"cannot receive: {error}") from error
+        raise ConnectionEnded("the server closed the connection")
+
     def _handle(self, parsed: Frame) -> None:
         match parsed:
             case SettingsFrame() if "ACK" not in parsed.flags:
