@@ -2,7 +2,7 @@ import asyncio
 import contextlib
 import hmac
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 
 import grpc
 import pytest
@@ -173,24 +173,25 @@ def test_revoking_a_token_ends_the_call_of_a_client_that_reads_nothing(token_fil
         tokens = Tokens(token_file)
         calls: asyncio.Queue[asyncio.Task[object] | None] = asyncio.Queue()
 
-        async def endless(_request: bytes, _context: object) -> AsyncIterator[bytes]:
+        async def endless(_requests: object, context: "grpc.aio.ServicerContext[bytes, bytes]") -> None:
             calls.put_nowait(asyncio.current_task())
             while True:
-                yield bytes(2**20)
+                await context.write(bytes(2**20))
 
         server = grpc.aio.server(interceptors=[TokenInterceptor(tokens, False, lambda method: None)])
-        methods = {"Endless": grpc.unary_stream_rpc_method_handler(endless)}
+        methods = {"Endless": grpc.stream_stream_rpc_method_handler(endless)}
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("test.Test", methods),))
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()
         watching = asyncio.create_task(tokens.watch())
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-            channel.unary_stream("/test.Test/Endless")(b"", metadata=bearer("first-secret"))
+            call = channel.stream_stream("/test.Test/Endless")(metadata=bearer("first-secret"))
             task = await calls.get()
             assert task
             token_file.write_text("second-secret\n")
             async with asyncio.timeout(10):
                 await asyncio.wait([task])
+            call.cancel()
         watching.cancel()
         await server.stop(0)
 
