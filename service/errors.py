@@ -1,4 +1,4 @@
-"""What a request, or the server's start, can fail of, apart from gRPC: each error says in words what to do about it."""
+"""Errors of the server's start and of single requests. They know no transport; each message says what to do."""
 
 
 class StartError(Exception):
@@ -6,7 +6,12 @@ class StartError(Exception):
 
 
 class RequestError(Exception):
-    """A request cannot be answered. `retry_after` is in seconds; None: asking again would not help."""
+    """A request cannot be answered.
+
+    Attributes:
+        message: For the client.
+        retry_after: Seconds after which the same request may succeed; None if repeating it would not help.
+    """
 
     def __init__(self, message: str, retry_after: float | None = None) -> None:
         super().__init__(message)
@@ -15,7 +20,7 @@ class RequestError(Exception):
 
 
 class InvalidRequest(RequestError):
-    """The request is not one that the server can answer, now or later."""
+    """The request breaks a rule or a limit; it would be refused at any time."""
 
 
 class NotFound(RequestError):
@@ -23,20 +28,25 @@ class NotFound(RequestError):
 
 
 class Unsupported(RequestError):
-    """The request asks for a part of the protocol that this server leaves out."""
+    """The request uses a part of the protocol that this server does not implement."""
 
 
 class Overloaded(RequestError):
-    """The server holds as many images as it may."""
+    """The server already holds as much as it may."""
 
 
 class DeadlineExpired(RequestError):
-    """The deadline passed before the answer was there."""
+    """The deadline passed before the request was answered."""
 
 
 class ShuttingDown(RequestError):
-    """The server takes no new requests."""
+    """The server accepts no new requests because it stops."""
 
 
 class EngineFailed(RequestError):
-    """The computation failed."""
+    """The model's computation failed."""
+
+
+def quoted(name: str, limit: int = 80) -> str:
+    """A name from a request, for an error message: in quotes, control characters escaped, cut to `limit` characters."""
+    return repr(name if len(name) <= limit else f"{name[:limit]}…")

@@ -19,6 +19,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
+from service.cpu_quota import usable_cpus
 from service.errors import StartError
 from service.ports import is_loopback
 
@@ -184,6 +185,19 @@ class Settings(BaseSettings):
                 "give --insecure to allow that"
             )
         return self
+
+    @property
+    def engine_threads(self) -> int:
+        """Number of onnxruntime threads of one process."""
+        return self.threads or self._share_of_cpus()
+
+    @property
+    def decoder_processes(self) -> int:
+        """Number of decoding processes of one server process."""
+        return self.decode_processes or self._share_of_cpus()
+
+    def _share_of_cpus(self) -> int:
+        return max(1, usable_cpus() // self.workers)
 
     @property
     def receiving_slots(self) -> int:

@@ -1,152 +1,62 @@
-"""The queue between requests and the engine: batches, deadlines, cancellation, back-pressure.
+"""Computes the images of many requests in batches: threads, deadlines, cancellation, admission.
 
-Must never know gRPC nor ONNX: it is given arrays of images and a function that computes a batch of them. Requests come
-from one event loop; batches are computed in threads of the batcher's own, each of which forms its next batch by itself
-the moment the last one is done, so that no turn of the event loop lies between two batches.
+Knows neither gRPC nor ONNX: it receives arrays of images and a function that computes a batch. Requests come from one
+event loop. Batches are computed in threads of the batcher; a thread takes its next batch itself as soon as one is
+done, so that the event loop is not involved between two batches.
 """
 
 import asyncio
-import collections
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Protocol, Self
 
-import numpy as np
-from numpy.typing import NDArray
-
+from service.core.queue import Compute, Images, Outputs, Piece, Queue, Request, compute_pieces, count_images, hand_out
 from service.errors import DeadlineExpired, EngineFailed, Overloaded
 
 logger = logging.getLogger(__name__)
 
-# A client cancels at its deadline, and the news can come a moment before what is left of it here has passed.
+# A client cancels at its deadline, and its cancellation can arrive shortly before the deadline has passed here.
 DEADLINE_SLACK = 0.05
-
-Images = NDArray[np.uint8]
-# Arrays with one row per image, such as (logits, probabilities).
-Outputs = tuple[NDArray[np.float32], ...]
-Compute = Callable[[Images], Outputs]
 
 
 class Observer(Protocol):
-    """Is told what happens to images, from the event loop's thread."""
+    """Receives what happens to images. Called in the event loop's thread."""
 
     def on_batch(self, images: int, queued_seconds: Sequence[float], seconds: float, failed: bool) -> None:
-        """A batch was computed. `queued_seconds`: how long each request begun by it had waited."""
+        """A batch was computed. `queued_seconds`: how long each request that it began had waited."""
 
     def on_rejected(self, images: int) -> None:
-        """A request found no room."""
+        """A request was not admitted."""
 
     def on_expired(self, images: int) -> None:
-        """A request's deadline passed; so many of its images never reached the engine."""
+        """The deadline of a request passed. `images`: how many of its images never reached the engine."""
 
     def on_cancelled(self, images: int) -> None:
-        """A request was cancelled; likewise."""
+        """A request was cancelled. `images`: as for `on_expired`."""
 
 
 @dataclass(slots=True, eq=False)
-class Request:
-    """Images that wait for one answer."""
-
-    images: Images
-    compute: Compute
-    deadline: float | None  # of time.monotonic()
-    queued_at: float
-    future: "asyncio.Future[Outputs]"
-    taken: int = 0  # images given to the engine so far
-    finished: int = 0  # images that came back
-    outputs: Outputs | None = None
-    dropped: bool = False  # nobody waits for the answer any more
-
-    @property
-    def waiting(self) -> int:
-        return len(self.images) - self.taken
+class _Submitted(Request):
+    future: "asyncio.Future[Outputs]" = field(kw_only=True)
 
 
 @dataclass(slots=True, frozen=True)
-class Piece:
-    """Consecutive images of one request, as a part of a batch."""
-
-    request: Request
-    start: int
-    stop: int
-
-
-@dataclass(slots=True, frozen=True)
-class Batch:
-    """What is to be told of a batch that was computed, or failed."""
+class _Computed:
+    """Figures of a batch that was computed, or failed."""
 
     images: int
     queued_seconds: list[float]
     seconds: float
     error: Exception | None
-    parallel: int  # batches that were computed when this one began, itself among them
-
-
-class Queue:
-    """Requests in turn. Not safe for threads; tells no time by itself.
-
-    Each batch takes what fits from the request in front; one with images left then goes to the back, so that those
-    behind a large request pass between its pieces, and several large ones share the engine.
-    """
-
-    def __init__(self, max_batch_size: int) -> None:
-        if max_batch_size < 1:
-            raise ValueError(f"max_batch_size is {max_batch_size}; it must be at least 1")
-        self.max_batch_size = max_batch_size
-        self.images = 0  # waiting, of all requests
-        self._requests: collections.OrderedDict[Request, None] = collections.OrderedDict()
-
-    def put(self, request: Request) -> None:
-        self._requests[request] = None
-        self.images += request.waiting
-
-    def drop(self, request: Request) -> int:
-        """Takes a request out, wherever it stands; returns how many of its images the engine never saw."""
-        request.dropped = True
-        if request not in self._requests:
-            return 0
-        del self._requests[request]
-        self.images -= request.waiting
-        return request.waiting
-
-    def ready_at(self, max_delay: float) -> float | None:
-        """When a batch may be taken: 0 at once, a time if it may still fill, None if nothing waits."""
-        if not self._requests:
-            return None
-        if max_delay <= 0 or self.images >= self.max_batch_size:
-            return 0.0
-        return next(iter(self._requests)).queued_at + max_delay
-
-    def take(self, now: float) -> list[Piece]:
-        """At most `max_batch_size` images, of requests with the same `compute`, none past its deadline."""
-        pieces: list[Piece] = []
-        room = self.max_batch_size
-        for request in self._requests:
-            if request.deadline is not None and request.deadline <= now:
-                continue  # its timer takes it out and tells its caller
-            if pieces and request.compute != pieces[0].request.compute:
-                continue
-            count = min(room, request.waiting)
-            pieces.append(Piece(request, request.taken, request.taken + count))
-            room -= count
-            if not room:
-                break
-        for piece in pieces:
-            piece.request.taken = piece.stop
-            self.images -= piece.stop - piece.start
-            if piece.request.waiting:
-                self._requests.move_to_end(piece.request)
-            else:
-                del self._requests[piece.request]
-        return pieces
+    parallel: int  # number of batches that were being computed when this one began, itself included
 
 
 class Admission:
-    """Room for a request's images, given back at the end of the `with`."""
+    """Space reserved for a request, released at the end of the `with` block."""
 
     __slots__ = ("_batcher", "_images", "_size")
 
@@ -166,16 +76,16 @@ class Admission:
 class Batcher:
     """Computes images in batches, for many requests at once.
 
-    An idle engine takes what waits, without delay unless `max_queue_delay` says so. To be used from one event loop, and
-    to be ended with `close`.
+    An idle engine takes whatever waits, without delay unless `max_queue_delay` says otherwise. Use it from one event
+    loop, and call `close` at the end.
 
     Args:
-        max_batch_size: Images given to `compute` at once.
+        max_batch_size: Largest number of images given to `compute` at once.
         max_queue_delay: Seconds that an idle engine may wait for a batch to fill, counted from its oldest request.
-        max_images: Images admitted at once, over all requests, from `admit` to the end of its `with`.
-        max_bytes: Bytes of them, likewise.
-        observer: Is told of every batch and of every request that got no answer.
-        threads: Batches that are computed at once when there is a backlog; otherwise one is.
+        max_images: Images admitted at once, over all requests, from `admit` to the end of its `with` block.
+        max_bytes: Bytes of these requests, likewise.
+        observer: Is informed of every batch and of every request that got no answer.
+        threads: Number of batches computed at once while there is a backlog; otherwise one at a time.
     """
 
     def __init__(
@@ -197,40 +107,35 @@ class Batcher:
         self._closing = False
         self._images_per_second = 1000.0  # a guess until the first batches; used for retry hints only
         self._loop = asyncio.get_running_loop()
-        self._computing = 0
+        self._running: dict[int, float] = {}  # when each running batch began, by number of the thread
         self._threads = [
-            threading.Thread(target=self._work, name=f"engine-{number}", daemon=True) for number in range(threads)
+            threading.Thread(target=self._work, args=(number,), name=f"engine-{number}", daemon=True)
+            for number in range(threads)
         ]
         for thread in self._threads:
             thread.start()
 
     @property
     def waiting_images(self) -> int:
-        """Images that wait for the engine; those being decoded or computed are not among them."""
+        """Number of images that wait for the engine; those being decoded or computed are not counted."""
         return self._queue.images
 
-    @property
-    def _backlog(self) -> bool:
-        """Whether more waits than the next two batches: only then do several threads compute at once.
-
-        One batch on all cores is sooner done than two on half of them each, and what comes in the meantime makes the
-        next one larger. Where much waits anyway, threads that need not wait for one another get more done.
-        """
-        return self._queue.images >= 2 * self._queue.max_batch_size
+    def running_seconds(self) -> float:
+        """How long the oldest running batch has been computing, in seconds; 0.0 if none runs."""
+        return time.monotonic() - min(self._running.copy().values(), default=time.monotonic())
 
     def admit(self, images: int, size: int) -> Admission:
-        """Keeps room for the images of one request, `size` bytes in all: `with batcher.admit(…): …`.
+        """Reserves space for one request, `size` bytes in all: `with batcher.admit(…): …`.
 
         Raises:
-            Overloaded: There is not that much room; `retry_after` guesses when there may be.
+            Overloaded: There is not enough space; `retry_after` estimates when there may be.
         """
         if self.admitted_images + images > self.max_images or self.admitted_bytes + size > self.max_bytes:
             self._observer.on_rejected(images)
             retry_after = min(5.0, max(0.02, self.admitted_images / self._images_per_second / 2))
-            held = f"{self.admitted_images} images ({self.admitted_bytes} bytes)"
             raise Overloaded(
-                f"the server holds {held}, of at most {self.max_images} ({self.max_bytes} bytes): "
-                f"ask again in {retry_after * 1000:.0f} ms",
+                f"the server holds {self.admitted_images} images ({self.admitted_bytes} bytes) and may hold "
+                f"{self.max_images} ({self.max_bytes} bytes): retry in {retry_after * 1000:.0f} ms",
                 retry_after,
             )
         self.admitted_images += images
@@ -241,10 +146,10 @@ class Batcher:
         """The outputs of `compute` for the images, in their order.
 
         Args:
-            images: uint8 [n, …], n at least 1; not to be changed until the answer.
-            compute: Called in one of the engine's threads with at most `max_batch_size` images, perhaps of several
+            images: uint8 [n, 32, 32, 3], n at least 1; must not change until the answer is there.
+            compute: Called in a thread of the engine with at most `max_batch_size` images, possibly of several
                 requests.
-            deadline: On time.monotonic(). Past it no more images are computed and the caller is told at once.
+            deadline: On time.monotonic(). When it passes, no more images are computed and the caller is informed.
 
         Raises:
             DeadlineExpired: The deadline passed first.
@@ -252,18 +157,18 @@ class Batcher:
         """
         if not len(images):
             raise ValueError("no images")
-        request = Request(images, compute, deadline, time.monotonic(), self._loop.create_future())
+        request = _Submitted(images, compute, deadline, time.monotonic(), future=self._loop.create_future())
         timer = None
         if deadline is not None:  # the loop's clock is time.monotonic()
             timer = self._loop.call_at(deadline, self._expire, request)
         with self._changed:
             self._queue.put(request)
-            if not self._computing or self._backlog:
+            if not self._running or self._queue.backlog:
                 self._changed.notify()
         try:
             return await request.future
         except asyncio.CancelledError:
-            if _expired(request.future):  # and counted, in the moment before the caller went
+            if _expired(request.future):  # already counted, shortly before the caller was cancelled
                 raise
             unseen = self._drop(request)
             if deadline is not None and time.monotonic() >= deadline - DEADLINE_SLACK:
@@ -275,15 +180,17 @@ class Batcher:
             if timer is not None:
                 timer.cancel()
 
-    async def close(self) -> None:
-        """Ends the engine's threads after what is queued has been computed."""
+    async def close(self, timeout: float = 60.0) -> bool:
+        """Ends the threads after the queued images have been computed; False if they still run after `timeout` s."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
+        end = time.monotonic() + timeout
         for thread in self._threads:
-            await self._loop.run_in_executor(None, thread.join)
+            await self._loop.run_in_executor(None, thread.join, max(0.0, end - time.monotonic()))
+        return not any(thread.is_alive() for thread in self._threads)
 
-    def _expire(self, request: Request) -> None:
+    def _expire(self, request: _Submitted) -> None:
         if request.future.done():
             return
         unseen = self._drop(request)
@@ -292,103 +199,71 @@ class Batcher:
             DeadlineExpired(f"the deadline passed with {unseen} of {len(request.images)} images still waiting")
         )
 
-    def _drop(self, request: Request) -> int:
+    def _drop(self, request: _Submitted) -> int:
         with self._changed:
             return self._queue.drop(request)
 
-    # In the engine's threads
+    # In the threads of the engine
 
-    def _work(self) -> None:
-        pieces = self._next()
-        while pieces:
-            parallel, started = self._computing, time.monotonic()
+    def _work(self, number: int) -> None:
+        while batch := self._next(number):
+            pieces, parallel = batch
+            started = self._running[number]
             queued = [started - piece.request.queued_at for piece in pieces if piece.start == 0]
             outputs: Outputs = ()
             error: Exception | None = None
             try:
-                outputs = compute_pieces(pieces)
-            except Exception as raised:  # whatever it is, it is these requests' answer; the next batch has its turn
+                outputs = compute_pieces(pieces, alone=parallel == 1)
+            except Exception as raised:  # whatever it is, these requests fail with it and the next batch goes on
                 logger.exception("a batch of %d images failed", count_images(pieces))
                 error = raised
-            batch = Batch(count_images(pieces), queued, time.monotonic() - started, error, parallel)
-            # What is not the engine's business is done by the loop, while the next batch is computed.
-            self._loop.call_soon_threadsafe(self._settle, pieces, outputs, batch)
-            pieces = self._next(finished=1)
+            computed = _Computed(count_images(pieces), queued, time.monotonic() - started, error, parallel)
+            # The rest is done by the event loop while this thread computes the next batch.
+            self._loop.call_soon_threadsafe(self._settle, pieces, outputs, computed)
 
-    def _next(self, finished: int = 0) -> list[Piece]:
-        """Waits for the next batch; empty when closed.
+    def _next(self, number: int) -> tuple[list[Piece], int] | None:
+        """Waits for the next batch of a thread, whose last one is done; None when the batcher is closed.
 
-        Args:
-            finished: Batches that the thread has computed since it asked last. Between them and the next nobody sees an
-                idle engine, which would wake another thread for what this one is about to take.
+        Returns:
+            The batch, and the number of batches that run now, itself included. A second batch runs at the same time
+            only while there is a backlog: one batch on all cores is done sooner than two on half of them each, and what
+            arrives in the meantime makes the next batch larger.
         """
         with self._changed:
-            self._computing -= finished
+            self._running.pop(number, None)
             while True:
                 ready_at = 0.0 if self._closing else self._queue.ready_at(self.max_queue_delay)
                 now = time.monotonic()
-                if self._computing and not self._backlog and not self._closing:
-                    ready_at = None  # the thread that computes will come for it
+                if self._running and not self._queue.backlog and not self._closing:
+                    ready_at = None  # the thread that is computing will take it
                 if ready_at is not None and ready_at <= now and (pieces := self._queue.take(now)):
-                    self._computing += 1
-                    if self._backlog:
-                        self._changed.notify()  # there is something for another thread too
-                    return pieces
+                    self._running[number] = now
+                    if self._queue.backlog:
+                        self._changed.notify()  # there is enough for another thread
+                    return pieces, len(self._running)
                 if self._closing:
-                    return []
-                # Expired requests alone give no batch: wait for their timers, or for others to come.
+                    return None
+                # If only expired requests wait, their timers will remove them.
                 self._changed.wait(ready_at - now if ready_at is not None and ready_at > now else None)
 
     # In the event loop
 
-    def _settle(self, pieces: list[Piece], outputs: Outputs, batch: Batch) -> None:
-        speed = batch.parallel * batch.images / max(batch.seconds, 1e-6)
+    def _settle(self, pieces: list[Piece], outputs: Outputs, computed: _Computed) -> None:
+        speed = computed.parallel * computed.images / max(computed.seconds, 1e-6)
         self._images_per_second += 0.1 * (speed - self._images_per_second)
-        self._observer.on_batch(batch.images, batch.queued_seconds, batch.seconds, batch.error is not None)
-        if batch.error is None:
+        self._observer.on_batch(computed.images, computed.queued_seconds, computed.seconds, computed.error is not None)
+        if computed.error is None:
             for request in hand_out(pieces, outputs):
-                if request.outputs is not None and not request.future.done():
+                if isinstance(request, _Submitted) and request.outputs is not None and not request.future.done():
                     request.future.set_result(request.outputs)
             return
         for request in (piece.request for piece in pieces):
-            if not request.future.done():
+            if isinstance(request, _Submitted) and not request.future.done():
                 self._drop(request)
-                failure = EngineFailed("the computation of a batch with these images failed; the server's log says why")
-                failure.__cause__ = batch.error
+                failure = EngineFailed("the computation of a batch with these images failed; see the server's log")
+                failure.__cause__ = computed.error
                 request.future.set_exception(failure)
 
 
 def _expired(future: "asyncio.Future[Outputs]") -> bool:
     return future.done() and not future.cancelled() and isinstance(future.exception(), DeadlineExpired)
-
-
-def count_images(pieces: Sequence[Piece]) -> int:
-    """Images of all pieces."""
-    return sum(piece.stop - piece.start for piece in pieces)
-
-
-def compute_pieces(pieces: Sequence[Piece]) -> Outputs:
-    """Computes a batch."""
-    parts = [piece.request.images[piece.start : piece.stop] for piece in pieces]
-    return pieces[0].request.compute(parts[0] if len(parts) == 1 else np.concatenate(parts))
-
-
-def hand_out(pieces: Sequence[Piece], outputs: Outputs) -> list[Request]:
-    """Gives each request its rows of a batch; returns the requests that are complete now. Not safe for threads."""
-    complete = []
-    row = 0
-    for piece in pieces:
-        request, count = piece.request, piece.stop - piece.start
-        rows = tuple(output[row : row + count] for output in outputs)
-        row += count
-        if count == len(request.images):
-            request.outputs = rows
-        else:
-            if request.outputs is None:
-                request.outputs = tuple(np.empty((len(request.images), *part.shape[1:]), part.dtype) for part in rows)
-            for whole, new in zip(request.outputs, rows, strict=True):
-                whole[piece.start : piece.stop] = new
-        request.finished += count
-        if request.finished == len(request.images) and not request.dropped:
-            complete.append(request)
-    return complete

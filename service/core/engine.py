@@ -1,10 +1,9 @@
-"""A graph in onnxruntime: providers, threads, warm-up. A batch of images goes in, logits and probabilities come out.
+"""Runs an ONNX graph with onnxruntime: providers, threads, warm-up. A batch goes in, logits and probabilities come out.
 
-Must never know requests, nor where the graph came from.
+Knows neither requests nor where the graph came from.
 """
 
 import logging
-import threading
 from typing import Any, Literal
 
 import numpy as np
@@ -27,15 +26,14 @@ class Engine:
     """Computes one graph on one device.
 
     Args:
-        graph: Bytes of an ONNX file with the contract of the export: input `images`, uint8 [batch, 32, 32, 3]; outputs
-            `logits` and `probabilities`, float32 [batch, classes].
-        device: "cuda" takes CUDA or fails; "auto" takes CUDA where onnxruntime has it and it works, and says in the log
-            what it took.
-        threads: Of the CPU that compute, the callers' own among them. A batch that is alone has all of them; of those
-            that are computed at the same time each but the first has one, so that none waits for another's.
+        graph: Content of an ONNX file with the contract of the export: input `images`, uint8 [batch, 32, 32, 3];
+            outputs `logits` and `probabilities`, float32 [batch, classes].
+        device: "cuda" uses CUDA or fails; "auto" uses CUDA where onnxruntime has it and it works, and logs the choice.
+        threads: Number of intra-op threads. A batch running alone uses all of them; while several batches run at once,
+            each extra batch uses one thread so that batches do not contend.
 
     Raises:
-        StartError: The graph cannot be loaded, breaks the contract, or the device asked for is not there.
+        StartError: The graph cannot be loaded, breaks the contract, or the requested device is not available.
     """
 
     def __init__(self, graph: bytes, device: Device = "auto", threads: int = 1) -> None:
@@ -43,25 +41,22 @@ class Engine:
         self.classes = _check_contract(self._session)
         self.metadata: dict[str, str] = dict(self._session.get_modelmeta().custom_metadata_map)
         self.parallel = threads if self.device == "cpu" else 1
-        """Batches that it pays to compute at once."""
+        """Number of batches worth computing at once."""
         self._single = _session(graph, [CPU], 1) if self.parallel > 1 else self._session
-        self._computing = 0
-        self._lock = threading.Lock()
 
-    def compute(self, images: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Logits and probabilities, each float32 [n, classes], of uint8 images [n, 32, 32, 3]. Safe for threads."""
-        with self._lock:
-            session = self._single if self._computing else self._session
-            self._computing += 1
-        try:
-            logits, probabilities = session.run(OUTPUTS, {"images": images})
-        finally:
-            with self._lock:
-                self._computing -= 1
+    def compute(self, images: NDArray[np.uint8], *, alone: bool) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Logits and probabilities, each float32 [n, classes], of uint8 images [n, 32, 32, 3]. Thread-safe.
+
+        Args:
+            images: The batch.
+            alone: No other batch is being computed now: use all threads.
+        """
+        session = self._session if alone else self._single
+        logits, probabilities = session.run(OUTPUTS, {"images": images})
         return logits, probabilities
 
     def warm_up(self, max_batch_size: int) -> None:
-        """Computes batches of the sizes between 1 and the largest, so that no request pays for first allocations."""
+        """Computes batches of sizes from 1 to the largest, so that no request has to wait for first allocations."""
         sizes = [2**power for power in range(max_batch_size.bit_length()) if 2**power < max_batch_size]
         for session in dict.fromkeys((self._session, self._single)):
             for size in (*sizes, max_batch_size):
@@ -72,7 +67,7 @@ def _open(graph: bytes, device: Device, threads: int) -> tuple[Any, Literal["cpu
     if device != "cpu":
         if CUDA in onnxruntime.get_available_providers():
             session = _session(graph, [CUDA, CPU], threads)
-            # Where CUDA cannot be initialised onnxruntime prints why and goes on with what is left.
+            # If CUDA cannot be initialised, onnxruntime prints the reason and uses the other providers.
             if session.get_providers()[0] == CUDA:
                 return session, "cuda"
             problem = (
@@ -91,14 +86,14 @@ def _session(graph: bytes, providers: list[str], threads: int) -> Any:  # noqa: 
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1  # the graph is a chain
     options.log_severity_level = 3
-    # Between two layers, to be woken would cost the threads more than to spin for a moment; after a batch, threads that
-    # spin take the cores from those that read requests and write answers.
+    # Between two layers it is cheaper for a thread to spin briefly than to sleep and be woken. After a batch, spinning
+    # threads would take CPU time from the threads that read requests and write answers.
     options.add_session_config_entry("session.intra_op.allow_spinning", "1")
     options.add_session_config_entry("session.intra_op.spin_duration_us", "100")
     options.add_session_config_entry("session.force_spinning_stop", "1")
     try:
         session = onnxruntime.InferenceSession(graph, options, providers=providers)
-    except Exception as error:  # onnxruntime's errors have no common class but this
+    except Exception as error:  # onnxruntime's errors share no other base class
         raise StartError(f"onnxruntime cannot load the graph: {' '.join(str(error).split())}") from error
     session.disable_fallback()
     return session
@@ -125,7 +120,8 @@ def _check_contract(session: Any) -> int:  # noqa: ANN401
             raise StartError(f"the graph's outputs are {sorted(outputs)}; '{name}' is missing")
         if output.type != "tensor(float)" or len(output.shape) != 2 or not isinstance(output.shape[1], int):
             raise StartError(
-                f"its output '{name}' is {output.type} {output.shape}; it must be tensor(float) ['batch', classes]"
+                f"the graph's output '{name}' is {output.type} {output.shape}; "
+                "it must be tensor(float) ['batch', classes]"
             )
     if outputs["logits"].shape[1] != outputs["probabilities"].shape[1]:
         raise StartError("the graph's outputs 'logits' and 'probabilities' have different numbers of classes")

@@ -1,8 +1,9 @@
-"""What both protocols share: images, once they are arrays, are computed by the model that is served now.
+"""The one way of images through the server, shared by all transports: admit, decode, compute.
 
-Must never know a protocol's messages.
+Transports call `Inference` and nothing behind it. Knows no protocol's messages.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,15 +11,22 @@ from numpy.typing import NDArray
 
 from cifar_core.images import ImageLimits
 from service.core.batcher import Admission, Batcher
-from service.core.decoding import Decoder
-from service.core.metrics import Metrics
+from service.core.decoding import Decoded, Decoder
+from service.core.metrics import Metrics, Statistics
 from service.core.model_store import Model, ModelStore
 from service.errors import InvalidRequest
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request may hold, and the server at once."""
+    """What one request may hold, and all requests in the server at once.
+
+    Attributes:
+        image: Limits of one encoded image.
+        max_images: Images in one request.
+        max_message_bytes: Bytes of one request.
+        max_queued_images: Images of all requests that the server holds.
+    """
 
     image: ImageLimits
     max_images: int
@@ -28,7 +36,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model computed, one row per image; float32 [n, classes]."""
+    """The outputs of a model, one row per image; float32 [n, classes] each."""
 
     model: Model
     logits: NDArray[np.float32]
@@ -36,34 +44,66 @@ class Answer:
 
 
 class Inference:
-    """The way of images through the server, in the order of the methods: admit, decode, compute."""
+    """Classifies images. A request calls `admit`, then `decode` for image files, then `compute`."""
 
-    def __init__(self, models: ModelStore, batcher: Batcher, decoder: Decoder, limits: Limits, metrics: Metrics) -> None:
-        self.models, self.decoder, self.limits, self.metrics = models, decoder, limits, metrics
-        self._batcher = batcher
+    def __init__(
+        self, models: ModelStore, batcher: Batcher, decoder: Decoder, limits: Limits, metrics: Metrics
+    ) -> None:
+        self.limits = limits
+        self._models, self._batcher, self._decoder, self._metrics = models, batcher, decoder, metrics
+
+    @property
+    def model(self) -> Model:
+        """The model that is served now."""
+        return self._models.current
+
+    @property
+    def max_queue_delay(self) -> float:
+        """Seconds that an idle engine may wait for a batch to fill."""
+        return self._batcher.max_queue_delay
+
+    @property
+    def statistics(self) -> Statistics:
+        """Where the time of the requests to the current model went, in this process."""
+        return self._metrics.statistics
 
     def admit(self, images: int, size: int) -> Admission:
-        """Keeps room for a request's images, `size` bytes, for the length of a `with`.
+        """Reserves space for a request of so many images and `size` bytes, for the length of a `with` block.
 
         Raises:
-            InvalidRequest: There is none, or there are more than a request may hold.
-            Overloaded: The server holds as many as it may.
+            InvalidRequest: The request holds no images, or more than a request may.
+            Overloaded: The server already holds as much as it may.
         """
         if not images:
             raise InvalidRequest("the request holds no images")
         if images > self.limits.max_images:
             raise InvalidRequest(
-                f"the request holds {images} images; at most {self.limits.max_images} are allowed: send several"
+                f"the request holds {images} images; at most {self.limits.max_images} are allowed: "
+                "split it into several requests"
             )
         return self._batcher.admit(images, size)
 
+    async def decode(self, files: Sequence[bytes], client: str, deadline: float | None) -> list[Decoded]:
+        """The pixels of image files, uint8 [32, 32, 3] each, or the reason why a file cannot be read; in order.
+
+        Args:
+            files: Contents of image files.
+            client: Clients take turns, so that one with many large files does not delay the others.
+            deadline: On time.monotonic().
+        """
+        return await self._decoder.decode(files, deadline, client)
+
     async def compute(self, images: NDArray[np.uint8], deadline: float | None) -> Answer:
-        """What one model, the one that is served now, makes of images, uint8 [n, 32, 32, 3].
+        """The outputs of the current model for images, uint8 [n, 32, 32, 3].
 
         Raises:
             DeadlineExpired: The deadline, on time.monotonic(), passed first.
             EngineFailed: The computation failed.
         """
-        model = self.models.current
+        model = self.model
         logits, probabilities = await self._batcher.submit(images, model.engine.compute, deadline)
         return Answer(model, logits, probabilities)
+
+    def count_images(self, classified: int, rejected: int) -> None:
+        """Records how many images of a request were classified and how many could not be read."""
+        self._metrics.on_images(classified, rejected)

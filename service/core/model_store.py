@@ -127,8 +127,8 @@ def _self_test(engine: Engine, classes: tuple[str, ...], version: str) -> None:
         raise StartError(f"the graph is of model version '{inside}', the manifest of '{version}'")
     images = np.random.default_rng(0).integers(0, 256, (3, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
     try:
-        logits, probabilities = engine.compute(images)
-        alone = np.concatenate([engine.compute(images[row : row + 1])[1] for row in range(len(images))])
+        logits, probabilities = engine.compute(images, alone=True)
+        alone = np.concatenate([engine.compute(images[row : row + 1], alone=True)[1] for row in range(len(images))])
     except Exception as error:  # onnxruntime's errors share no other base class
         raise StartError(f"self-test: the graph fails: {_one_line(error)}") from error
     if logits.shape != (len(images), len(classes)) or probabilities.shape != logits.shape:

@@ -1,7 +1,6 @@
-"""Servicer of cifar.v1.ImageClassifier: messages to the rooms behind, and back."""
+"""Servicer of cifar.v1.ImageClassifier: translates its messages to and from `Inference`."""
 
-import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 
 import grpc
 import numpy as np
@@ -12,119 +11,70 @@ from service.core.decoding import Decoded
 from service.core.inference import Inference
 from service.errors import InvalidRequest
 from service.generated.cifar.v1 import image_classifier_pb2 as messages
-from service.generated.cifar.v1 import image_classifier_pb2_grpc as rpc
-from service.rpc.calls import Calls, Context, Failure, abort, deadline_of, peer_of
+from service.rpc.calls import Call, Failure
+from service.rpc.wire import FieldCounter
 
 SERVICE = messages.DESCRIPTOR.services_by_name["ImageClassifier"].full_name
-CLASSIFY, CLASSIFY_STREAM, GET_MODEL = (f"{SERVICE}/{name}" for name in ("Classify", "ClassifyStream", "GetModel"))
-# Requests of one stream whose answers have not been sent; further ones stay in the connection and hold the client back.
-STREAM_WINDOW = 32
+CLASSIFY_STREAM = f"{SERVICE}/ClassifyStream"
+MAX_ID_BYTES = 1024
+
+# Which field of an image is set, and its value.
+_Content = tuple[str | None, bytes]
 
 
-# Which of an image's fields is set, and what it holds.
-Content = tuple[str | None, bytes]
+def field_counter(max_images: int) -> FieldCounter:
+    """The limit on the number of fields of a ClassifyRequest: an image needs two, its own and its content's."""
+    return FieldCounter(messages.ClassifyRequest, 4 * max_images + 64)
 
 
-class ImageClassifier(rpc.ImageClassifierServicer):
+class ImageClassifier:
     """See protos/cifar/v1/image_classifier.proto."""
 
-    def __init__(self, inference: Inference, calls: Calls) -> None:
-        self._inference, self._calls = inference, calls
+    def __init__(self, inference: Inference) -> None:
+        self._inference = inference
 
-    async def Classify(  # noqa: N802 -- the protocol's name, as are those below
-        self, request: messages.ClassifyRequest, context: Context
+    async def Classify(  # noqa: N802 -- the protocol's name, as below
+        self, request: messages.ClassifyRequest, call: Call
     ) -> messages.ClassifyResponse:
         """Classifies the images of one request."""
-        return await self._calls.unary(CLASSIFY, self._classify, request, context)
-
-    async def GetModel(  # noqa: N802
-        self, request: messages.GetModelRequest, context: Context
-    ) -> messages.GetModelResponse:
-        """What is served, and the limits."""
-        return await self._calls.unary(GET_MODEL, self._get_model, request, context)
-
-    async def _classify(self, request: messages.ClassifyRequest, context: Context) -> messages.ClassifyResponse:
-        deadline = deadline_of(context)
+        if len(request.request_id) > MAX_ID_BYTES:
+            raise InvalidRequest(
+                f"request_id has {len(request.request_id)} characters; at most {MAX_ID_BYTES} are allowed"
+            )
         packed = _packed(request.packed_rgb)
-        contents = [_content(image) for image in request.images]
-        size = packed.nbytes + sum(len(data) for _, data in contents)
-        with self._inference.admit(len(contents) + len(packed), size):
-            decoded = await self._read(contents)
+        with self._inference.admit(len(request.images) + len(packed), call.message_bytes):
+            contents = [_content(image) for image in request.images]
+            decoded = await self._decode(contents, call)
             readable = [image for image in decoded if not isinstance(image, ImageRejected)]
             parts = [np.stack(readable)] if readable else []
             if len(packed):
                 parts.append(packed)
             if parts:
                 images = parts[0] if len(parts) == 1 else np.concatenate(parts)
-                answer = await self._inference.compute(images, deadline)
+                answer = await self._inference.compute(images, call.deadline)
                 model, probabilities = answer.model, answer.probabilities
             else:
-                model = self._inference.models.current
+                model = self._inference.model
                 probabilities = np.empty((0, len(model.classes)), np.float32)
         results = _ranked(probabilities, model.classes, request.top_k)
         rejected = len(decoded) - len(readable)
-        self._inference.metrics.on_images(len(results), rejected)
+        self._inference.count_images(len(results), rejected)
         if rejected:
             results = _with_rejections(results, decoded)
         return messages.ClassifyResponse(request_id=request.request_id, results=results, model_version=model.version)
 
     async def ClassifyStream(  # noqa: N802
-        self, request_iterator: AsyncIterator[messages.ClassifyRequest], context: Context
-    ) -> AsyncIterator[messages.ClassifyResponse]:
-        """Answers each request as Classify does, as soon as it can."""
-        answers: asyncio.Queue[messages.ClassifyResponse | None] = asyncio.Queue()
-        window = asyncio.Semaphore(STREAM_WINDOW)
-        reader = asyncio.create_task(self._read_stream(request_iterator, context, peer_of(context), answers, window))
-        try:
-            while (answer := await answers.get()) is not None:
-                yield answer
-                window.release()
-            await reader  # raises what ended it
-        finally:
-            reader.cancel()
-        if self._calls.draining.is_set():
-            await abort(context, Failure(grpc.StatusCode.UNAVAILABLE, "the server is shutting down: ask another"))
+        self, request: messages.ClassifyRequest, call: Call
+    ) -> messages.ClassifyResponse:
+        """Answers one request of a stream; service.rpc.streams reads and writes the stream."""
+        return await self.Classify(request, call)
 
-    async def _read_stream(
-        self,
-        requests: AsyncIterator[messages.ClassifyRequest],
-        context: Context,
-        peer: str,
-        answers: "asyncio.Queue[messages.ClassifyResponse | None]",
-        window: asyncio.Semaphore,
-    ) -> None:
-        async def answer(request: messages.ClassifyRequest) -> None:
-            try:
-                response = await self._calls.answer(CLASSIFY_STREAM, self._classify, request, context, peer)
-            except Failure as failure:
-                error = messages.ImageError(code=failure.code.value[0], message=failure.message)
-                response = messages.ClassifyResponse(request_id=request.request_id, error=error)
-            answers.put_nowait(response)
-
-        async def read(group: asyncio.TaskGroup) -> None:
-            async for request in requests:
-                await window.acquire()
-                group.create_task(answer(request))
-
-        try:
-            async with asyncio.TaskGroup() as group:
-                reading = group.create_task(read(group))
-                draining = asyncio.create_task(self._calls.draining.wait())
-                await asyncio.wait((reading, draining), return_when=asyncio.FIRST_COMPLETED)
-                reading.cancel()
-                draining.cancel()
-        finally:
-            answers.put_nowait(None)
-
-    async def _read(self, contents: Sequence[Content]) -> list[Decoded]:
-        """Each image as pixels, or why not, in order."""
-        files = [data for kind, data in contents if kind == "encoded"]
-        from_files = iter(await self._inference.decoder.decode(files) if files else [])
-        return [next(from_files) if kind == "encoded" else _raw(kind, data) for kind, data in contents]
-
-    async def _get_model(self, request: messages.GetModelRequest, context: Context) -> messages.GetModelResponse:
-        del request, context
-        model, limits = self._inference.models.current, self._inference.limits
+    async def GetModel(  # noqa: N802
+        self, request: messages.GetModelRequest, call: Call
+    ) -> messages.GetModelResponse:
+        """The model that is served, and the limits."""
+        del request, call
+        model, limits = self._inference.model, self._inference.limits
         return messages.GetModelResponse(
             name=model.name,
             version=model.version,
@@ -144,16 +94,29 @@ class ImageClassifier(rpc.ImageClassifierServicer):
             ),
         )
 
+    async def _decode(self, contents: Sequence[_Content], call: Call) -> list[Decoded]:
+        """The pixels of each image, or the reason why it cannot be read, in order."""
+        files = [data for kind, data in contents if kind == "encoded"]
+        from_files = iter(await self._inference.decode(files, call.connection, call.deadline))
+        return [next(from_files) if kind == "encoded" else _raw(kind, data) for kind, data in contents]
+
+
+def stream_failure(request: messages.ClassifyRequest | None, failure: Failure) -> messages.ClassifyResponse:
+    """The response in a stream to a request that failed as a whole; `request` is None if it could not be parsed."""
+    error = messages.ImageError(code=failure.code.value[0], message=failure.message)
+    request_id = request.request_id[:MAX_ID_BYTES] if request is not None else ""
+    return messages.ClassifyResponse(request_id=request_id, error=error)
+
 
 def _packed(data: bytes) -> NDArray[np.uint8]:
     try:
         return packed_images(data)
-    except ImageRejected as rejection:  # where one of them ends is not known, so none can be answered
+    except ImageRejected as rejection:  # where an image begins is not known, so none can be answered
         raise InvalidRequest(str(rejection)) from rejection
 
 
-def _content(image: messages.Image) -> Content:
-    # Each access to a field of bytes copies it: once is enough.
+def _content(image: messages.Image) -> _Content:
+    # Every access to a bytes field copies it, so each is read once.
     kind = image.WhichOneof("content")
     return kind, b"" if kind is None else getattr(image, kind)
 
@@ -168,7 +131,7 @@ def _raw(kind: str | None, data: bytes) -> Decoded:
 
 
 def _ranked(probabilities: NDArray[np.float32], classes: Sequence[str], top_k: int) -> list[messages.ImageResult]:
-    """One result per row, the classes by falling probability, of equal ones the lower index first."""
+    """A result per row: the classes by falling probability; of equal ones the lower index first."""
     results = []
     for row in probabilities.tolist():
         result = messages.ImageResult()
@@ -180,7 +143,7 @@ def _ranked(probabilities: NDArray[np.float32], classes: Sequence[str], top_k: i
 
 
 def _with_rejections(results: list[messages.ImageResult], decoded: Sequence[Decoded]) -> list[messages.ImageResult]:
-    """The results in the order of the request: those of the files and raw images, then of the packed ones."""
+    """The results in the order of the request: those of `images`, then those of `packed_rgb`."""
     remaining = iter(results)
     ordered = []
     for image in decoded:

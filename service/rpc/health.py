@@ -1,43 +1,81 @@
-"""The standard health service, whose Watch streams end when the server does instead of holding it up."""
+"""The standard health service. Its Watch streams end with the server instead of holding it up."""
 
 import asyncio
-from typing import Any
 
-from grpc_health.v1 import health, health_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-_LAST_WORD_SECONDS = 0.05
+from service.errors import NotFound, quoted
+from service.rpc.calls import Call
+from service.rpc.receiving import Context
+
+SERVICE = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 
 
-class Health(health.aio.HealthServicer):
-    """Status of the server as a whole (the empty name) and of each service by name."""
+class Health(health_pb2_grpc.HealthServicer):
+    """One status for the server as a whole (the empty name) and for each service by name.
+
+    The servicer of grpc_health writes to a watching client while it holds a lock: a client that does not read would
+    block every later change of status.
+
+    Args:
+        services: Full names of the services.
+    """
 
     def __init__(self, services: tuple[str, ...]) -> None:
-        super().__init__()
-        self._services = services
-        self._ending = asyncio.Event()
-        self._watches = 0
+        self._services = frozenset(("", *services))
+        self._serving = False
+        self._watching: set[asyncio.Event] = set()
+        self._ended = False
 
-    async def serving(self) -> None:
-        """Everything is ready."""
-        for service in ("", *self._services):
-            await self.set(service, health_pb2.HealthCheckResponse.SERVING)
+    def set_serving(self, serving: bool) -> None:
+        """Changes the status and informs those who watch."""
+        self._serving = serving
+        self._wake()
 
-    async def Watch(self, request: health_pb2.HealthCheckRequest, context: Any) -> None:  # noqa: N802, ANN401
-        """Sends the status, and again whenever it changes, until the client or the server ends it."""
-        self._watches += 1
-        watching = asyncio.ensure_future(super().Watch(request, context))
-        ending = asyncio.ensure_future(self._ending.wait())
+    def end_watches(self) -> None:
+        """Ends all Watch streams, after they have sent the present status."""
+        self._ended = True
+        self._wake()
+
+    def _wake(self) -> None:
+        for changed in self._watching:
+            changed.set()
+
+    async def Check(  # noqa: N802 -- the protocol's name; `Calls` passes a Call
+        self, request: health_pb2.HealthCheckRequest, call: Call
+    ) -> health_pb2.HealthCheckResponse:
+        """The status of a service.
+
+        Raises:
+            NotFound: There is no such service.
+        """
+        del call
+        if request.service not in self._services:
+            raise NotFound(f"there is no service {quoted(request.service)}")
+        return self._serving_status(request.service)
+
+    def _serving_status(self, service: str) -> health_pb2.HealthCheckResponse:
+        if service not in self._services:
+            return health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVICE_UNKNOWN)
+        if self._serving:
+            return health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVING)
+        return health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.NOT_SERVING)
+
+    async def watch(self, request: health_pb2.HealthCheckRequest, context: Context) -> None:
+        """Sends the status of a service, and again whenever it changes, until the client or the server ends it."""
+        changed = asyncio.Event()
+        self._watching.add(changed)
+        sent: health_pb2.HealthCheckResponse | None = None
         try:
-            await asyncio.wait((watching, ending), return_when=asyncio.FIRST_COMPLETED)
-            if watching.done():
-                await watching
+            while True:
+                changed.clear()
+                status = self._serving_status(request.service)
+                if status != sent:
+                    await context.write(status)
+                    sent = status
+                elif self._ended:
+                    return
+                else:
+                    await changed.wait()
         finally:
-            watching.cancel()
-            ending.cancel()
-            self._watches -= 1
-
-    async def end_watches(self) -> None:
-        """Ends all streams, after those who watch could be told of the last change."""
-        if self._watches:
-            await asyncio.sleep(_LAST_WORD_SECONDS)
-        self._ending.set()
+            self._watching.discard(changed)

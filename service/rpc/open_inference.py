@@ -1,13 +1,14 @@
-"""Servicer of the Open Inference Protocol: tensors to the rooms behind, and back.
+"""Servicer of the Open Inference Protocol: translates its tensors to and from `Inference`.
 
-The model's name is fixed and its version is the export's; the tensors are those of the ONNX graph. What the Triton
-Inference Server adds is spoken where its clients and load generators rely on it: configuration, statistics, the
-"classification" of an output and the "timeout" of a request.
+The model's name is fixed and its version is the export's; the tensors are those of the ONNX graph. The Triton Inference
+Server adds to the protocol. The parts that its clients and load generators use are implemented: configuration,
+statistics, the "classification" of an output and the "timeout" of a request.
 """
 
+import asyncio
 import struct
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,92 +17,65 @@ from cifar_core.images import IMAGE_BYTES, IMAGE_SIZE
 from service.core.inference import Answer, Inference
 from service.core.metrics import Duration
 from service.core.model_store import Model
-from service.errors import InvalidRequest, NotFound, Unsupported
+from service.errors import InvalidRequest, NotFound, Unsupported, quoted
 from service.generated.inference import open_inference_pb2 as messages
-from service.generated.inference import open_inference_pb2_grpc as rpc
-from service.rpc.calls import Calls, Context, deadline_of
+from service.rpc.calls import Call
+from service.rpc.classify import MAX_ID_BYTES
+from service.rpc.wire import FieldCounter
 
 SERVICE = messages.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
 SERVER_NAME = "cifar-classifier"
-EXTENSIONS = ("classification", "model_configuration", "schedule_policy", "statistics")
+EXTENSIONS = ("classification", "model_configuration", "statistics")
 PLATFORM = "onnxruntime_onnx"
 INPUT = "images"
 OUTPUTS = ("logits", "probabilities")
+_VALUES_AT_ONCE = 16 * IMAGE_BYTES
 
 Parameters = Mapping[str, messages.InferParameter]
 
 
-class OpenInference(rpc.GRPCInferenceServiceServicer):
-    """See protos/inference/open_inference.proto."""
+ANSWERED_WHILE_DRAINING = frozenset({"ServerLive", "ServerReady", "ModelReady"})
 
-    def __init__(self, inference: Inference, calls: Calls, server_version: str, max_queue_delay_ms: float) -> None:
-        self._inference, self._calls = inference, calls
-        self._server_version, self._max_queue_delay_ms = server_version, max_queue_delay_ms
 
-    async def ServerLive(  # noqa: N802 -- the protocol's names
-        self, request: messages.ServerLiveRequest, context: Context
+def field_counter(max_images: int) -> FieldCounter:
+    """The limit on the number of fields of a ModelInferRequest, without the pixels in `uint_contents`."""
+    pixels = messages.InferTensorContents.DESCRIPTOR.fields_by_name["uint_contents"].full_name
+    return FieldCounter(messages.ModelInferRequest, 4 * max_images + 64, frozenset({pixels}))
+
+
+class OpenInference:
+    """See protos/inference/open_inference.proto.
+
+    Args:
+        inference: Answers the requests.
+        draining: Whether the server stops.
+        server_version: Of this package.
+    """
+
+    def __init__(self, inference: Inference, draining: Callable[[], bool], server_version: str) -> None:
+        self._inference, self._draining, self._server_version = inference, draining, server_version
+
+    async def ServerLive(  # noqa: N802 -- the protocol's names, as below
+        self, request: messages.ServerLiveRequest, call: Call
     ) -> messages.ServerLiveResponse:
         """Whether the server runs."""
-        return await self._calls.unary(
-            f"{SERVICE}/ServerLive", self._server_live, request, context, while_draining=True
-        )
-
-    async def ServerReady(  # noqa: N802
-        self, request: messages.ServerReadyRequest, context: Context
-    ) -> messages.ServerReadyResponse:
-        """Whether it takes requests; it does not while it stops."""
-        return await self._calls.unary(
-            f"{SERVICE}/ServerReady", self._server_ready, request, context, while_draining=True
-        )
-
-    async def ModelReady(  # noqa: N802
-        self, request: messages.ModelReadyRequest, context: Context
-    ) -> messages.ModelReadyResponse:
-        """Whether a model, by name and version, is served."""
-        return await self._calls.unary(
-            f"{SERVICE}/ModelReady", self._model_ready, request, context, while_draining=True
-        )
-
-    async def ServerMetadata(  # noqa: N802
-        self, request: messages.ServerMetadataRequest, context: Context
-    ) -> messages.ServerMetadataResponse:
-        """What the server is."""
-        return await self._calls.unary(f"{SERVICE}/ServerMetadata", self._server_metadata, request, context)
-
-    async def ModelMetadata(  # noqa: N802
-        self, request: messages.ModelMetadataRequest, context: Context
-    ) -> messages.ModelMetadataResponse:
-        """The model's tensors."""
-        return await self._calls.unary(f"{SERVICE}/ModelMetadata", self._model_metadata, request, context)
-
-    async def ModelConfig(  # noqa: N802
-        self, request: messages.ModelConfigRequest, context: Context
-    ) -> messages.ModelConfigResponse:
-        """The model's configuration in Triton's terms."""
-        return await self._calls.unary(f"{SERVICE}/ModelConfig", self._model_config, request, context)
-
-    async def ModelStatistics(  # noqa: N802
-        self, request: messages.ModelStatisticsRequest, context: Context
-    ) -> messages.ModelStatisticsResponse:
-        """Where requests' time went, since the model was loaded, in this process."""
-        return await self._calls.unary(f"{SERVICE}/ModelStatistics", self._model_statistics, request, context)
+        del request, call
+        return messages.ServerLiveResponse(live=True)
 
     async def ModelInfer(  # noqa: N802
-        self, request: messages.ModelInferRequest, context: Context
+        self, request: messages.ModelInferRequest, call: Call
     ) -> messages.ModelInferResponse:
         """Logits and probabilities of images."""
-        return await self._calls.unary(f"{SERVICE}/ModelInfer", self._model_infer, request, context)
-
-    async def _model_infer(self, request: messages.ModelInferRequest, context: Context) -> messages.ModelInferResponse:
-        statistics = self._inference.metrics.statistics
+        statistics = self._inference.statistics
         started = time.perf_counter()
         try:
             self._model(request.model_name, request.model_version)
-            deadline = _deadline(request.parameters, context)
+            _check_id(request.id)
+            deadline = _deadline(request.parameters, call.deadline)
             shape = _check_input(request)
             requested = _check_outputs(request.outputs)
-            with self._inference.admit(shape[0], shape[0] * IMAGE_BYTES):
-                images = _pixels(request, shape)
+            with self._inference.admit(shape[0], call.message_bytes):
+                images = await _pixels(request, shape)
                 read = time.perf_counter()
                 answer = await self._inference.compute(images, deadline)
             computed = time.perf_counter()
@@ -109,7 +83,7 @@ class OpenInference(rpc.GRPCInferenceServiceServicer):
         except BaseException:
             statistics.failure.add(time.perf_counter() - started)
             raise
-        self._inference.metrics.on_images(shape[0], 0)
+        self._inference.count_images(shape[0], 0)
         ended = time.perf_counter()
         statistics.input.add(read - started)
         statistics.output.add(ended - computed)
@@ -117,41 +91,43 @@ class OpenInference(rpc.GRPCInferenceServiceServicer):
         return response
 
     def _model(self, name: str, version: str) -> Model:
-        model = self._inference.models.current
+        model = self._inference.model
         if name != model.name:
-            raise NotFound(f"there is no model '{name}'; the model is '{model.name}'")
+            raise NotFound(f"there is no model {quoted(name)}; the model is '{model.name}'")
         if version not in ("", model.version):
-            raise NotFound(f"model '{name}' has no version '{version}'; version '{model.version}' is served")
+            raise NotFound(f"model '{name}' has no version {quoted(version)}; version '{model.version}' is served")
         return model
 
-    async def _server_live(self, request: messages.ServerLiveRequest, context: Context) -> messages.ServerLiveResponse:
-        del request, context
-        return messages.ServerLiveResponse(live=True)
-
-    async def _server_ready(
-        self, request: messages.ServerReadyRequest, context: Context
+    async def ServerReady(  # noqa: N802
+        self, request: messages.ServerReadyRequest, call: Call
     ) -> messages.ServerReadyResponse:
-        del request, context
-        return messages.ServerReadyResponse(ready=not self._calls.draining.is_set())
+        """Whether the server accepts requests; it does not while it stops."""
+        del request, call
+        return messages.ServerReadyResponse(ready=not self._draining())
 
-    async def _model_ready(self, request: messages.ModelReadyRequest, context: Context) -> messages.ModelReadyResponse:
-        del context
+    async def ModelReady(  # noqa: N802
+        self, request: messages.ModelReadyRequest, call: Call
+    ) -> messages.ModelReadyResponse:
+        """Whether a model, by name and version, is served."""
+        del call
         try:
             self._model(request.name, request.version)
         except NotFound:
             return messages.ModelReadyResponse(ready=False)
-        return messages.ModelReadyResponse(ready=not self._calls.draining.is_set())
+        return messages.ModelReadyResponse(ready=not self._draining())
 
-    async def _server_metadata(
-        self, request: messages.ServerMetadataRequest, context: Context
+    async def ServerMetadata(  # noqa: N802
+        self, request: messages.ServerMetadataRequest, call: Call
     ) -> messages.ServerMetadataResponse:
-        del request, context
+        """Name, version and extensions of the server."""
+        del request, call
         return messages.ServerMetadataResponse(name=SERVER_NAME, version=self._server_version, extensions=EXTENSIONS)
 
-    async def _model_metadata(
-        self, request: messages.ModelMetadataRequest, context: Context
+    async def ModelMetadata(  # noqa: N802
+        self, request: messages.ModelMetadataRequest, call: Call
     ) -> messages.ModelMetadataResponse:
-        del context
+        """The model's tensors."""
+        del call
         model = self._model(request.name, request.version)
         tensor = messages.ModelMetadataResponse.TensorMetadata
         return messages.ModelMetadataResponse(
@@ -162,10 +138,11 @@ class OpenInference(rpc.GRPCInferenceServiceServicer):
             outputs=[tensor(name=name, datatype="FP32", shape=[-1, len(model.classes)]) for name in OUTPUTS],
         )
 
-    async def _model_config(
-        self, request: messages.ModelConfigRequest, context: Context
+    async def ModelConfig(  # noqa: N802
+        self, request: messages.ModelConfigRequest, call: Call
     ) -> messages.ModelConfigResponse:
-        del context
+        """The model's configuration in Triton's terms."""
+        del call
         model = self._model(request.name, request.version)
         group = messages.ModelInstanceGroup
         kind = group.KIND_GPU if model.engine.device == "cuda" else group.KIND_CPU
@@ -181,18 +158,19 @@ class OpenInference(rpc.GRPCInferenceServiceServicer):
             ],
             instance_group=[group(name=f"{model.name}_0", count=1, kind=kind)],
             dynamic_batching=messages.ModelDynamicBatching(
-                max_queue_delay_microseconds=int(self._max_queue_delay_ms * 1000)
+                max_queue_delay_microseconds=int(self._inference.max_queue_delay * 1e6)
             ),
             parameters={"variant": messages.ModelParameter(string_value=model.variant)},
         )
         return messages.ModelConfigResponse(config=config)
 
-    async def _model_statistics(
-        self, request: messages.ModelStatisticsRequest, context: Context
+    async def ModelStatistics(  # noqa: N802
+        self, request: messages.ModelStatisticsRequest, call: Call
     ) -> messages.ModelStatisticsResponse:
-        del context
-        model = self._model(request.name or self._inference.models.current.name, request.version)
-        statistics = self._inference.metrics.statistics
+        """Where the time of requests went, since the model was loaded, in this process."""
+        del call
+        model = self._model(request.name or self._inference.model.name, request.version)
+        statistics = self._inference.statistics
         return messages.ModelStatisticsResponse(
             model_stats=[
                 messages.ModelStatistics(
@@ -218,16 +196,20 @@ class OpenInference(rpc.GRPCInferenceServiceServicer):
         )
 
 
+def _check_id(request_id: str) -> None:
+    if len(request_id) > MAX_ID_BYTES:
+        raise InvalidRequest(f"id has {len(request_id)} characters; at most {MAX_ID_BYTES} are allowed")
+
+
 def _duration(duration: Duration) -> messages.StatisticDuration:
     return messages.StatisticDuration(count=duration.count, ns=duration.nanoseconds)
 
 
-def _deadline(parameters: Parameters, context: Context) -> float | None:
+def _deadline(parameters: Parameters, deadline: float | None) -> float | None:
     """The earlier of the call's deadline and the parameter `timeout`. Sequences are refused, the rest is ignored."""
     sequence = parameters.get("sequence_id")
     if sequence is not None and (sequence.int64_param or sequence.uint64_param or sequence.string_param):
         raise Unsupported("the model keeps no state between requests: send no sequence_id")
-    deadline = deadline_of(context)
     timeout = parameters.get("timeout")
     if timeout is None:
         return deadline
@@ -236,7 +218,7 @@ def _deadline(parameters: Parameters, context: Context) -> float | None:
     microseconds = timeout.int64_param or timeout.uint64_param
     if microseconds < 0:
         raise InvalidRequest(f"parameter 'timeout' is {microseconds} microseconds; it must not be negative")
-    if microseconds == 0:  # Triton's clients send it for "none"
+    if microseconds == 0:  # Triton's clients send 0 for no timeout
         return deadline
     own = time.monotonic() + microseconds / 1e6
     return own if deadline is None else min(own, deadline)
@@ -244,27 +226,29 @@ def _deadline(parameters: Parameters, context: Context) -> float | None:
 
 def _check_input(request: messages.ModelInferRequest) -> tuple[int, int, int, int]:
     """The shape of the one input that the model takes."""
-    names = [tensor.name for tensor in request.inputs]
-    if names != [INPUT]:
-        raise InvalidRequest(f"the inputs are {names}; there must be one, '{INPUT}'")
+    if len(request.inputs) != 1 or request.inputs[0].name != INPUT:
+        names = ", ".join(quoted(tensor.name) for tensor in request.inputs[:3])
+        raise InvalidRequest(f"there are {len(request.inputs)} inputs ({names}); there must be one, '{INPUT}'")
     tensor = request.inputs[0]
     if tensor.datatype != "UINT8":
-        raise InvalidRequest(f"input '{INPUT}' is of type '{tensor.datatype}'; it must be UINT8")
+        raise InvalidRequest(f"input '{INPUT}' is of type {quoted(tensor.datatype)}; it must be UINT8")
     shape = tuple(tensor.shape)
     if len(shape) != 4 or shape[1:] != (IMAGE_SIZE, IMAGE_SIZE, 3) or shape[0] < 0:
         raise InvalidRequest(
-            f"input '{INPUT}' has shape {list(shape)}; it must be [n, {IMAGE_SIZE}, {IMAGE_SIZE}, 3], channels last"
+            f"input '{INPUT}' has shape {list(shape[:8])}; it must be [n, {IMAGE_SIZE}, {IMAGE_SIZE}, 3], channels last"
         )
     if any(name.startswith("shared_memory") for name in tensor.parameters):
         raise Unsupported("shared memory is not supported: send the elements in raw_input_contents")
     return shape[0], IMAGE_SIZE, IMAGE_SIZE, 3
 
 
-def _pixels(request: messages.ModelInferRequest, shape: tuple[int, int, int, int]) -> NDArray[np.uint8]:
+async def _pixels(request: messages.ModelInferRequest, shape: tuple[int, int, int, int]) -> NDArray[np.uint8]:
     size = shape[0] * IMAGE_BYTES
     if len(request.raw_input_contents) > 1:
         raise InvalidRequest(f"there are {len(request.raw_input_contents)} raw_input_contents for one input")
     if request.raw_input_contents:
+        if request.inputs[0].HasField("contents"):
+            raise InvalidRequest(f"input '{INPUT}' has both contents and raw_input_contents: send one of them")
         raw = request.raw_input_contents[0]
         if len(raw) != size:
             raise InvalidRequest(f"raw_input_contents holds {len(raw)} bytes; shape {list(shape)} needs {size}")
@@ -275,7 +259,12 @@ def _pixels(request: messages.ModelInferRequest, shape: tuple[int, int, int, int
             f"input '{INPUT}' holds {len(values)} elements in uint_contents; shape {list(shape)} needs {size}, "
             "there or as bytes in raw_input_contents"
         )
-    array = np.array(values, np.uint32)
+    # Millions of Python numbers: in parts and in a thread, so that other requests go on.
+    parts = [
+        await asyncio.to_thread(np.array, values[start : start + _VALUES_AT_ONCE], np.uint32)
+        for start in range(0, size, _VALUES_AT_ONCE)
+    ]
+    array = np.concatenate(parts) if parts else np.empty(0, np.uint32)
     if array.max(initial=0) > 255:
         raise InvalidRequest(f"uint_contents of input '{INPUT}' holds {array.max()}; UINT8 ends at 255")
     return array.astype(np.uint8).reshape(shape)
@@ -284,15 +273,15 @@ def _pixels(request: messages.ModelInferRequest, shape: tuple[int, int, int, int
 def _check_outputs(
     requested: Sequence[messages.ModelInferRequest.InferRequestedOutputTensor],
 ) -> list[tuple[str, int]]:
-    """The outputs to give, each with its number of classes, 0 for the plain tensor."""
+    """The requested outputs, each with its number of classes; 0 for the plain tensor."""
     chosen: list[tuple[str, int]] = []
     for output in requested:
         if output.name not in OUTPUTS:
-            raise InvalidRequest(f"there is no output '{output.name}'; the outputs are {', '.join(OUTPUTS)}")
+            raise InvalidRequest(f"there is no output {quoted(output.name)}; the outputs are {', '.join(OUTPUTS)}")
         if output.name in (name for name, _ in chosen):
-            raise InvalidRequest(f"output '{output.name}' is asked for twice")
+            raise InvalidRequest(f"output '{output.name}' is requested twice")
         if any(name.startswith("shared_memory") for name in output.parameters):
-            raise Unsupported("shared memory is not supported: leave it out, and outputs come in raw_output_contents")
+            raise Unsupported("shared memory is not supported: without it, outputs come in raw_output_contents")
         count = output.parameters["classification"].int64_param if "classification" in output.parameters else 0
         if count < 0:
             raise InvalidRequest(f"'classification' of output '{output.name}' is {count}; it must not be negative")
@@ -303,7 +292,7 @@ def _check_outputs(
 def _response(
     request: messages.ModelInferRequest, requested: list[tuple[str, int]], answer: Answer
 ) -> messages.ModelInferResponse:
-    """Elements go back as they came: as bytes where the request had raw_input_contents, else by type."""
+    """The answer, in the form of the request: bytes if it had raw_input_contents, typed contents otherwise."""
     raw = bool(request.raw_input_contents)
     response = messages.ModelInferResponse(
         model_name=answer.model.name, model_version=answer.model.version, id=request.id
@@ -328,7 +317,7 @@ def _response(
 
 
 def _classification(values: NDArray[np.float32], classes: Sequence[str], count: int) -> list[bytes]:
-    """Triton's form of the greatest values of each row: "value:index:label"."""
+    """The largest values of each row in Triton's form, "value:index:label"."""
     order = np.argsort(-values, axis=1, kind="stable")[:, :count]
     return [
         f"{values[row, index]:f}:{index}:{classes[index]}".encode()

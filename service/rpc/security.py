@@ -7,7 +7,6 @@ import asyncio
 import contextlib
 import hashlib
 import hmac
-import inspect
 import logging
 import ssl
 from collections import defaultdict
@@ -242,46 +241,27 @@ class TokenInterceptor(grpc.aio.ServerInterceptor):
         return self._ended_on_revocation(await continuation(details), digest)
 
     def _ended_on_revocation(self, handler: Handler, digest: bytes) -> Handler:
-        if handler is None:
-            return None
-        make: Any
-        if handler.request_streaming and handler.response_streaming:
-            make, behaviour = grpc.stream_stream_rpc_method_handler, _writing(handler.stream_stream)
-        elif handler.response_streaming:
-            make, behaviour = grpc.unary_stream_rpc_method_handler, _writing(handler.unary_stream)
-        elif handler.request_streaming:
-            make, behaviour = grpc.stream_unary_rpc_method_handler, handler.stream_unary
-        else:
+        # A unary call that was admitted is answered; service.rpc.calls registers it as one with a stream of requests.
+        if handler is None or not handler.response_streaming or handler.stream_stream is None:
             return handler
+        behaviour: Behaviour = handler.stream_stream
 
-        async def guarded(request: object, context: Context) -> object:
+        async def guarded(requests: object, context: Context) -> None:
             with self._tokens.running(digest) as call:
                 try:
-                    return await behaviour(request, context)
+                    await behaviour(requests, context)
                 except asyncio.CancelledError:
                     if not call.revoked:
                         raise
-            return await _end_revoked(context)
+                else:
+                    return
+            await _end_revoked(context)
 
-        return make(
+        return grpc.stream_stream_rpc_method_handler(
             guarded,
             request_deserializer=handler.request_deserializer,
             response_serializer=handler.response_serializer,
         )
-
-
-def _writing(behaviour: Behaviour | None) -> Behaviour | None:
-    """A method with a response stream as a coroutine that writes it; such methods may be written in either form."""
-    if behaviour is None or inspect.iscoroutinefunction(behaviour):
-        return behaviour
-    generate = behaviour
-
-    async def write(request: object, context: Context) -> None:
-        async with contextlib.aclosing(generate(request, context)) as responses:
-            async for response in responses:
-                await context.write(response)
-
-    return write
 
 
 async def _refuse(_requests: object, context: Context) -> None:

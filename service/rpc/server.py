@@ -1,4 +1,4 @@
-"""Puts the rooms together: start, drain, stop."""
+"""Assembles the server of one process: start, drain, stop."""
 
 import asyncio
 import contextlib
@@ -8,28 +8,30 @@ import logging
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 
 import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
-from prometheus_client import start_http_server
+from grpc_health.v1 import health_pb2_grpc
+from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from cifar_core.images import ImageLimits
-from service import ports
+from service import metrics_http, ports
 from service.core.batcher import Batcher
 from service.core.decoding import Decoder
 from service.core.inference import Inference, Limits
+from service.core.memory import trim_regularly
 from service.core.metrics import Metrics, Processes
 from service.core.model_store import Model, ModelStore
 from service.errors import StartError
 from service.generated.cifar.v1 import image_classifier_pb2, image_classifier_pb2_grpc
 from service.generated.inference import open_inference_pb2, open_inference_pb2_grpc
-from service.rpc import classify, open_inference
-from service.rpc.calls import Calls, Registrar
+from service.rpc import classify, health, open_inference, streams
+from service.rpc.calls import Calls
 from service.rpc.classify import ImageClassifier
+from service.rpc.connections import Connections
 from service.rpc.health import Health
 from service.rpc.open_inference import OpenInference
+from service.rpc.receiving import Receiver
 from service.rpc.security import Certificates, TokenInterceptor, Tokens
 from service.settings import Settings
 
@@ -43,20 +45,26 @@ METHODS = frozenset(
     )
     for method in service.methods
 )
-# After the last answer was given to gRPC: to be sent.
-_STOP_SECONDS = 1.0
-# For clients to be told that this connection takes no more calls.
-_GOAWAY_SECONDS = 0.02
+# Of the slots for receiving messages, what one connection may use.
+_SLOTS_PER_CONNECTION = 8
+_MAX_WAITING_TO_BE_RECEIVED = 1024
+# For gRPC to close its connections once every answer has been sent.
+_CLOSE_SECONDS = 1.0
 _GAUGE_SECONDS = 0.2
+_WATCHDOG_SECONDS = 0.5
+STUCK_EXIT_CODE = 70  # EX_SOFTWARE of sysexits.h
 
 
-def run(settings: Settings, *, shares_port: bool = False, on_ready: Callable[[], None] = lambda: None) -> int:
-    """Serves until SIGTERM or SIGINT; returns the exit code.
+def run(
+    settings: Settings, *, shares_port: bool = False, on_ready: Callable[[Callable[[], bool]], None] = lambda _: None
+) -> int:
+    """Serves until SIGTERM or SIGINT. Ends the process with exit code 0, or returns the code if it never served.
 
     Args:
         settings: All options.
         shares_port: Other processes listen on the same port.
-        on_ready: Called when requests are answered.
+        on_ready: Called in the event loop when requests are answered, with a function that says whether the engine is
+            healthy.
 
     Raises:
         StartError: The server cannot start.
@@ -64,43 +72,48 @@ def run(settings: Settings, *, shares_port: bool = False, on_ready: Callable[[],
     return asyncio.run(_run(settings, shares_port, on_ready))
 
 
-async def _run(settings: Settings, shares_port: bool, on_ready: Callable[[], None]) -> int:
+async def _run(settings: Settings, shares_port: bool, on_ready: Callable[[Callable[[], bool]], None]) -> int:
     started = time.perf_counter()
     if not shares_port:
         ports.check_free(settings.host, settings.port)
     metrics = Metrics()
-    models = _models(settings, metrics)
-    calls = Calls(metrics)
     async with contextlib.AsyncExitStack() as stack:
-        inference = await stack.enter_async_context(_inference(settings, models, metrics))
+        # Its processes start while the model is loaded.
+        decoder = Decoder(
+            settings.decoder_processes,
+            ImageLimits(settings.max_image_bytes, settings.max_image_pixels),
+            settings.max_decode_seconds,
+            on_ended=metrics.on_decoder_ended,
+        )
+        stack.callback(decoder.close)
+        models = _model_store(settings, metrics)
+        batcher = _batcher(settings, models, metrics)
+        inference = Inference(models, batcher, decoder, _limits(settings), metrics)
+        calls = Calls(metrics, _receiver(settings, metrics), Connections())
         tokens = Tokens(settings.token_file) if settings.token_file else None
-        server = _server(settings, metrics, tokens, shares_port)
-        registrar = Registrar(server)
-        health = Health((classify.SERVICE, open_inference.SERVICE))
-        version = importlib.metadata.version("cifar-classifier")
-        image_classifier_pb2_grpc.add_ImageClassifierServicer_to_server(  # type: ignore[no-untyped-call]
-            ImageClassifier(inference, calls), registrar
-        )
-        open_inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(  # type: ignore[no-untyped-call]
-            OpenInference(inference, calls, version, settings.max_queue_delay_ms), registrar
-        )
-        health_pb2_grpc.add_HealthServicer_to_server(health, server)
-        health_service = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
-        reflection.enable_server_reflection(
-            (classify.SERVICE, open_inference.SERVICE, health_service, reflection.SERVICE_NAME), server
-        )
         certificates = _certificates(settings)
+        server = _server(settings, metrics, tokens, shares_port)
+        statuses = Health((classify.SERVICE, open_inference.SERVICE))
+        _register(server, calls, inference, statuses)
         port = _listen(server, settings, certificates)
-        _show_metrics(settings, metrics)
-        stopping = _handle_signals(models)
-        watches = [asyncio.create_task(models.watch())]
-        if tokens:
-            watches.append(asyncio.create_task(tokens.watch()))
-        if certificates:
-            watches.append(asyncio.create_task(certificates.watch()))
+        metrics.registry.register(Processes(lambda: {"server": os.getpid()}))
+        await stack.enter_async_context(
+            metrics_http.show(metrics.registry, settings.metrics_host, settings.metrics_port)
+        )
+        lifecycle = _Lifecycle(batcher, settings.max_batch_seconds)
+        lifecycle.handle_signals(models)
+        watches = [tokens.watch()] if tokens else []
+        watches += [certificates.watch()] if certificates else []
+        watches += [
+            models.watch(),
+            lifecycle.watch_engine(),
+            _update_gauges(metrics, batcher),
+            trim_regularly(lambda: calls.in_flight > 0),
+        ]
+        tasks = [asyncio.create_task(watch) for watch in watches]
         await server.start()
-        _spare_the_collector()
-        await health.serving()
+        freeze_gc()
+        statuses.set_serving(True)
         model = models.current
         logger.info(
             "serving %s (%s) on %s with %d threads at %s, %s",
@@ -108,35 +121,92 @@ async def _run(settings: Settings, shares_port: bool, on_ready: Callable[[], Non
             ports.address(settings.host, port), "TLS" if settings.tls_cert else "plaintext",
             extra={"start_seconds": round(time.perf_counter() - started, 3), "port": port},
         )  # fmt: skip
-        on_ready()
+        on_ready(lifecycle.healthy)
 
-        await stopping.wait()
-        logger.info("stopping: requests in flight have %g s", settings.grace)
-        for watch in watches:
-            watch.cancel()
-        await health.enter_graceful_shutdown()
+        await lifecycle.stopping.wait()
+        logger.info("stopping: accepted requests have %g s to finish", settings.grace)
+        statuses.set_serving(False)
         left = await calls.drain(settings.grace)
-        await health.end_watches()
-        ending = asyncio.create_task(server.stop(0 if left else _STOP_SECONDS))
-        await asyncio.sleep(_GOAWAY_SECONDS)
-        calls.release()
-        await ending
-    if left:
-        logger.error("stopped with %d requests unanswered after %g s", left, settings.grace)
+        if left:
+            logger.error("stopped with %d requests unanswered after %g s", left, settings.grace)
+        else:
+            await calls.hold_new_calls()
+        statuses.end_watches()
+        await _close(server, calls, at_once=left > 0)
+        for task in tasks:
+            task.cancel()
     logger.info("stopped", extra={"answered": calls.answered, "unanswered": left})
-    return 0
+    # Threads may still compute or load a model, and would keep the interpreter from ending.
+    logging.shutdown()
+    os._exit(lifecycle.exit_code)
 
 
-def _spare_the_collector() -> None:
-    """What is there at the start stays: the garbage collector need not look through it again and again.
+async def _close(server: grpc.aio.Server, calls: Calls, *, at_once: bool) -> None:
+    """Closes all connections. Clients learn that theirs takes no more calls before their held calls are refused."""
+    closing = asyncio.create_task(server.stop(0 if at_once else _CLOSE_SECONDS))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    calls.refuse_held_calls()
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(2 * _CLOSE_SECONDS):
+            await closing
 
-    While it looks no thread runs Python, and the slowest requests show it (docs/performance.md).
+
+def freeze_gc() -> None:
+    """Exempts all objects that exist now from garbage collection, which would otherwise scan them again and again.
+
+    While it scans no thread runs Python code, which shows in the slowest requests (docs/performance.md).
     """
     gc.collect()
     gc.freeze()
 
 
-def _models(settings: Settings, metrics: Metrics) -> ModelStore:
+class _Lifecycle:
+    """When the process stops, and with which exit code."""
+
+    def __init__(self, batcher: Batcher, max_batch_seconds: float) -> None:
+        self.stopping = asyncio.Event()
+        self.exit_code = 0
+        self._batcher, self._max_batch_seconds = batcher, max_batch_seconds
+
+    def healthy(self) -> bool:
+        """Whether no batch has been computing for too long."""
+        return self._batcher.running_seconds() <= self._max_batch_seconds
+
+    async def watch_engine(self) -> None:
+        """Stops the process when a batch has been computing for too long: nothing else ends such a computation."""
+        while self.healthy():
+            await asyncio.sleep(_WATCHDOG_SECONDS)
+        logger.critical(
+            "a batch has been computing for more than %g s (--max-batch-seconds): the process ends, to be replaced",
+            self._max_batch_seconds,
+        )
+        self.exit_code = STUCK_EXIT_CODE
+        self.stopping.set()
+
+    def handle_signals(self, models: ModelStore) -> None:
+        """The first SIGTERM or SIGINT stops the server, the second ends the process; SIGHUP reloads the model."""
+        loop = asyncio.get_running_loop()
+
+        def stop(number: int) -> None:
+            if self.stopping.is_set():
+                # Not the default action of the signal: the kernel ignores that for process 1 of a container.
+                os._exit(128 + number)
+            self.stopping.set()
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop, number)
+        reloads: set[asyncio.Task[bool]] = set()
+
+        def reload() -> None:
+            task = asyncio.create_task(models.reload())
+            reloads.add(task)  # the event loop keeps only weak references to tasks
+            task.add_done_callback(reloads.discard)
+
+        loop.add_signal_handler(signal.SIGHUP, reload)
+
+
+def _model_store(settings: Settings, metrics: Metrics) -> ModelStore:
     def on_reload(model: Model | None) -> None:
         metrics.on_reload(model is not None)
         if model is not None:
@@ -155,16 +225,17 @@ def _models(settings: Settings, metrics: Metrics) -> ModelStore:
     return models
 
 
-@contextlib.asynccontextmanager
-async def _inference(settings: Settings, models: ModelStore, metrics: Metrics) -> AsyncIterator[Inference]:
-    limits = Limits(
+def _limits(settings: Settings) -> Limits:
+    return Limits(
         ImageLimits(settings.max_image_bytes, settings.max_image_pixels),
         settings.max_images,
         settings.max_message_bytes,
         settings.max_queued_images,
     )
-    decoder = Decoder(settings.decoder_threads, limits.image)
-    batcher = Batcher(
+
+
+def _batcher(settings: Settings, models: ModelStore, metrics: Metrics) -> Batcher:
+    return Batcher(
         max_batch_size=settings.max_batch_size,
         max_queue_delay=settings.max_queue_delay_ms / 1000,
         max_images=settings.max_queued_images,
@@ -173,24 +244,28 @@ async def _inference(settings: Settings, models: ModelStore, metrics: Metrics) -
         threads=models.current.engine.parallel,
     )
 
-    async def show_depth() -> None:
-        while True:
-            metrics.waiting.set(batcher.waiting_images)
-            metrics.admitted.set(batcher.admitted_images)
-            await asyncio.sleep(_GAUGE_SECONDS)
 
-    showing = asyncio.create_task(show_depth())
-    try:
-        yield Inference(models, batcher, decoder, limits, metrics)
-    finally:
-        showing.cancel()
-        decoder.close()
-        await batcher.close()
+def _receiver(settings: Settings, metrics: Metrics) -> Receiver:
+    slots = settings.receiving_slots
+    return Receiver(
+        slots=slots,
+        per_connection=min(slots, _SLOTS_PER_CONNECTION),
+        max_waiting=_MAX_WAITING_TO_BE_RECEIVED,
+        seconds=settings.receive_timeout,
+        on_timeout=metrics.on_receive_timeout,
+    )
+
+
+async def _update_gauges(metrics: Metrics, batcher: Batcher) -> None:
+    while True:
+        metrics.waiting.set(batcher.waiting_images)
+        metrics.admitted.set(batcher.admitted_images)
+        await asyncio.sleep(_GAUGE_SECONDS)
 
 
 def _server(settings: Settings, metrics: Metrics, tokens: Tokens | None, shares_port: bool) -> grpc.aio.Server:
     def on_refused(method: str) -> None:
-        # A method of a stranger's own invention must not become a label of ours.
+        # Names of methods that do not exist must not become labels of the metrics.
         name = method.strip("/")
         metrics.on_request(name if name in METHODS else "other", grpc.StatusCode.UNAUTHENTICATED.name, 0.0)
 
@@ -201,12 +276,63 @@ def _server(settings: Settings, metrics: Metrics, tokens: Tokens | None, shares_
             ("grpc.so_reuseport", int(shares_port)),
             ("grpc.max_receive_message_length", settings.max_message_bytes),
             ("grpc.max_send_message_length", -1),
-            # Connections whose other end has vanished are found and freed; clients may look for us as often.
+            ("grpc.max_concurrent_streams", settings.max_concurrent_streams),
+            ("grpc.max_allowed_incoming_connections", settings.max_connections),
+            ("grpc.max_connection_age_ms", int(settings.max_connection_age * 1000)),
+            ("grpc.max_connection_age_grace_ms", int(settings.grace * 1000)),
+            ("grpc.server_handshake_timeout_ms", 10_000),
+            # What a stream may hold before its message is read; see service.rpc.receiving.
+            ("grpc.http2.bdp_probe", 0),
+            ("grpc.http2.lookahead_bytes", 65_536),
+            # Connections whose other end has vanished are found and closed; clients may ping as often.
             ("grpc.keepalive_time_ms", 60_000),
             ("grpc.keepalive_timeout_ms", 20_000),
             ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
             ("grpc.keepalive_permit_without_calls", 1),
         ],
+    )
+
+
+def _register(server: grpc.aio.Server, calls: Calls, inference: Inference, statuses: Health) -> None:
+    max_images = inference.limits.max_images
+    classifier = ImageClassifier(inference)
+    calls.register(
+        server,
+        image_classifier_pb2_grpc.add_ImageClassifierServicer_to_server,
+        classifier,
+        counters=dict.fromkeys(("Classify", "ClassifyStream"), classify.field_counter(max_images)),
+        streams={
+            "ClassifyStream": streams.request_stream(
+                calls, classify.CLASSIFY_STREAM, classifier.ClassifyStream, classify.stream_failure
+            )
+        },
+    )
+    version = importlib.metadata.version("cifar-classifier")
+    calls.register(
+        server,
+        open_inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server,
+        OpenInference(inference, lambda: calls.draining, version),
+        counters={"ModelInfer": open_inference.field_counter(max_images)},
+        while_draining=open_inference.ANSWERED_WHILE_DRAINING,
+    )
+    long_calls = streams.LongCalls()
+    calls.register(
+        server,
+        health_pb2_grpc.add_HealthServicer_to_server,
+        statuses,
+        while_draining=frozenset({"Check"}),
+        streams={"Watch": streams.watch(calls, long_calls, f"{health.SERVICE}/Watch", statuses.watch)},
+    )
+    services = (classify.SERVICE, open_inference.SERVICE, health.SERVICE, reflection.SERVICE_NAME)
+    reflector = reflection.aio.ReflectionServicer(services)
+    method = f"{reflection.SERVICE_NAME}/ServerReflectionInfo"
+    calls.register(
+        server,
+        reflection_pb2_grpc.add_ServerReflectionServicer_to_server,
+        reflector,
+        streams={
+            "ServerReflectionInfo": streams.conversation(calls, long_calls, method, reflector.ServerReflectionInfo)
+        },
     )
 
 
@@ -224,40 +350,3 @@ def _listen(server: grpc.aio.Server, settings: Settings, certificates: Certifica
         return server.add_insecure_port(where)
     except RuntimeError as error:
         raise StartError(f"cannot listen on {where}: {error}") from error
-
-
-def _show_metrics(settings: Settings, metrics: Metrics) -> None:
-    if settings.metrics_port is None:
-        return
-    metrics.registry.register(Processes(lambda: {"server": os.getpid()}))
-    try:
-        http, _ = start_http_server(settings.metrics_port, settings.metrics_host, metrics.registry)
-    except OSError as error:
-        raise StartError(
-            f"--metrics-port {settings.metrics_port} of {settings.metrics_host}: {error.strerror}"
-        ) from error
-    logger.info("metrics at http://%s/metrics", ports.address(settings.metrics_host, http.server_port))
-
-
-def _handle_signals(models: ModelStore) -> asyncio.Event:
-    """The first SIGTERM or SIGINT sets the event, the second ends the process at once; SIGHUP reloads the model."""
-    loop = asyncio.get_running_loop()
-    stopping = asyncio.Event()
-
-    def stop() -> None:
-        stopping.set()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.remove_signal_handler(number)
-            signal.signal(number, signal.SIG_DFL)
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop)
-    reloads: set[asyncio.Task[bool]] = set()
-
-    def reload() -> None:
-        task = asyncio.create_task(models.reload())
-        reloads.add(task)  # or it might be collected before its end
-        task.add_done_callback(reloads.discard)
-
-    loop.add_signal_handler(signal.SIGHUP, reload)
-    return stopping

@@ -42,12 +42,15 @@ def test_every_option_has_a_meaning_and_stands_in_the_help():
         (["--bogus"], "unrecognized arguments: --bogus"),
         (["--port"], "expected one argument"),
         (["model"], "unrecognized arguments: model"),
-        (["--host", "0.0.0.0"], "--host 0.0.0.0 is not loopback and there is no TLS"),  # noqa: S104
-        (["--host", "example.org"], "is not loopback"),
-        (["--tls-cert", "cert.pem"], "--tls-cert and --tls-key go together"),
+        (["--host", "0.0.0.0"], "--host 0.0.0.0 is not a loopback address and TLS is off"),  # noqa: S104
+        (["--host", "example.org"], "is not a loopback address"),
+        (["--tls-cert", "cert.pem"], "--tls-cert and --tls-key belong together"),
         (["--tls-client-ca", "ca.pem"], "--tls-client-ca needs --tls-cert"),
         (["--max-images", "5000"], "--max-images 5000 is more than --max-queued-images 4096"),
-        (["--max-queued-bytes", "1000"], "--max-message-bytes is more than --max-queued-bytes"),
+        (["--metrics-port", "0", "--metrics-host", "0.0.0.0"], "--metrics-host 0.0.0.0 is not a loopback"),  # noqa: S104
+        (["--max-message-bytes", "3000000000"], "--max-message-bytes 3000000000: Input should be less"),
+        (["--max-receiving-bytes", "1000"], "is more than --max-receiving-bytes 1000"),
+        (["--max-queued-bytes", "1000"], "--max-message-bytes 8388608 is more than --max-queued-bytes 1000"),
     ],
 )
 def test_a_wrong_option_is_named_in_one_line(arguments, message):

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from service.core.batcher import Batcher, Images, Outputs, Queue, Request, compute_pieces, hand_out
+from service.core.batcher import Batcher
+from service.core.queue import Images, Outputs
 from service.errors import DeadlineExpired, EngineFailed, Overloaded
 
 
 class Events:
-    """An observer that remembers."""
+    """An observer that records everything."""
 
     def __init__(self) -> None:
         self.batches: list[int] = []
@@ -37,15 +37,17 @@ class Events:
 
 
 class Gate:
-    """A computation that begins each batch only when it is let through, and gives back what it was given."""
+    """A computation that waits for a permit before each batch, and returns the images that it was given."""
 
     def __init__(self, open_: bool = False) -> None:
         self.begun = threading.Semaphore(0)
         self.permits = threading.Semaphore(1_000_000 if open_ else 0)
         self.seen: list[list[int]] = []
+        self.alone: list[bool] = []
 
-    def __call__(self, images: Images) -> Outputs:
+    def __call__(self, images: Images, *, alone: bool) -> Outputs:
         self.seen.append(images[:, 0].tolist())
+        self.alone.append(alone)
         self.begun.release()
         assert self.permits.acquire(timeout=30)
         return images.astype(np.float32), images.astype(np.float32) * 2
@@ -56,7 +58,7 @@ class Gate:
 
 
 def numbered(*numbers: int) -> Images:
-    """Images that are known by their first byte."""
+    """Images that can be told apart by their first byte."""
     return np.array(numbers, np.uint8).reshape(-1, 1)
 
 
@@ -99,7 +101,7 @@ def test_what_waits_while_the_engine_is_busy_becomes_one_batch():
     running(test)
 
 
-def test_an_idle_engine_waits_for_nobody():
+def test_an_idle_engine_computes_a_single_image_at_once():
     async def test():
         gate = Gate(open_=True)
         batches = batcher(max_batch_size=32)
@@ -109,7 +111,7 @@ def test_an_idle_engine_waits_for_nobody():
     running(test)
 
 
-def test_an_idle_engine_waits_for_a_full_batch_where_it_may_be_late():
+def test_an_idle_engine_waits_for_a_full_batch_if_a_delay_is_allowed():
     async def test():
         gate = Gate(open_=True)
         batches = batcher(max_batch_size=3, max_queue_delay=60.0)
@@ -121,7 +123,7 @@ def test_an_idle_engine_waits_for_a_full_batch_where_it_may_be_late():
     running(test)
 
 
-def test_a_batch_that_does_not_fill_goes_when_its_oldest_request_has_waited_long_enough():
+def test_a_batch_that_does_not_fill_is_computed_when_its_oldest_request_has_waited_for_the_delay():
     async def test():
         gate = Gate(open_=True)
         batches = batcher(max_batch_size=3, max_queue_delay=0.05)
@@ -190,10 +192,10 @@ def test_images_for_different_models_are_not_mixed():
     running(test)
 
 
-# Ends that are no answers
+# Requests that get no answer
 
 
-def test_a_caller_learns_of_its_deadline_while_a_batch_runs_and_the_engine_never_sees_its_images():
+def test_a_deadline_that_passes_while_a_batch_runs_fails_the_caller_at_once_and_spares_the_engine():
     async def test():
         gate, events = Gate(), Events()
         batches = batcher(events)
@@ -211,7 +213,7 @@ def test_a_caller_learns_of_its_deadline_while_a_batch_runs_and_the_engine_never
     running(test)
 
 
-def test_a_deadline_in_the_past_is_told_at_once():
+def test_a_deadline_in_the_past_fails_at_once():
     async def test():
         gate, events = Gate(open_=True), Events()
         batches = batcher(events, max_queue_delay=60.0)
@@ -224,7 +226,7 @@ def test_a_deadline_in_the_past_is_told_at_once():
     running(test)
 
 
-def test_the_pieces_of_a_large_request_that_were_not_begun_are_dropped_at_its_deadline():
+def test_pieces_of_a_large_request_that_have_not_begun_are_dropped_at_its_deadline():
     async def test():
         gate, events = Gate(), Events()
         batches = batcher(events)
@@ -262,7 +264,7 @@ def test_a_cancelled_request_never_reaches_the_engine():
     running(test)
 
 
-def test_a_request_whose_caller_goes_at_the_moment_of_its_deadline_is_counted_once():
+def test_a_request_cancelled_at_the_moment_of_its_deadline_is_counted_once():
     async def test():
         gate, events = Gate(), Events()
         batches = batcher(events)
@@ -288,7 +290,7 @@ def test_an_error_fails_its_own_batch_and_no_other():
         events = Events()
         batches = batcher(events)
 
-        def compute(images: Images) -> Outputs:
+        def compute(images: Images, *, alone: bool) -> Outputs:
             if 13 in images:
                 raise RuntimeError("unlucky")
             return images.astype(np.float32), images.astype(np.float32) * 2
@@ -303,12 +305,12 @@ def test_an_error_fails_its_own_batch_and_no_other():
     running(test)
 
 
-def test_beyond_its_limit_of_images_the_queue_refuses_at_once_and_says_when_to_come_again():
+def test_a_request_beyond_the_limit_of_images_is_refused_at_once_with_a_time_to_retry():
     async def test():
         events = Events()
         batches = batcher(events, max_images=10)
         with batches.admit(7, 100):
-            with pytest.raises(Overloaded, match=r"holds 7 images .* at most 10") as caught:
+            with pytest.raises(Overloaded, match=r"holds 7 images .* may hold 10") as caught:
                 batches.admit(4, 100)
             assert 0.02 <= caught.value.retry_after <= 5
             with batches.admit(3, 100):
@@ -321,10 +323,10 @@ def test_beyond_its_limit_of_images_the_queue_refuses_at_once_and_says_when_to_c
     running(test)
 
 
-def test_beyond_its_limit_of_bytes_likewise():
+def test_a_request_beyond_the_limit_of_bytes_is_refused():
     async def test():
         batches = batcher(max_bytes=1000)
-        with batches.admit(1, 900), pytest.raises(Overloaded, match=r"900 bytes\), of at most .*\(1000 bytes"):
+        with batches.admit(1, 900), pytest.raises(Overloaded, match=r"900 bytes\) and may hold .*\(1000 bytes"):
             batches.admit(1, 101)
         assert batches.admitted_bytes == 0
         await batches.close()
@@ -332,7 +334,7 @@ def test_beyond_its_limit_of_bytes_likewise():
     running(test)
 
 
-def test_a_request_without_images_is_a_mistake():
+def test_a_request_without_images_is_a_programming_error():
     async def test():
         batches = batcher()
         with pytest.raises(ValueError, match="no images"):
@@ -357,74 +359,6 @@ def test_closing_computes_what_is_queued():
 
 
 # For any sequence
-
-
-def a_request(images: int, deadline: float | None, compute: object) -> Request:
-    return Request(numbered(*range(images)), compute, deadline, 0.0, None)  # type: ignore[arg-type]
-
-
-class AnySequence(RuleBasedStateMachine):
-    """Arrivals, batches, cancellations and passing deadlines in any order, on a clock of the test's own."""
-
-    @initialize(max_batch_size=st.integers(1, 7))
-    def begin(self, max_batch_size: int) -> None:
-        self.queue = Queue(max_batch_size)
-        self.now = 0.0
-        self.waiting: dict[Request, int] = {}  # with how many images were taken
-
-    @rule(
-        images=st.integers(1, 20),
-        lifetime=st.none() | st.floats(0.0, 5.0),
-        compute=st.sampled_from(["old", "new"]),
-    )
-    def arrive(self, images: int, lifetime: float | None, compute: str) -> None:
-        request = a_request(images, None if lifetime is None else self.now + lifetime, compute)
-        self.queue.put(request)
-        self.waiting[request] = 0
-
-    @rule(seconds=st.floats(0.0, 2.0))
-    def time_passes(self, seconds: float) -> None:
-        self.now += seconds
-
-    @precondition(lambda self: self.waiting)
-    @rule(data=st.data())
-    def cancel(self, data: st.DataObject) -> None:
-        request = data.draw(st.sampled_from(list(self.waiting)))
-        unseen = self.queue.drop(request)
-        assert unseen == len(request.images) - self.waiting.pop(request)
-        assert self.queue.drop(request) == 0
-
-    @rule()
-    def take(self) -> None:
-        pieces = self.queue.take(self.now)
-        live = [request for request in self.waiting if request.deadline is None or request.deadline > self.now]
-        assert bool(pieces) == bool(live)
-        assert sum(piece.stop - piece.start for piece in pieces) <= self.queue.max_batch_size
-        assert len({piece.request.compute for piece in pieces}) <= 1
-        assert len({piece.request for piece in pieces}) == len(pieces)
-        for piece in pieces:
-            assert piece.request in live
-            assert piece.start == self.waiting[piece.request]  # in order, none twice, none left out
-            assert piece.start < piece.stop
-            self.waiting[piece.request] = piece.stop
-            if piece.stop == len(piece.request.images):
-                del self.waiting[piece.request]
-
-    @precondition(lambda self: self.waiting)
-    @rule()
-    def everyone_without_a_deadline_is_served_in_the_end(self) -> None:
-        turns = sum(len(request.images) for request in self.waiting)
-        for _ in range(turns):
-            self.take()
-        assert all(request.deadline is not None for request in self.waiting)
-
-    @invariant()
-    def the_count_is_right(self) -> None:
-        if hasattr(self, "queue"):
-            assert self.queue.images == sum(len(request.images) - taken for request, taken in self.waiting.items())
-
-
-TestAnySequence = AnySequence.TestCase
 
 
 Action = tuple[str, int]
@@ -487,25 +421,10 @@ def test_every_live_request_is_answered_once_with_its_own_images_in_order(
     running(test)
 
 
-def test_a_piece_writes_its_rows_and_no_others():
-    async def test():
-        request = a_request(5, None, lambda images: (images.astype(np.float32),))
-        queue = Queue(2)
-        queue.put(request)
-        done = []
-        while pieces := queue.take(0.0):
-            done += hand_out(pieces, compute_pieces(pieces))
-        assert done == [request]
-        assert request.outputs is not None
-        assert request.outputs[0][:, 0].tolist() == [0, 1, 2, 3, 4]
-
-    running(test)
-
-
 # Several threads
 
 
-def test_a_second_thread_computes_only_where_more_than_two_batches_wait():
+def test_a_second_thread_computes_only_while_more_than_two_batches_wait():
     async def test():
         gate, events = Gate(), Events()
         batches = batcher(events, threads=2)
@@ -516,7 +435,8 @@ def test_a_second_thread_computes_only_where_more_than_two_batches_wait():
         assert gate.seen == [[0]]  # seven wait, less than two batches of four
         tasks.append(asyncio.create_task(batches.submit(numbered(8, 9, 10, 11, 12), gate)))
         await begun(gate)
-        assert gate.seen == [[0], [1, 2, 3, 4]]  # while the first is still computed
+        assert gate.seen == [[0], [1, 2, 3, 4]]  # while the first is still being computed
+        assert gate.alone == [True, False]
         gate.permits.release(100)
         answers = [rows(await task) for task in tasks]
         assert answers == [*([number] for number in range(8)), [8, 9, 10, 11, 12]]

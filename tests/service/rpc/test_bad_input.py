@@ -13,7 +13,8 @@ from service.generated.cifar.v1 import image_classifier_pb2_grpc as cifar_rpc
 from service.generated.inference import open_inference_pb2 as inference
 from service.generated.inference import open_inference_pb2_grpc as inference_rpc
 from tests.service.conftest import Server, table
-from tests.service.core.test_decoding import gradient, png_of_few_bytes, saved
+from tests.cifar_core.image_corpus import gradient, saved
+from tests.cifar_core.test_images import png_of_few_bytes
 from tests.service.exports import expected, pictures
 
 INVALID, NOT_FOUND, EXHAUSTED, UNIMPLEMENTED = (
@@ -49,23 +50,23 @@ BAD_IMAGES = {
     "a PNG cut in its head": (PNG[:20], "damaged"),
     "a JPEG cut short": (JPEG[:300], "damaged"),
     "a GIF cut short": (saved(gradient(64, 48), "GIF")[:900], "damaged"),
-    "a WebP cut short": (saved(gradient(64, 48), "WEBP", lossless=True)[:80], "damaged|no image"),
+    "a WebP cut short": (saved(gradient(64, 48), "WEBP", lossless=True)[:80], "damaged|not an image"),
     "a BMP cut short": (saved(gradient(64, 48), "BMP")[:200], "damaged"),
     "a text named .png": (b"This is not a picture, whatever its name says.", "begins with b'This is '"),
-    "a TIFF": (saved(gradient(8, 8), "TIFF"), "no image in PNG, JPEG, WEBP, GIF, BMP"),
-    "an ICO": (saved(gradient(32, 32), "ICO"), "no image"),
-    "a PPM": (saved(gradient(8, 8), "PPM"), "no image"),
-    "a PDF": (b"%PDF-1.7\n%\xe2\xe3\xcf\xd3", "no image"),
-    "an SVG": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "no image"),
-    "a ZIP": (b"PK\x03\x04" + bytes(100), "no image"),
-    "EPS, which PIL would give to another program": (b"%!PS-Adobe-3.0 EPSF-3.0\n", "no image"),
-    "random bytes": (np.random.default_rng(0).bytes(5000), "no image"),
+    "a TIFF": (saved(gradient(8, 8), "TIFF"), "not an image in PNG, JPEG, WEBP, GIF, BMP"),
+    "an ICO": (saved(gradient(32, 32), "ICO"), "not an image"),
+    "a PPM": (saved(gradient(8, 8), "PPM"), "not an image"),
+    "a PDF": (b"%PDF-1.7\n%\xe2\xe3\xcf\xd3", "not an image"),
+    "an SVG": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not an image"),
+    "a ZIP": (b"PK\x03\x04" + bytes(100), "not an image"),
+    "EPS, which Pillow would pass to another program": (b"%!PS-Adobe-3.0 EPSF-3.0\n", "not an image"),
+    "random bytes": (np.random.default_rng(0).bytes(5000), "not an image"),
     "a bomb of 30,000 x 30,000": (png_of_few_bytes(30_000, 30_000), "900000000 pixels; at most 32000000 are allowed"),
-    "a bomb of the largest size": (png_of_few_bytes(2**31 - 1, 2**31 - 1), "pixels; at most|damaged|no image"),
-    "a PNG of no size": (png_of_few_bytes(0, 0), "damaged|no image"),
+    "a bomb of the largest size": (png_of_few_bytes(2**31 - 1, 2**31 - 1), "pixels; at most|damaged|not an image"),
+    "a PNG of no size": (png_of_few_bytes(0, 0), "damaged|not an image"),
     "a PNG with less data than its size": (png_of_few_bytes(500, 500), "damaged"),
     "a PNG whose checksum is wrong": (PNG[:20] + bytes([PNG[20] ^ 255]) + PNG[21:], "damaged"),
-    "a file of more bytes than allowed": (bytes(10 * 2**20 + 1), "10485761 bytes; at most 10485760 are allowed"),
+    "a file of more bytes than allowed": (bytes(8_000_001), "8000001 bytes; at most 8000000 are allowed"),
 }
 
 
@@ -140,9 +141,9 @@ BAD_INFERENCES: dict[str, tuple[inference.ModelInferRequest, grpc.StatusCode, st
     "no model": (infer(model_name=""), NOT_FOUND, "there is no model ''; the model is 'cifar10'"),
     "an unknown model": (infer(model_name="resnet"), NOT_FOUND, "no model 'resnet'"),
     "an unknown version": (infer(model_version="2"), NOT_FOUND, "no version '2'; version 'linear-0' is served"),
-    "no input": (infer(inputs=[]), INVALID, "the inputs are []; there must be one, 'images'"),
+    "no input": (infer(inputs=[]), INVALID, "there are 0 inputs (); there must be one, 'images'"),
     "two inputs": (infer(inputs=[TENSOR(name="images")] * 2), INVALID, "there must be one"),
-    "an input of another name": (infer(tensor={"name": "image"}), INVALID, "the inputs are ['image']"),
+    "an input of another name": (infer(tensor={"name": "image"}), INVALID, "there are 1 inputs ('image')"),
     "another type": (infer(tensor={"datatype": "FP32"}), INVALID, "of type 'FP32'; it must be UINT8"),
     "channels first": (infer(tensor={"shape": [1, 3, 32, 32]}), INVALID, "[1, 3, 32, 32]; it must be [n, 32, 32, 3]"),
     "no batch dimension": (infer(tensor={"shape": [32, 32, 3]}), INVALID, "has shape [32, 32, 3]"),
@@ -160,7 +161,7 @@ BAD_INFERENCES: dict[str, tuple[inference.ModelInferRequest, grpc.StatusCode, st
         ), INVALID, "holds 256; UINT8 ends at 255",
     ),
     "an unknown output": (infer(outputs=[output("labels")]), INVALID, "no output 'labels'; the outputs are logits"),
-    "an output twice": (infer(outputs=[output("logits")] * 2), INVALID, "asked for twice"),
+    "an output twice": (infer(outputs=[output("logits")] * 2), INVALID, "requested twice"),
     "a negative classification": (infer(outputs=[output("logits", classification=-1)]), INVALID, "is -1"),
     "shared memory": (infer(outputs=[output("logits", shared_memory_region=1)]), UNIMPLEMENTED, "shared memory"),
     "a sequence": (with_parameter("sequence_id", int64_param=5), UNIMPLEMENTED, "no state between requests"),

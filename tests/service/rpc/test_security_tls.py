@@ -1,4 +1,5 @@
 import contextlib
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -192,3 +193,28 @@ def test_a_renewed_client_authority_admits_its_clients_and_no_longer_those_of_th
         with connection(target, files, "client") as after, pytest.raises(grpc.RpcError) as caught:
             after.GetModel(messages.GetModelRequest(), timeout=20)
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+
+
+def test_a_connection_of_the_old_client_authority_ends_at_the_maximum_age(start_server, linear, files):
+    server = start_server(
+        "--model", linear, *files.server_options(), "--tls-client-ca", files["client-ca"],
+        "--max-connection-age", "2", "--grace", "1",
+    ).ready()  # fmt: skip
+    with connection(f"localhost:{server.port}", files, "client") as stub:
+        end = threading.Event()
+        stream = stub.ClassifyStream(open_request(end), timeout=60)
+        assert next(stream).results
+        trustme.CA().cert_pem.write_to_path(files["client-ca"])
+        server.wait_for(RENEWED)
+        with pytest.raises(grpc.RpcError):
+            next(stream)
+        with pytest.raises(grpc.RpcError) as caught:
+            stub.GetModel(messages.GetModelRequest(), timeout=20)
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        end.set()
+
+
+def open_request(end: threading.Event) -> Iterator[messages.ClassifyRequest]:
+    """A stream of one request that the client keeps open."""
+    yield messages.ClassifyRequest(packed_rgb=pictures(1).tobytes())
+    end.wait(60)

@@ -65,8 +65,8 @@ def test_what_keeps_it_from_starting_is_one_line_and_exit_code_2(tmp_path, linea
         port = str(taken.getsockname()[1])
         cases = [
             (["--port", port, "--model", linear], f"port {port} of 127.0.0.1 is already in use"),
-            (["--port", "0", "--model", tmp_path], "there is no model"),
-            (["--port", "0", "--model", linear, "--variant", "int4"], "no variant 'int4'; it has fp32"),
+            (["--port", "0", "--model", tmp_path], "manifest.json does not exist"),
+            (["--port", "0", "--model", linear, "--variant", "int4"], "no variant 'int4'; the variants are: fp32"),
             (["--port", "0", "--model", linear, "--metrics-port", port], f"--metrics-port {port} of 127.0.0.1"),
             (["--port", "0", "--model", linear, "--token-file", tmp_path / "absent"], "token file"),
             (["--port", "0", "--bogus"], "--bogus"),
@@ -161,7 +161,7 @@ def test_a_second_sigterm_ends_it_at_once(start_server, slow):
             until(lambda: server_is_busy(other))
         server.process.send_signal(signal.SIGTERM)
         server.wait_for("stopping")
-        assert server.stop() == -signal.SIGTERM
+        assert server.stop() == 128 + signal.SIGTERM
         assert call.code() is grpc.StatusCode.UNAVAILABLE
 
 
@@ -242,7 +242,7 @@ def test_a_full_queue_refuses_at_once_with_a_hint_and_serves_on(start_server, sl
         assert not all(future.done() for future in accepted)
         refused = caught.value
         assert refused.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-        assert "of at most 2" in refused.details()
+        assert "may hold 2 (" in refused.details()
         trailing = dict(refused.trailing_metadata())
         assert int(trailing["grpc-retry-pushback-ms"]) >= 20
         assert b"RetryInfo" in trailing["grpc-status-details-bin"]
@@ -304,6 +304,7 @@ def test_metrics_count_requests_images_and_batches(start_server, linear):
         stub.Classify(messages.ClassifyRequest(packed_rgb=pictures(40).tobytes(), images=[messages.Image()]))
         with pytest.raises(grpc.RpcError):
             stub.Classify(messages.ClassifyRequest())
+    until(lambda: server.metrics()["cifar_service_requests_in_flight"] == 0)
     metrics = server.metrics()
     method = 'method="cifar.v1.ImageClassifier/Classify"'
     assert metrics[f'cifar_service_requests_total{{code="OK",{method}}}'] == 1
@@ -314,7 +315,7 @@ def test_metrics_count_requests_images_and_batches(start_server, linear):
     assert metrics["cifar_service_engine_images_total"] == 40
     assert metrics["cifar_service_batch_images_count"] == 2
     assert metrics["cifar_service_queue_seconds_count"] == 1
-    assert metrics["cifar_service_waiting_images"] == metrics["cifar_service_requests_in_flight"] == 0
+    assert metrics["cifar_service_waiting_images"] == 0
     assert metrics['process_resident_memory_bytes{process="server"}'] > 10**7
 
 

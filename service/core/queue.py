@@ -1,0 +1,177 @@
+"""The queue of requests that wait for the engine, and how their images are put into batches.
+
+Pure data: no threads, no locks, no clock, no event loop. The batcher calls it under its own lock.
+"""
+
+import collections
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Images = NDArray[np.uint8]
+"""A batch of images, uint8 [n, 32, 32, 3]."""
+Outputs = tuple[NDArray[np.float32], ...]
+"""Arrays with one row per image, such as (logits, probabilities)."""
+
+
+class Compute(Protocol):
+    """Computes a batch."""
+
+    def __call__(self, images: Images, /, *, alone: bool) -> Outputs:
+        """The outputs for the images, in their order.
+
+        Args:
+            images: uint8 [n, 32, 32, 3].
+            alone: No other batch is being computed now, so this one may use all cores.
+        """
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """Images of one caller, with the progress of their computation.
+
+    Attributes:
+        images: uint8 [n, 32, 32, 3].
+        compute: Called with batches that hold images of this request.
+        deadline: On the clock of the caller of `Queue.take`; None for no deadline.
+        queued_at: On the same clock.
+        taken: Number of images already handed to the engine.
+        finished: Number of images already computed.
+        outputs: One row per image; complete when `finished` equals the number of images.
+        dropped: Nobody waits for the answer any more.
+    """
+
+    images: Images
+    compute: Compute
+    deadline: float | None
+    queued_at: float
+    taken: int = 0
+    finished: int = 0
+    outputs: Outputs | None = None
+    dropped: bool = False
+
+    @property
+    def waiting(self) -> int:
+        """Number of images not yet handed to the engine."""
+        return len(self.images) - self.taken
+
+
+@dataclass(slots=True, frozen=True)
+class Piece:
+    """Consecutive images of one request, as a part of a batch."""
+
+    request: Request
+    start: int
+    stop: int
+
+    @property
+    def images(self) -> Images:
+        """The images themselves; a view."""
+        return self.request.images[self.start : self.stop]
+
+
+class Queue:
+    """Requests in turn.
+
+    Each batch takes as many images as fit from the request at the front. A request with images left then goes to the
+    back: small requests behind a large one pass between its pieces, and several large ones share the engine.
+
+    Args:
+        max_batch_size: Largest number of images in a batch.
+    """
+
+    def __init__(self, max_batch_size: int) -> None:
+        if max_batch_size < 1:
+            raise ValueError(f"max_batch_size is {max_batch_size}; it must be at least 1")
+        self.max_batch_size = max_batch_size
+        self.images = 0
+        """Number of waiting images of all requests."""
+        self._requests: collections.OrderedDict[Request, None] = collections.OrderedDict()
+
+    @property
+    def backlog(self) -> bool:
+        """Whether more images wait than the next two batches can take."""
+        return self.images >= 2 * self.max_batch_size
+
+    def put(self, request: Request) -> None:
+        """Adds a request at the back."""
+        self._requests[request] = None
+        self.images += request.waiting
+
+    def drop(self, request: Request) -> int:
+        """Removes a request, wherever it stands; returns the number of its images that the engine never saw."""
+        request.dropped = True
+        if request not in self._requests:
+            return 0
+        del self._requests[request]
+        self.images -= request.waiting
+        return request.waiting
+
+    def ready_at(self, max_delay: float) -> float | None:
+        """When the next batch may be taken: 0.0 for now, a time if the batch may still fill, None if nothing waits."""
+        if not self._requests:
+            return None
+        if max_delay <= 0 or self.images >= self.max_batch_size:
+            return 0.0
+        return next(iter(self._requests)).queued_at + max_delay
+
+    def take(self, now: float) -> list[Piece]:
+        """The next batch: at most `max_batch_size` images of requests with the same `compute`, none past its deadline.
+
+        Empty if every waiting request is past its deadline.
+        """
+        pieces: list[Piece] = []
+        free = self.max_batch_size
+        for request in self._requests:
+            if request.deadline is not None and request.deadline <= now:
+                continue  # the timer of the request removes it and informs its caller
+            if pieces and request.compute != pieces[0].request.compute:
+                continue
+            count = min(free, request.waiting)
+            pieces.append(Piece(request, request.taken, request.taken + count))
+            free -= count
+            if not free:
+                break
+        for piece in pieces:
+            piece.request.taken = piece.stop
+            self.images -= piece.stop - piece.start
+            if piece.request.waiting:
+                self._requests.move_to_end(piece.request)
+            else:
+                del self._requests[piece.request]
+        return pieces
+
+
+def count_images(pieces: Sequence[Piece]) -> int:
+    """Number of images of all pieces."""
+    return sum(piece.stop - piece.start for piece in pieces)
+
+
+def compute_pieces(pieces: Sequence[Piece], *, alone: bool) -> Outputs:
+    """Computes a batch."""
+    parts = [piece.images for piece in pieces]
+    return pieces[0].request.compute(parts[0] if len(parts) == 1 else np.concatenate(parts), alone=alone)
+
+
+def hand_out(pieces: Sequence[Piece], outputs: Outputs) -> list[Request]:
+    """Gives each request its rows of a computed batch; returns the requests that are now complete."""
+    complete = []
+    row = 0
+    for piece in pieces:
+        request, count = piece.request, piece.stop - piece.start
+        rows = tuple(output[row : row + count] for output in outputs)
+        row += count
+        if count == len(request.images):
+            request.outputs = rows
+        else:
+            if request.outputs is None:
+                request.outputs = tuple(np.empty((len(request.images), *part.shape[1:]), part.dtype) for part in rows)
+            for whole, new in zip(request.outputs, rows, strict=True):
+                whole[piece.start : piece.stop] = new
+        request.finished += count
+        if request.finished == len(request.images) and not request.dropped:
+            complete.append(request)
+    return complete

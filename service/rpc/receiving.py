@@ -1,0 +1,206 @@
+"""Reads request messages under a limit on how many are being received at once, and a time limit for each.
+
+gRPC allocates space for a message as soon as somebody reads it, long before it has arrived. Clients that stall in the
+middle of their messages could therefore make the server hold a full message for every stream. Until a message is read,
+a stream can hold no more than gRPC's initial window. So a message is read only while its call has one of a fixed number
+of slots. While calls wait for a slot, connections whose last message arrived in time are served before new ones, and
+these before connections that stalled; among equals, the one with the fewest slots.
+"""
+
+import asyncio
+import collections
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import grpc
+
+from service.errors import DeadlineExpired, Overloaded
+
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+
+# While other calls wait for a slot, a message has this long to arrive, and an open stream this long to send its next.
+CONTENDED_SECONDS = 1.0
+CONTENDED_STREAM_SECONDS = 5.0
+RETRY_SECONDS = 0.5
+# Connections whose behaviour is remembered.
+MAX_REMEMBERED = 4096
+_IN_TIME, _UNKNOWN, _STALLED = 0, 1, 2
+
+
+@dataclass(slots=True, eq=False)
+class _Slot:
+    """The right of one call to receive."""
+
+    connection: str
+    contended_seconds: float
+    timeout: asyncio.Timeout | None = None  # of the read under way
+    reading_since: float = 0.0
+
+
+class Receiver:
+    """Hands out the slots.
+
+    Args:
+        slots: Number of messages that may be received at once. Open streams hold a slot each, at most half of them.
+        per_connection: Largest number of slots of one connection.
+        max_waiting: Largest number of calls that wait for a slot.
+        seconds: Time limit for one message of a unary call to arrive.
+        on_timeout: Called for every message that did not arrive in time.
+    """
+
+    def __init__(
+        self,
+        *,
+        slots: int,
+        per_connection: int,
+        max_waiting: int,
+        seconds: float,
+        on_timeout: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._free = slots
+        self._free_streams = max(1, slots // 2)
+        self._per_connection = per_connection
+        self._max_waiting = max_waiting
+        self._seconds = seconds
+        self._on_timeout = on_timeout
+        self._waiting = 0
+        self._queues: collections.OrderedDict[str, collections.deque[asyncio.Future[None]]] = collections.OrderedDict()
+        self._held: dict[str, int] = {}
+        self._behaviour: collections.OrderedDict[str, int] = collections.OrderedDict()
+        self._slots: set[_Slot] = set()
+
+    async def read(self, context: Context, connection: str) -> Any:  # noqa: ANN401 -- bytes, or gRPC's EOF
+        """The message of a unary call: its bytes, or `grpc.aio.EOF` if the client ended the call without one.
+
+        Raises:
+            DeadlineExpired: It did not arrive in time.
+            Overloaded: Too many calls wait to be received.
+        """
+        if not self._take(connection):
+            await self._wait(connection)
+        slot = _Slot(connection, min(CONTENDED_SECONDS, self._seconds))
+        try:
+            return await self._read(context, slot, self._seconds)
+        finally:
+            self._release(connection)
+
+    @contextlib.asynccontextmanager
+    async def stream(self, connection: str) -> AsyncIterator[_Slot]:
+        """A slot for a stream, for the length of an `async with` block; pass it to `read_stream`.
+
+        Raises:
+            Overloaded: As many streams are open as may be, on this connection or in all.
+        """
+        if not self._free_streams or not self._take(connection):
+            self._hurry()
+            raise Overloaded("the server has as many open streams as it may: use Classify, or retry", RETRY_SECONDS)
+        self._free_streams -= 1
+        try:
+            yield _Slot(connection, CONTENDED_STREAM_SECONDS)
+        finally:
+            self._free_streams += 1
+            self._release(connection)
+
+    async def read_stream(self, context: Context, slot: _Slot) -> Any:  # noqa: ANN401
+        """The next message of a stream, or `grpc.aio.EOF`. There is a time limit only while other calls wait.
+
+        Raises:
+            DeadlineExpired: It did not arrive while other calls waited for the slot.
+        """
+        return await self._read(context, slot, None)
+
+    async def _read(self, context: Context, slot: _Slot, seconds: float | None) -> Any:  # noqa: ANN401
+        slot.reading_since = asyncio.get_running_loop().time()
+        if self._waiting:
+            seconds = slot.contended_seconds
+        self._slots.add(slot)
+        try:
+            async with asyncio.timeout(seconds) as slot.timeout:
+                message = await context.read()
+        except TimeoutError:
+            self._remember(slot.connection, _STALLED)
+            self._on_timeout()
+            waited = asyncio.get_running_loop().time() - slot.reading_since
+            raise DeadlineExpired(
+                f"the request message did not arrive within {waited:.1f} s (--receive-timeout, shorter while other "
+                "requests wait): send it without pauses, or in smaller parts"
+            ) from None
+        finally:
+            slot.timeout = None
+            self._slots.discard(slot)
+        if self._behaviour.get(slot.connection) != _IN_TIME:
+            self._remember(slot.connection, _IN_TIME)
+        return message
+
+    def _remember(self, connection: str, behaviour: int) -> None:
+        self._behaviour[connection] = behaviour
+        if len(self._behaviour) > MAX_REMEMBERED:
+            self._behaviour.popitem(last=False)
+
+    def _rank(self, connection: str) -> tuple[int, int]:
+        return self._behaviour.get(connection, _UNKNOWN), self._held.get(connection, 0)
+
+    def _take(self, connection: str) -> bool:
+        """Takes a free slot if nobody waits and the connection may have another."""
+        held = self._held.get(connection, 0)
+        if self._queues or not self._free or held >= self._per_connection:
+            return False
+        self._free -= 1
+        self._held[connection] = held + 1
+        return True
+
+    async def _wait(self, connection: str) -> None:
+        if self._waiting >= self._max_waiting:
+            raise Overloaded("too many requests are waiting to be received: retry", RETRY_SECONDS)
+        turn = asyncio.get_running_loop().create_future()
+        self._queues.setdefault(connection, collections.deque()).append(turn)
+        self._waiting += 1
+        self._hurry()
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled():  # the slot was handed over just now
+                self._release(connection)
+            raise
+        finally:
+            self._waiting -= 1
+
+    def _release(self, connection: str) -> None:
+        self._free += 1
+        held = self._held[connection] - 1
+        if held:
+            self._held[connection] = held
+        else:
+            del self._held[connection]
+        if self._queues:
+            self._hand_over()
+
+    def _hand_over(self) -> None:
+        """Gives free slots to waiting calls, the best ranked connection first; equals take turns."""
+        while self._free:
+            open_to = [each for each in self._queues if self._held.get(each, 0) < self._per_connection]
+            if not open_to:
+                return
+            connection = min(open_to, key=self._rank)
+            turns = self._queues[connection]
+            turn = turns.popleft()
+            if turns:
+                self._queues.move_to_end(connection)
+            else:
+                del self._queues[connection]
+            if not turn.done():  # it is done if its call was cancelled
+                self._free -= 1
+                self._held[connection] = self._held.get(connection, 0) + 1
+                turn.set_result(None)
+
+    def _hurry(self) -> None:
+        """Shortens the time limit of the messages that are being received now, because others wait."""
+        now = asyncio.get_running_loop().time()
+        for slot in self._slots:
+            if slot.timeout is not None and not slot.timeout.expired():
+                soon = max(now, slot.reading_since + slot.contended_seconds)
+                until = slot.timeout.when()
+                if until is None or until > soon:
+                    slot.timeout.reschedule(soon)

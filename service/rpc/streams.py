@@ -1,0 +1,212 @@
+"""Handlers of methods that stream, with the same limits as unary calls.
+
+`request_stream` answers each request of a stream by itself. `watch` is for one request and many responses.
+`conversation` is for servicers of libraries that take an iterator of requests.
+"""
+
+import asyncio
+import collections
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from typing import Any
+
+import grpc
+
+from service.errors import Overloaded, RequestError
+from service.rpc.calls import Behaviour, Call, Calls, Failure, Parse, Request, Response, Serialize, abort, deadline_of
+from service.rpc.receiving import Context
+
+# Requests of one stream whose answers have not been sent. Further requests stay in the connection, and gRPC's flow
+# control slows the client down.
+STREAM_WINDOW = 32
+# Health watches and reflection, which cost little but last long.
+MAX_LONG_CALLS = 256
+MAX_LONG_CALLS_PER_CONNECTION = 8
+_RETRY_SECONDS = 1.0
+
+Handler = Callable[[Parse, Serialize], "grpc.RpcMethodHandler[Any, Any]"]
+
+
+def request_stream(
+    calls: Calls, method: str, behaviour: Behaviour, on_failure: Callable[[Request, Failure], Response]
+) -> Handler:
+    """A stream of requests, each of which is answered as soon as it can be, not necessarily in order.
+
+    Args:
+        calls: Counts the requests and reads them.
+        method: Service and method.
+        behaviour: Answers one request.
+        on_failure: The response in place of an answer.
+    """
+
+    def make(parse: Parse, serialize: Serialize) -> "grpc.RpcMethodHandler[Any, Any]":
+        async def handle(_requests: object, context: Context) -> None:
+            connection = context.peer()
+            stream = _RequestStream(calls, method, behaviour, on_failure, parse, context, connection)
+            try:
+                await calls.check(connection)
+                async with calls.receiver.stream(connection) as slot:
+                    await stream.run(slot, serialize)
+            except RequestError as error:
+                await calls.refuse(method, context, error)
+            if calls.draining:
+                await abort(
+                    context, Failure(grpc.StatusCode.UNAVAILABLE, "the server is shutting down: ask another, or retry")
+                )
+
+        return grpc.stream_stream_rpc_method_handler(handle)
+
+    return make
+
+
+class _RequestStream:
+    """One open stream."""
+
+    def __init__(
+        self,
+        calls: Calls,
+        method: str,
+        behaviour: Behaviour,
+        on_failure: Callable[[Request, Failure], Response],
+        parse: Parse,
+        context: Context,
+        connection: str,
+    ) -> None:
+        self._calls, self._method, self._behaviour, self._on_failure = calls, method, behaviour, on_failure
+        self._parse, self._context, self._connection = parse, context, connection
+        self._answers: asyncio.Queue[Response | None] = asyncio.Queue()
+        self._window = asyncio.Semaphore(STREAM_WINDOW)
+        self._deadline = deadline_of(context)
+
+    async def run(self, slot: Any, serialize: Serialize) -> None:  # noqa: ANN401 -- private to Receiver
+        """Reads, answers and writes until the client ends the stream, or the server stops.
+
+        Raises:
+            RequestError: The next request did not arrive in time.
+        """
+        answering = asyncio.create_task(self._answer_all(slot))
+        try:
+            while (answer := await self._answers.get()) is not None:
+                try:
+                    await self._context.write(serialize(answer))
+                finally:
+                    self._calls.leave()
+                    self._window.release()
+            await answering  # raises what ended it
+        finally:
+            answering.cancel()
+            with contextlib.suppress(asyncio.CancelledError, RequestError):
+                await answering
+            while not self._answers.empty():
+                if self._answers.get_nowait() is not None:
+                    self._calls.leave()
+
+    async def _answer_all(self, slot: Any) -> None:  # noqa: ANN401
+        try:
+            async with asyncio.TaskGroup() as group:
+                reading = group.create_task(self._read_all(slot, group))
+                with self._calls.reading(reading):
+                    await asyncio.wait((reading,))
+        except ExceptionGroup as errors:  # the reader's RequestError
+            raise errors.exceptions[0] from None
+        finally:
+            self._answers.put_nowait(None)
+
+    async def _read_all(self, slot: Any, group: asyncio.TaskGroup) -> None:  # noqa: ANN401
+        while True:
+            message = await self._calls.receiver.read_stream(self._context, slot)
+            if message is grpc.aio.EOF:
+                return
+            await self._window.acquire()
+            self._calls.enter()
+            group.create_task(self._answer(message))
+
+    async def _answer(self, message: bytes) -> None:
+        call = Call(self._method, self._connection, self._deadline, len(message), self._context)
+        request: Request = None
+
+        async def parse_and_answer(_: None, call: Call) -> Response:
+            nonlocal request
+            request = self._parse(message)
+            return await self._behaviour(request, call)
+
+        try:
+            response = await self._calls.answer(parse_and_answer, None, call)
+        except Failure as failure:
+            response = self._on_failure(request, failure)
+        except BaseException:
+            self._calls.leave()
+            raise
+        self._answers.put_nowait(response)
+
+
+class LongCalls:
+    """Limits how many long calls are open."""
+
+    def __init__(self) -> None:
+        self._open: collections.Counter[str] = collections.Counter()
+
+    @contextlib.contextmanager
+    def enter(self, connection: str) -> Iterator[None]:
+        """Counts a call for the length of a `with` block.
+
+        Raises:
+            Overloaded: There are as many as may be.
+        """
+        if self._open.total() >= MAX_LONG_CALLS or self._open[connection] >= MAX_LONG_CALLS_PER_CONNECTION:
+            raise Overloaded("the server has as many health watches and reflection calls as it may", _RETRY_SECONDS)
+        self._open[connection] += 1
+        try:
+            yield
+        finally:
+            self._open[connection] -= 1
+            if not self._open[connection]:
+                del self._open[connection]
+
+
+def watch(
+    calls: Calls, long_calls: LongCalls, method: str, behaviour: Callable[[Request, Context], Awaitable[None]]
+) -> Handler:
+    """A method with one request whose responses `behaviour` writes to the context."""
+
+    def make(parse: Parse, serialize: Serialize) -> "grpc.RpcMethodHandler[Any, Any]":
+        async def handle(_requests: object, context: Context) -> None:
+            connection = context.peer()
+            try:
+                with long_calls.enter(connection):
+                    message = await calls.receiver.read(context, connection)
+                    if message is not grpc.aio.EOF:
+                        await behaviour(parse(message), context)
+            except RequestError as error:
+                await calls.refuse(method, context, error)
+
+        return grpc.stream_stream_rpc_method_handler(handle, response_serializer=serialize)
+
+    return make
+
+
+def conversation(
+    calls: Calls,
+    long_calls: LongCalls,
+    method: str,
+    behaviour: Callable[[AsyncIterator[Request], Context], Any],
+) -> Handler:
+    """A method with many requests and responses, of a servicer that takes an iterator of requests."""
+
+    def make(parse: Parse, serialize: Serialize) -> "grpc.RpcMethodHandler[Any, Any]":
+        async def requests(context: Context, connection: str) -> AsyncIterator[Request]:
+            while (message := await calls.receiver.read(context, connection)) is not grpc.aio.EOF:
+                yield parse(message)
+
+        async def handle(_requests: object, context: Context) -> None:
+            connection = context.peer()
+            try:
+                with long_calls.enter(connection):
+                    async for response in behaviour(requests(context, connection), context):
+                        await context.write(response)
+            except RequestError as error:
+                await calls.refuse(method, context, error)
+
+        return grpc.stream_stream_rpc_method_handler(handle, response_serializer=serialize)
+
+    return make
