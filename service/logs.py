@@ -28,6 +28,7 @@ _LEVELS = {"I": logging.INFO, "W": logging.WARNING, "E": logging.ERROR, "F": log
 # Abseil announces that its lines go to standard error, which says nothing to readers of a JSON log.
 _ABSEIL_NOTICE = "WARNING: All log messages before absl::InitializeLog()"
 _MAX_LINE_BYTES = 65536
+_GRPC = "grpc.core"  # the library itself, beside the loggers of its Python package
 
 
 class _HumanFormatter(logging.Formatter):
@@ -80,7 +81,8 @@ def configure(
     handler = logging.StreamHandler(stream)
     handler.setFormatter(_formatter(style, worker))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
-    logging.getLogger("service").setLevel(level.upper())
+    for name in ("service", _GRPC):
+        logging.getLogger(name).setLevel(level.upper())
     if style == "json":
         sys.excepthook = _log_exception
         threading.excepthook = lambda problem: _log_exception(
@@ -146,6 +148,6 @@ def _log_native_line(line: str) -> None:
     if not line or line.startswith(_ABSEIL_NOTICE):
         return
     if abseil := _ABSEIL.match(line):
-        logging.getLogger("grpc").log(_LEVELS[abseil[1]], "%s", line[abseil.end() :])
+        logging.getLogger(_GRPC).log(_LEVELS[abseil[1]], "%s", line[abseil.end() :])
     else:
         logging.getLogger("stderr").warning("%s", line)

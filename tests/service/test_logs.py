@@ -1,0 +1,160 @@
+"""The log, written by real processes: what reaches standard error, also from native libraries and in a crash."""
+
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import grpc
+import pytest
+import trustme
+
+from tests.conftest import REPOSITORY
+
+SETUP = "import logging, os, sys; from service import logs; log = logging.getLogger('service.test')\n"
+ABSEIL = "E0000 00:00:1764018000.123456   12345 ssl_transport.cc:1884] Handshake failed"
+
+
+def run(script: str) -> tuple[list[str], int]:
+    """Lines on standard error, and the exit code."""
+    done = subprocess.run(
+        [sys.executable, "-c", SETUP + script], cwd=REPOSITORY, capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout == ""
+    return done.stderr.splitlines(), done.returncode
+
+
+def records(lines: list[str]) -> list[dict[str, object]]:
+    return [json.loads(line) for line in lines]
+
+
+def test_a_json_record_has_time_level_logger_message_and_extra_fields():
+    (record,) = records(run("logs.configure('info', 'json', 3); log.warning('full: %d', 5, extra={'port': 7})")[0])
+    assert record.pop("time")
+    assert record == {"level": "WARNING", "logger": "service.test", "message": "full: 5", "port": 7, "worker": 3}
+
+
+def test_records_below_the_level_and_those_of_libraries_below_warning_are_left_out():
+    lines, _ = run(
+        "logs.configure('warning', 'human'); log.info('a'); log.warning('b')\n"
+        "logging.getLogger('library').info('c'); logging.getLogger('library').error('d')"
+    )
+    assert [line.split()[-1] for line in lines] == ["b", "d"]
+
+
+@pytest.mark.parametrize("style", ["human", "json"])
+def test_control_characters_of_clients_neither_begin_a_line_nor_reach_the_terminal(style):
+    lines, _ = run(
+        rf"logs.configure('info', '{style}'); log.info('name %s', 'a\nERROR forged\r\x1b[2J\x9b\u202e\ud800ä', "
+        r"extra={'id': 'b\n\x1b'})"
+    )
+    assert len(lines) == 1
+    assert lines[0].isprintable()
+    assert "ERROR forged" in lines[0]
+    if style == "human":
+        assert r"a\nERROR forged\r\x1b[2J\x9b\u202e\ud800ä" in lines[0]
+
+
+def test_an_exception_is_logged_with_its_traceback_and_its_text_is_escaped():
+    lines, _ = run(
+        "logs.configure('info', 'human')\ntry: raise ValueError('no\\x1b[2J')\n"
+        "except ValueError: log.exception('it failed')"
+    )
+    assert lines[0].endswith("it failed")
+    assert lines[-1] == r"ValueError: no\x1b[2J"
+    assert len(lines) >= 4
+
+
+def test_lines_of_native_libraries_become_records_of_a_json_log():
+    lines, _ = run(
+        "logs.configure('info', 'json'); log.info('first')\n"
+        f"os.write(2, b'{ABSEIL}\\nplain\\n\\n'); os.system('echo from a child >&2'); os.write(2, b'no end of line')"
+    )
+    seen = [(record["logger"], record["level"], record["message"]) for record in records(lines)]
+    assert seen == [
+        ("service.test", "INFO", "first"),
+        ("grpc.core", "ERROR", "Handshake failed"),
+        ("stderr", "WARNING", "plain"),
+        ("stderr", "WARNING", "from a child"),
+        ("stderr", "WARNING", "no end of line"),
+    ]
+
+
+def test_native_lines_are_left_as_they_are_in_a_log_for_people():
+    lines, _ = run(f"logs.configure('info', 'human'); os.write(2, b'{ABSEIL}\\n')")
+    assert lines == [ABSEIL]
+
+
+def test_a_flood_of_native_lines_neither_blocks_the_process_nor_harms_the_log():
+    lines, code = run(
+        "logs.configure('info', 'json')\n"
+        "for _ in range(20000):\n"
+        "    try: os.write(2, b'x' * 99 + b'\\n')\n"
+        "    except BlockingIOError: pass\n"
+        "log.info('still here')"
+    )
+    assert code == 0
+    assert "still here" in {record["message"] for record in records(lines)}
+
+
+@pytest.mark.parametrize("style", ["human", "json"])
+def test_a_crash_loses_no_record_and_shows_where_it_happened(style):
+    lines, code = run(
+        f"import ctypes; logs.configure('info', '{style}')\n"
+        "for number in range(200): log.info('record %d', number)\n"
+        "ctypes.string_at(0)"
+    )
+    assert code < 0
+    assert all(f"record {number}" in lines[number] for number in range(200))
+    assert lines[200] == "Fatal Python error: Segmentation fault"
+    assert any("string_at" in line for line in lines[201:])
+
+
+@pytest.mark.parametrize(
+    "where", ["def f(): 1 / 0\nf()", "import threading; threading.Thread(target=lambda: 1 / 0).start()"]
+)
+def test_unexpected_errors_are_records_of_a_json_log(where):
+    lines, _ = run(f"logs.configure('info', 'json')\n{where}")
+    (record,) = records(lines)
+    assert record["level"] == "CRITICAL"
+    assert "ZeroDivisionError" in str(record["exc_info"])
+
+
+def test_a_child_with_the_descriptor_of_the_log_writes_to_the_same_place():
+    child = SETUP + (
+        f"logs.configure('info', 'json', 1, int(sys.argv[1])); log.info('own')\nos.write(2, b'{ABSEIL}' + bytes([10]))"
+    )
+    lines, _ = run(
+        "import subprocess; logs.configure('info', 'json'); number = logs.log_descriptor()\n"
+        f"subprocess.run([sys.executable, '-c', {child!r}, str(number)], pass_fds=[number], check=True)"
+    )
+    seen = records(lines)
+    assert {str(record["message"]) for record in seen} == {"own", "Handshake failed"}
+    assert next(record for record in seen if record["message"] == "own")["worker"] == 1
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_failed_handshakes_with_a_tls_server_are_json_too(start_server, linear, tmp_path, workers):
+    authority = trustme.CA()
+    certificate = authority.issue_cert("localhost", "127.0.0.1")
+    certificate.cert_chain_pems[0].write_to_path(tmp_path / "cert.pem")
+    certificate.private_key_pem.write_to_path(tmp_path / "key.pem")
+    server = start_server(
+        "--model", linear, "--workers", workers,
+        "--tls-cert", tmp_path / "cert.pem", "--tls-key", tmp_path / "key.pem",
+    ).ready()  # fmt: skip
+    for _ in range(3):
+        with socket.create_connection(("127.0.0.1", server.port), timeout=10) as client:
+            client.sendall(b"GET / HTTP/1.1\r\n\r\n" * 100)
+            client.settimeout(10)
+            while client.recv(4096):
+                pass
+    server.wait_for('"logger": "grpc.core".*Handshake failed')
+    with grpc.secure_channel(
+        f"localhost:{server.port}", grpc.ssl_channel_credentials(authority.cert_pem.bytes())
+    ) as channel:
+        grpc.channel_ready_future(channel).result(30)
+    assert server.stop() == 0
+    assert all(json.loads(line) for line in server.lines), server.log
+    assert Path(f"/proc/{server.process.pid}").exists() is False
