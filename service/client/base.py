@@ -28,19 +28,19 @@ class BaseClient:
         self.options.check_token_is_safe(target)
         self._credentials = self.options.credentials()
         self._channel_options = channel_options(target)
-        self._known_limits: messages.Limits | None = None
+        self._known_capacity: Capacity | None = None
         self._limits_may_have_changed = True
 
     def _remember(self, model: messages.GetModelResponse) -> messages.GetModelResponse:
-        self._known_limits = model.limits
+        self._known_capacity = Capacity.of(model.limits)
         self._limits_may_have_changed = False
         return model
 
     def _capacity(self) -> Capacity:
         """What one request may hold, as far as the client knows."""
-        if self._known_limits is None:
+        if self._known_capacity is None:
             raise RuntimeError("the server's limits are needed before any request is made")
-        return Capacity.of(self._known_limits)
+        return self._known_capacity
 
     def _note_failure(self, failure: RequestFailed) -> None:
         # A server that was restarted with lower limits refuses requests that it took before.

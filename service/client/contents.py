@@ -1,5 +1,6 @@
 """From a caller's images to contents that fit into requests. Knows the messages, but neither channels nor threads."""
 
+import functools
 import io
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -51,12 +52,12 @@ class Content:
     images: tuple[messages.Image, ...] = ()
     pixels: bytes = b""
 
-    @property
+    @functools.cached_property
     def count(self) -> int:
         """Number of images."""
         return len(self.images) or len(self.pixels) // IMAGE_BYTES
 
-    @property
+    @functools.cached_property
     def size(self) -> int:
         """Bytes that the images take in a message, or a few more."""
         return len(self.pixels) or sum(_size(image) for image in self.images)

@@ -44,9 +44,6 @@ class Entry:
     abandoned: bool = False
     outcome: Results | BaseException | None = None
 
-    def __post_init__(self) -> None:
-        self.count, self.size = self.content.count, self.content.size
-
     def result(self) -> Results:
         """The results, or the exception that is the outcome. To be called once the outcome is known."""
         if isinstance(self.outcome, Results):
@@ -84,7 +81,7 @@ class SharedRequests(Generic[E]):
 
         The entries fit into the capacity, except that a single entry may exceed it.
         """
-        if len(self._under_way) >= self._slots:
+        if not (self._waiting or self._halves) or len(self._under_way) >= self._slots:
             return None
         group = self._next_half() or self._from_waiting(capacity)
         if not group:
@@ -120,12 +117,12 @@ class SharedRequests(Generic[E]):
 
     def _from_waiting(self, capacity: Capacity) -> list[E]:
         # An equal share for each slot, so that the server computes one request while the next one is prepared.
-        images = sum(entry.count for group in (self._waiting, *self._under_way) for entry in group)
+        images = sum(entry.content.count for group in (self._waiting, *self._under_way) for entry in group)
         share = min(capacity.images, -(-images // self._slots))
         group: list[E] = []
         count = size = 0
         for entry in self._waiting:
-            count, size = count + entry.count, size + entry.size
+            count, size = count + entry.content.count, size + entry.content.size
             if group and (count > share or size > capacity.size):
                 break
             group.append(entry)

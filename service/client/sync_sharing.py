@@ -53,8 +53,7 @@ class SyncSharing:
             self._choose_leaders()
         try:
             while entry.outcome is None:
-                group = self._wait(entry)
-                if group:
+                if group := self._wait(entry):
                     self._lead(group)
         except BaseException:
             self._give_up(entry)

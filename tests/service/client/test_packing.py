@@ -1,0 +1,166 @@
+"""The pure logic of packing: which images go into which request, and which results belong to which call."""
+
+import grpc
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image as PillowImage
+
+from service.client.answers import classifications
+from service.client.contents import Capacity, Content, contents
+from service.client.packing import (
+    SMALL_IMAGES,
+    Entry,
+    SharedRequests,
+    distribute,
+    is_small,
+    request_of,
+    request_of_group,
+)
+from service.client.retrying import Deadline, RequestFailed
+from service.generated.cifar.v1 import image_classifier_pb2 as messages
+from tests.service.client.scripted import CLASSES, IMAGE_BYTES, answer, name_of
+
+numbers = st.integers(0, 2**31)
+
+
+def pixels(*seeds: int) -> bytes:
+    return b"".join(np.random.default_rng(seed).bytes(IMAGE_BYTES) for seed in seeds)
+
+
+def images_of(content: Content) -> list[bytes]:
+    """The bytes of each image, in order."""
+    packed = content.pixels
+    return [image.encoded or image.rgb for image in content.images] + [
+        packed[start : start + IMAGE_BYTES] for start in range(0, len(packed), IMAGE_BYTES)
+    ]
+
+
+@st.composite
+def some_contents(draw: st.DrawFn) -> Content:
+    seeds = draw(st.lists(numbers, min_size=1, max_size=5))
+    if draw(st.booleans()):
+        return Content(pixels=pixels(*seeds))
+    images = [
+        messages.Image(rgb=pixels(seed)) if draw(st.booleans()) else messages.Image(encoded=b"file %d" % seed)
+        for seed in seeds
+    ]
+    return Content(images=tuple(images))
+
+
+entries = st.builds(Entry, some_contents(), st.integers(0, CLASSES), st.just(Deadline(None)))
+
+
+@given(st.lists(entries, min_size=1, max_size=8))
+def test_each_call_gets_the_results_of_its_own_images_and_as_many_classes_as_it_wants(group):
+    response = answer(request_of_group(group))
+    parts = distribute([entry.content for entry in group], response)
+    for entry, part in zip(group, parts, strict=True):
+        found = classifications(part, entry.top_k)
+        assert [one.best.name for one in found] == [name_of(image) for image in images_of(entry.content)]
+        assert {len(one.classes) for one in found} == {entry.top_k or CLASSES}
+
+
+def test_a_response_with_another_number_of_results_is_refused():
+    content = Content(pixels=pixels(1, 2))
+    response = answer(request_of([content], 1))
+    del response.results[1]
+    with pytest.raises(RequestFailed, match="INTERNAL: the server sent 1 results for 2 images"):
+        distribute([content], response)
+
+
+@given(st.lists(some_contents(), max_size=20), st.integers(1, 3), st.integers(1, 12), st.integers(1, 12), st.data())
+def test_every_entry_travels_once_in_order_and_no_request_is_too_large(waiting, slots, images, thousands, data):
+    capacity = Capacity(images, thousands * 1500)
+    requests = SharedRequests[Entry](slots)
+    expected = [Entry(content, 0, Deadline(None)) for content in waiting]
+    for entry in expected:
+        requests.add(entry)
+    under_way: list[list[Entry]] = []
+    sent: list[Entry] = []
+    while len(sent) < len(expected) or under_way:
+        while group := requests.next_group(capacity):
+            under_way.append(group)
+            sent += group
+            together = sum(entry.content.count for entry in group), sum(entry.content.size for entry in group)
+            assert len(group) == 1 or (together[0] <= capacity.images and together[1] <= capacity.size)
+        assert len(under_way) <= slots
+        assert len(under_way) == slots or len(sent) == len(expected)  # no slot is left free while entries wait
+        group = under_way.pop(data.draw(st.integers(0, len(under_way) - 1)))
+        parts = distribute([entry.content for entry in group], answer(request_of_group(group)))
+        requests.answered(group, parts)
+    assert sent == expected
+    for entry in expected:
+        found = [row.classes[0].name for row in entry.result().rows]
+        assert found == [name_of(image) for image in images_of(entry.content)]
+
+
+def test_a_lone_entry_is_sent_at_once_and_the_next_ones_gather_while_all_slots_are_taken():
+    requests, capacity = SharedRequests[Entry](2), Capacity(100, 10**6)
+    first, second, *others = (Entry(Content(pixels=pixels(seed)), 0, Deadline(None)) for seed in range(6))
+    requests.add(first)
+    assert requests.next_group(capacity) == [first]
+    requests.add(second)
+    assert requests.next_group(capacity) == [second]
+    for entry in others:
+        requests.add(entry)
+    assert requests.next_group(capacity) is None
+    requests.answered([first], distribute([first.content], answer(request_of_group([first]))))
+    # Half of the five images that are under way or waiting: the other half is for the second slot.
+    assert requests.next_group(capacity) == others[:3]
+
+
+@given(st.integers(2, 20), st.data())
+def test_one_call_at_fault_fails_alone(count, data):
+    culprit = data.draw(st.integers(0, count - 1))
+    requests, capacity = SharedRequests[Entry](1), Capacity(1000, 10**7)
+    blocker, *others = (Entry(Content(pixels=pixels(seed)), 0, Deadline(None)) for seed in range(count + 1))
+    for entry in (blocker, *others):
+        requests.add(entry)
+    sent = 0
+    while group := requests.next_group(capacity):
+        sent += 1
+        if others[culprit] in group:
+            requests.failed(group, RequestFailed(grpc.StatusCode.INTERNAL, "poisoned"))
+        else:
+            requests.answered(group, distribute([one.content for one in group], answer(request_of_group(group))))
+    for place, entry in enumerate(others):
+        assert isinstance(entry.outcome, RequestFailed) == (place == culprit)
+    assert sent <= 3 + 2 * count.bit_length()
+
+
+def test_an_abandoned_entry_is_never_sent():
+    requests = SharedRequests[Entry](1)
+    first, second = (Entry(Content(pixels=pixels(seed)), 0, Deadline(None)) for seed in range(2))
+    requests.add(first)
+    requests.add(second)
+    requests.abandon(first)
+    assert requests.next_group(Capacity(10, 10**6)) == [second]
+
+
+@given(st.lists(st.tuples(st.booleans(), numbers), max_size=30), st.integers(1, 9), st.integers(1, 12))
+def test_a_list_of_images_is_cut_in_order_into_contents_that_fit(sources, images, thousands):
+    capacity = Capacity(images, thousands * 3100)
+    arrays = [np.frombuffer(pixels(seed), np.uint8).reshape(32, 32, 3) for _, seed in sources]
+    given_images = [array if raw else array.tobytes() for (raw, _), array in zip(sources, arrays, strict=True)]
+    made = list(contents(given_images, lambda: capacity))
+    assert [image for content in made for image in images_of(content)] == [array.tobytes() for array in arrays]
+    assert all(content.count == 1 or content.fits(capacity) for content in made)
+    smaller = Capacity(max(1, images // 2), 4000)
+    again = [part for content in made for part in content.split(smaller)]
+    assert [image for content in again for image in images_of(content)] == [array.tobytes() for array in arrays]
+    assert all(content.count == 1 or content.fits(smaller) for content in again)
+
+
+def test_only_small_calls_share_requests():
+    assert is_small(Content(pixels=bytes(SMALL_IMAGES * IMAGE_BYTES)))
+    assert not is_small(Content(pixels=bytes((SMALL_IMAGES + 1) * IMAGE_BYTES)))
+    assert not is_small(Content(images=(messages.Image(encoded=bytes(2**18)),)))
+
+
+def test_an_image_keeps_its_orientation_when_it_is_encoded():
+    image = PillowImage.new("RGB", (4, 2))
+    image.getexif()[0x0112] = 6
+    (content,) = contents([image], lambda: Capacity(10, 10**6))
+    assert b"eXIf" in content.images[0].encoded
