@@ -56,17 +56,26 @@ def resident_mib(pid: int) -> float:
         return 0.0
 
 
+def seconds_waited_for_cpu(pid: int) -> float:
+    """How long a process was ready to run while other processes ran; 0 if it has ended."""
+    try:
+        return int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) / 1e9
+    except OSError:
+        return 0.0
+
+
 def niceness(pid: int) -> int:
     return os.getpriority(os.PRIO_PROCESS, pid)
 
 
 class CpuMeter:
-    """CPU time of all processes that a decoder ever had, sampled while they live."""
+    """CPU time of all processes that a decoder ever had, and how long they and this process waited for a CPU."""
 
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder
         self._seconds: dict[int, float] = {}
         self._first = {pid: cpu_seconds(pid) for pid in decoder.pids}
+        self._waited: dict[int, float] = {}
         self.peak_mib = 0.0
 
     async def __aenter__(self) -> "CpuMeter":
@@ -81,8 +90,15 @@ class CpuMeter:
     def seconds(self) -> float:
         return sum(value - self._first.get(pid, 0.0) for pid, value in self._seconds.items())
 
+    @property
+    def waited(self) -> float:
+        self._note()
+        return sum(self._waited.values())
+
     def _note(self) -> None:
         pids = self._decoder.pids
+        for pid in (os.getpid(), *pids):
+            self._waited[pid] = max(self._waited.get(pid, 0.0), seconds_waited_for_cpu(pid))
         for pid in pids:
             self._seconds[pid] = max(self._seconds.get(pid, 0.0), cpu_seconds(pid))
         self.peak_mib = max(self.peak_mib, sum(resident_mib(pid) for pid in pids))

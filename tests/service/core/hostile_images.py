@@ -113,3 +113,9 @@ def noise_png(side: int, mode: str = "RGB") -> bytes:
     """As slow as an honest PNG of this many pixels can be."""
     pixels = np.random.default_rng(0).integers(0, 255, (side, side, len(mode)), np.uint8)
     return saved(Image.fromarray(pixels), compress_level=1)
+
+
+def noise_jpeg(side: int, scans: int) -> bytes:
+    """A progressive JPEG whose last scan holds much data and is repeated."""
+    pixels = np.random.default_rng(0).integers(0, 255, (side, side), np.uint8)
+    return with_scans(saved(Image.fromarray(pixels), "JPEG", quality=20, progressive=True), scans)

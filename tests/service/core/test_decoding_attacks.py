@@ -77,21 +77,16 @@ def test_a_file_within_the_limits_of_structure_is_decoded(name):
     asyncio.run(test())
 
 
-def stretch() -> float:
-    """How many times longer than its CPU time a computation takes now, because other programs run."""
-    began, began_cpu = time.perf_counter(), time.process_time()
-    while time.process_time() - began_cpu < 0.2:
-        pass
-    return max(1.0, (time.perf_counter() - began) / 0.2)
+async def slowest_honest_answer(decoder: Decoder, meter: CpuMeter, attack: "asyncio.Future[object]") -> float:
+    """Sends a small image every 20 ms until the attack is over; the longest time that an answer took, in seconds.
 
-
-async def slowest_honest_answer(decoder: Decoder, attack: "asyncio.Future[object]") -> float:
-    """Sends a small image every 20 ms until the attack is over; the longest time that an answer took, in seconds."""
+    The time for which the processes wait for a CPU is not counted: other programs may keep the machine busy.
+    """
     slowest = 0.0
     while not attack.done():
-        began = time.perf_counter()
+        began = time.perf_counter() - meter.waited
         (result,) = await decoder.decode([HONEST], client="honest")
-        slowest = max(slowest, time.perf_counter() - began)
+        slowest = max(slowest, time.perf_counter() - meter.waited - began)
         assert isinstance(result, np.ndarray)
         await asyncio.sleep(0.02)
     return slowest
@@ -100,10 +95,9 @@ async def slowest_honest_answer(decoder: Decoder, attack: "asyncio.Future[object
 @pytest.mark.parametrize("name", EXPENSIVE)
 def test_honest_images_are_answered_at_once_while_expensive_ones_are_decoded(name):
     async def test():
-        limit = HONEST_SECONDS * stretch()
         async with running(2) as decoder, CpuMeter(decoder) as meter:
             attack = asyncio.gather(*(decoder.decode([EXPENSIVE[name]] * 2, client=f"{i}") for i in range(2)))
-            assert await slowest_honest_answer(decoder, attack) < limit
+            assert await slowest_honest_answer(decoder, meter, attack) < HONEST_SECONDS
             await attack
         assert meter.seconds < 4 * 2 * MAX_DECODE_SECONDS
         assert meter.peak_mib < 400
@@ -112,21 +106,20 @@ def test_honest_images_are_answered_at_once_while_expensive_ones_are_decoded(nam
 
 
 def test_files_whose_cost_nothing_predicts_move_to_the_slow_lane():
-    """Small in pixels and memory, but slow: 0.05 s each."""
-    file = hostile.with_scans(saved(gradient(1020, 1020), "JPEG", progressive=True, quality=95), 64)
+    """Small in pixels and memory, but slow: more than 0.15 s each."""
+    file = hostile.noise_jpeg(800, scans=64)
 
     async def test():
         ended = []
-        limit = HONEST_SECONDS * stretch()
-        async with running(2, max_decode_seconds=0.04, on_ended=ended.append) as decoder:
+        async with running(2, max_decode_seconds=0.1, on_ended=ended.append) as decoder:
             async with CpuMeter(decoder) as meter:
                 requests = [decoder.decode([file] * 8, client=f"attacker {i % 2}") for i in range(4)]
                 attack = asyncio.gather(*requests)
-                assert await slowest_honest_answer(decoder, attack) < limit
+                assert await slowest_honest_answer(decoder, meter, attack) < HONEST_SECONDS
                 results = [result for results in await attack for result in results]
             assert all(isinstance(result, ImageRejected) for result in results)
             assert ended.count("limit") >= len(results)
-            assert meter.seconds < len(results) * 2 * 0.04 + 1.0
+            assert meter.seconds < len(results) * 2 * 0.1 + 1.0
 
     asyncio.run(test())
 
