@@ -30,11 +30,6 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def channel_options(target: str) -> tuple[tuple[str, int], ...]:
-    """Options of a channel to HOST:PORT: no proxy in front of the loopback, whatever the environment says."""
-    return (("grpc.enable_http_proxy", 0),) if is_loopback(target.rpartition(":")[0]) else ()
-
-
 def check_free(host: str, port: int) -> None:
     """Checks that nobody listens on the port. gRPC itself would print several lines, or silently share the port.
 

@@ -1,4 +1,4 @@
-"""Real exports for the server to load: small ONNX graphs with the project's contract, and their manifests."""
+"""Writes exports for the server to load: small ONNX graphs that follow the contract of the export, with manifests."""
 
 import hashlib
 import json
@@ -9,7 +9,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-# A batch that begins with this byte is slow, or fails, in the graphs that say so.
+# Some graphs are slow, or fail, on a batch whose first byte is this one.
 STALLING = 255
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
@@ -18,10 +18,10 @@ def graph(seed: int = 0, *, loops: int = 0, fails_on: int | None = None, batch: 
     """A linear classifier with random weights.
 
     Args:
-        seed: Of the weights, so that two seeds are two models.
-        loops: Multiplications of a large matrix, 5 to 15 ms each, that a batch costs which begins with byte 255.
-        fails_on: A batch whose first byte is this fails in the middle of the computation.
-        batch: First dimension of the input.
+        seed: Seed of the weights; different seeds give different models.
+        loops: Number of extra matrix multiplications, 5 to 15 ms each, for a batch whose first byte is 255.
+        fails_on: The computation fails for a batch whose first byte is this value. None: it never fails.
+        batch: First dimension of the input; a number fixes the batch size.
     """
     generator = np.random.default_rng(seed)
     weights = (generator.standard_normal((3072, len(CLASSES))) / 20).astype(np.float32)
@@ -38,7 +38,7 @@ def graph(seed: int = 0, *, loops: int = 0, fails_on: int | None = None, batch: 
     ]
     last = "product"
     if loops or fails_on is not None:
-        # `number` is 1 where the batch begins with the byte, else 0.
+        # `number` is 1 if the batch begins with the byte, else 0.
         initializers += [
             numpy_helper.from_array(np.array([-1]), "all"),
             numpy_helper.from_array(np.int64(0), "at"),
@@ -51,7 +51,8 @@ def graph(seed: int = 0, *, loops: int = 0, fails_on: int | None = None, batch: 
             helper.make_node("Cast", ["trapped"], ["number"], to=TensorProto.INT64),
         ]
     if loops:
-        # A loop that cannot be folded away: it begins with the images' sum, and its end is added, times zero.
+        # A loop that onnxruntime cannot remove: it starts from the sum of the images, and its result, times zero, is
+        # added to the output.
         initializers += [
             numpy_helper.from_array(np.int64(loops), "loops"),
             numpy_helper.from_array(np.bool_(True), "yes"),
@@ -85,7 +86,7 @@ def graph(seed: int = 0, *, loops: int = 0, fails_on: int | None = None, batch: 
         ]
         last = "slow"
     if fails_on is not None:
-        # An index out of bounds where the batch begins with the byte.
+        # An index that is out of bounds if the batch begins with the byte.
         initializers += [
             numpy_helper.from_array(np.array([1.0], np.float32), "one"),
             numpy_helper.from_array(np.int64(99), "outside"),
@@ -112,7 +113,7 @@ def graph(seed: int = 0, *, loops: int = 0, fails_on: int | None = None, batch: 
 
 
 def write_export(folder: Path, content: bytes, version: str = "linear-0", **changes: object) -> Path:
-    """An export's folder with this graph; `changes` are keys of the manifest."""
+    """Writes the folder of an export with this graph, and returns it. `changes` replace keys of the manifest."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "model.onnx").write_bytes(content)
     manifest = {
@@ -129,7 +130,7 @@ def write_export(folder: Path, content: bytes, version: str = "linear-0", **chan
         },
         **changes,
     }
-    # Last, and at once: the server looks at the folder while this writes.
+    # Last, and by rename: a running server may read the folder at any time.
     temporary = folder / "manifest.json.new"
     temporary.write_text(json.dumps(manifest))
     temporary.replace(folder / "manifest.json")
@@ -137,7 +138,7 @@ def write_export(folder: Path, content: bytes, version: str = "linear-0", **chan
 
 
 def expected(seed: int, images: NDArray[np.uint8]) -> NDArray[np.float64]:
-    """Probabilities of `graph(seed)`, in NumPy."""
+    """Probabilities that `graph(seed)` gives for the images, computed with NumPy; float64 [n, 10]."""
     weights = (np.random.default_rng(seed).standard_normal((3072, len(CLASSES))) / 20).astype(np.float32)
     logits = (images.reshape(len(images), -1) / 255.0) @ weights.astype(np.float64)
     powers = np.exp(logits - logits.max(axis=1, keepdims=True))
@@ -145,12 +146,12 @@ def expected(seed: int, images: NDArray[np.uint8]) -> NDArray[np.float64]:
 
 
 def pictures(count: int, seed: int = 0) -> NDArray[np.uint8]:
-    """Random images, uint8 [count, 32, 32, 3], none of which begins with the byte 255."""
+    """Random images, uint8 [count, 32, 32, 3]. None of them begins with the byte 255."""
     return np.random.default_rng(seed).integers(0, 255, (count, 32, 32, 3), np.uint8)
 
 
 def stalling(count: int) -> NDArray[np.uint8]:
-    """Images that each begin with the byte on which some graphs are slow, or fail."""
+    """Images that each begin with the byte on which some graphs are slow or fail, uint8 [count, 32, 32, 3]."""
     images = pictures(count)
     images[:, 0, 0, 0] = STALLING
     return images

@@ -26,7 +26,7 @@ def loaded(folder: Path, variant: str = "fp32") -> Model:
 def test_the_engine_computes_the_graph_for_any_number_of_images():
     engine = Engine(graph(3), "cpu", 1)
     for count in (1, 2, 7):
-        logits, probabilities = engine.compute(pictures(count))
+        logits, probabilities = engine.compute(pictures(count), alone=True)
         assert logits.shape == probabilities.shape == (count, len(CLASSES))
         assert np.abs(probabilities - expected(3, pictures(count))).max() < 1e-5
 
@@ -49,7 +49,7 @@ def test_auto_uses_the_cpu_without_cuda_and_logs_it(caplog):
 def test_on_cuda_the_engine_gives_the_same_answers():
     engine = Engine(graph(3), "cuda", 1)
     assert engine.device == "cuda"
-    _, probabilities = engine.compute(pictures(9))
+    _, probabilities = engine.compute(pictures(9), alone=True)
     assert np.abs(probabilities - expected(3, pictures(9))).max() < 1e-3
 
 
@@ -198,7 +198,7 @@ def test_a_new_export_takes_the_place_of_the_old_one_and_a_bad_one_does_not(tmp_
         (tmp_path / "model.onnx").write_bytes(b"damaged")
         assert not await reloads.store.reload()
         assert reloads.outcomes == ["second", None]
-        _, probabilities = reloads.store.current.engine.compute(pictures(2))
+        _, probabilities = reloads.store.current.engine.compute(pictures(2), alone=True)
         assert np.abs(probabilities - expected(1, pictures(2))).max() < 1e-5
 
     asyncio.run(test())
