@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from service.client import ClassificationError, Client, print_table
+from service.client.command import check_readable
 from service.errors import StartError
 from service.launch import ServerProcess
 from service.settings import shipped
@@ -27,6 +28,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     images = parser.parse_args(arguments).images
     images = images or sorted(path for path in shipped("samples").iterdir() if path.suffix != ".md")
+    try:
+        check_readable(images)
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     with ServerProcess("--device", "cpu") as server:
         try:
             server.ready()

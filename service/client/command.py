@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     chosen = _parser().parse_args(arguments)
     try:
-        _check_readable(chosen.images)
+        check_readable(chosen.images)
         with Client(chosen.server, options_of(chosen)) as client:
             answers = client.classify(chosen.images, chosen.top_k)
     except (ClassificationError, OSError, ValueError) as error:
@@ -108,8 +108,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _check_readable(paths: Sequence[Path]) -> None:
-    """Names all files that cannot be read, before the server is asked."""
+def check_readable(paths: Sequence[Path]) -> None:
+    """Checks that image files can be read, before a server is asked.
+
+    Raises:
+        OSError: Some cannot; the message names all of them.
+    """
     problems = []
     for path in paths:
         try:

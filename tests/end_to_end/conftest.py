@@ -1,5 +1,5 @@
-"""The same server as the service's own tests use."""
+"""The server fixtures of the service's own tests."""
 
-from tests.service.conftest import linear, server
+from tests.service.conftest import linear, server, start_server
 
-__all__ = ["linear", "server"]
+__all__ = ["linear", "server", "start_server"]

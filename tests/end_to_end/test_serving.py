@@ -1,7 +1,8 @@
-"""The service as a user meets it: the demo, the installed wheel, accuracy through gRPC."""
+"""The service as a user meets it: the demo, the installed wheel, the container's health check, accuracy over gRPC."""
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from cifar_core.data import Dataset
-from cifar_core.evaluate import EvaluationError, choose_split, server_predictor
+from cifar_core.evaluate import EvaluationError, choose_split
+from cifar_core.predictors import PredictorError, server_predictor
 from service.client import Client
 from tests.conftest import REPOSITORY
 from tests.service.conftest import Server
@@ -17,7 +19,11 @@ from tests.service.conftest import Server
 SHIPPED = REPOSITORY / "exported"
 
 
-def test_the_demo_classifies_the_sample_pictures_and_stops():
+def sample_images() -> list[Path]:
+    return sorted(path for path in (REPOSITORY / "samples").iterdir() if path.suffix != ".md")
+
+
+def test_the_demo_classifies_the_sample_images_and_stops_its_server():
     done = subprocess.run(
         [sys.executable, "-m", "service.demo"],
         cwd=REPOSITORY, env={**os.environ, "CIFAR_SERVICE_PORT": "taken"}, capture_output=True, text=True,
@@ -26,26 +32,36 @@ def test_the_demo_classifies_the_sample_pictures_and_stops():
     version = json.loads((SHIPPED / "manifest.json").read_text())["model_version"]
     assert f"model {version}" in done.stdout
     assert "server stopped, exit code 0" in done.stdout
-    for picture in (REPOSITORY / "samples").iterdir():
-        assert (picture.name in done.stdout) == (picture.suffix != ".md")
+    for image in sample_images():
+        assert image.name in done.stdout
+    assert "README.md" not in done.stdout
+
+
+def test_the_demo_says_which_image_cannot_be_read():
+    done = subprocess.run(
+        [sys.executable, "-m", "service.demo", "absent.png"], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stderr == "error: these images cannot be read: absent.png: No such file or directory\n"
 
 
 @pytest.mark.parametrize("variant", ["fp32", "int8"])
-def test_every_sample_picture_is_what_its_name_says(variant):
+def test_the_class_of_every_sample_image_is_the_one_in_its_file_name(variant):
     server = Server("--model", SHIPPED, "--variant", variant).ready()
     shipped = json.loads((SHIPPED / "manifest.json").read_text())["variants"][variant]
     try:
-        pictures = sorted(path for path in (REPOSITORY / "samples").iterdir() if path.suffix != ".md")
         with Client(server.target) as client:
-            assert [answer.best.name for answer in client.classify(pictures)] == [path.stem for path in pictures]
+            answers = client.classify(sample_images())
+            assert [answer.best.name for answer in answers] == [path.stem for path in sample_images()]
             model = client.model()
         assert (model.variant, model.test_accuracy) == (variant, pytest.approx(shipped["test_accuracy"]))
-    finally:
         assert server.stop() == 0
+    finally:
+        server.kill()
 
 
 def test_a_wheel_installed_elsewhere_serves_the_shipped_model_without_a_checkout(tmp_path):
-    # Without isolation and dependencies: what is tested is what the wheel itself holds.
+    # Without isolation and dependencies, because only what the wheel itself holds is tested.
     subprocess.run(
         [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(REPOSITORY)],
         check=True, capture_output=True,
@@ -68,47 +84,57 @@ def test_a_wheel_installed_elsewhere_serves_the_shipped_model_without_a_checkout
     assert "airplane.png" in done.stdout
 
 
-def test_a_container_asks_for_health_by_a_command(server):
-    def probe(target: str) -> subprocess.CompletedProcess[str]:
+def test_the_health_check_of_the_container_follows_the_servers_variables(start_server, linear, tmp_path):
+    dockerfile = (REPOSITORY / "Dockerfile").read_text()
+    found = re.search(r"^HEALTHCHECK .*CMD (\[.*\])$", dockerfile, re.MULTILINE)
+    assert found
+    interpreter, *arguments = json.loads(found[1])
+    assert interpreter.endswith("/python")
+    (tmp_path / "tokens").write_text("secret\n")
+    server = start_server("--model", linear, environment={"CIFAR_SERVICE_TOKEN_FILE": str(tmp_path / "tokens")}).ready()
+
+    def health(**variables: str) -> int:
+        environment = {**os.environ, "CIFAR_SERVICE_PORT": str(server.port), "CIFAR_SERVICE_HOST": "0.0.0.0"}  # noqa: S104
         return subprocess.run(
-            [sys.executable, "-m", "service.probe", target], cwd=REPOSITORY, capture_output=True, text=True
-        )
+            [sys.executable, *arguments], cwd=REPOSITORY, env={**environment, **variables}, capture_output=True
+        ).returncode
 
-    assert probe(server.target).returncode == 0
-    assert "SERVING" in probe(server.target).stdout
-    assert probe("127.0.0.1:1").returncode == 1
+    assert health(CIFAR_SERVICE_TOKEN_FILE=str(tmp_path / "tokens")) == 0
+    assert health() == 1
+    assert server.stop() == 0
+    assert health(CIFAR_SERVICE_TOKEN_FILE=str(tmp_path / "tokens")) == 1
 
 
-def test_accuracy_is_measured_through_a_server(server, small: Dataset, command):
+def test_a_model_is_evaluated_through_a_server(server, small: Dataset, command):
     done = command("cifar_core.evaluate", "--model", f"grpc://{server.target}", "--data", "synthetic:300")
-    # The linear test model knows other classes than the generated data.
     assert done.returncode == 2
-    assert "knows the classes airplane, automobile" in done.stderr
+    assert "has the classes airplane, automobile" in done.stderr  # the generated data has others
     predictor = server_predictor(server.target)
     logits, probabilities = predictor.predict(small.test.images.numpy())
     assert probabilities.shape == (len(small.test), 10)
     assert (logits.argmax(1) == probabilities.argmax(1)).all()
-    with pytest.raises(EvaluationError, match="does not tell which images were held out"):
+    with pytest.raises(EvaluationError, match="does not say which images were held out"):
         choose_split(predictor, small, "validation")
-    with pytest.raises(EvaluationError, match=r"start (a server|one) with: make serve"):
+    with pytest.raises(PredictorError, match=r"does not answer .*start a server with: make serve"):
         server_predictor("127.0.0.1:1")
 
 
-def test_accuracy_through_grpc_is_that_of_the_file(real: Dataset, tmp_path):
-    del real  # only where there are real images
+def test_accuracy_through_a_server_equals_that_of_the_file(real: Dataset, tmp_path):
+    del real  # needed only because the test is skipped where there are no real images
     server = Server("--model", SHIPPED).ready()
     try:
         results = []
-        for place in (f"grpc://{server.target}", SHIPPED / "model.onnx"):
+        for model in (f"grpc://{server.target}", SHIPPED / "model.onnx"):
             file = tmp_path / "result.json"
             done = subprocess.run(
-                [sys.executable, "-m", "cifar_core.evaluate", "--model", str(place), "--json", str(file)],
+                [sys.executable, "-m", "cifar_core.evaluate", "--model", str(model), "--json", str(file)],
                 cwd=REPOSITORY, capture_output=True, text=True,
             )  # fmt: skip
             assert done.returncode == 0, done.stderr
             results.append(json.loads(file.read_text()))
-    finally:
         assert server.stop() == 0
+    finally:
+        server.kill()
     through, direct = results
     assert through["images"] == 10_000
     assert through["correct"] == direct["correct"]
