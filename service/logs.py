@@ -28,6 +28,7 @@ _LEVELS = {"I": logging.INFO, "W": logging.WARNING, "E": logging.ERROR, "F": log
 # Abseil announces that its lines go to standard error, which says nothing to readers of a JSON log.
 _ABSEIL_NOTICE = "WARNING: All log messages before absl::InitializeLog()"
 _MAX_LINE_BYTES = 65536
+_END = b"\0end of the pipe\n"
 _GRPC = "grpc.core"  # the library itself, beside the loggers of its Python package
 
 
@@ -130,9 +131,11 @@ def _redirect_native_lines() -> TextIO:
     reader.start()
 
     def restore() -> None:
-        """Ends the pipe, so that the thread logs what is still in it."""
-        os.dup2(standard_error, _STDERR)
-        reader.join(1)  # a child process may keep the pipe open
+        """Lets the thread log what is still in the pipe, and ends it; child processes may keep the pipe open."""
+        with contextlib.suppress(BlockingIOError):
+            os.write(_STDERR, b"\n" + _END)
+            os.dup2(standard_error, _STDERR)
+            reader.join(1)
 
     atexit.register(restore)
     return _open(standard_error)
@@ -140,7 +143,7 @@ def _redirect_native_lines() -> TextIO:
 
 def _log_native_lines(descriptor: int) -> None:
     with contextlib.closing(os.fdopen(descriptor, "rb")) as pipe:
-        while line := pipe.readline(_MAX_LINE_BYTES):
+        while (line := pipe.readline(_MAX_LINE_BYTES)) and line != _END:
             _log_native_line(line.decode(errors="backslashreplace").rstrip())
 
 

@@ -36,7 +36,7 @@ def main() -> int:
     sender = Sender(pipe)
     beating: set[asyncio.Task[None]] = set()
 
-    def on_ready(healthy: Callable[[], bool] = lambda: True) -> None:
+    def on_ready(healthy: Callable[[], bool]) -> None:
         sender.send(Kind.READY)
         beating.add(asyncio.get_running_loop().create_task(sender.beat(healthy)))  # a task needs a reference to live
 

@@ -1,9 +1,12 @@
 """The log, written by real processes: what reaches standard error, also from native libraries and in a crash."""
 
 import json
+import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import grpc
@@ -79,6 +82,32 @@ def test_lines_of_native_libraries_become_records_of_a_json_log():
         ("stderr", "WARNING", "from a child"),
         ("stderr", "WARNING", "no end of line"),
     ]
+
+
+def test_a_child_that_outlives_the_process_does_not_delay_its_end():
+    began = time.monotonic()
+    child = "[sys.executable, '-c', 'import time; time.sleep(20)'], stdout=subprocess.DEVNULL"
+    with subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            SETUP + f"import subprocess, time; logs.configure('info', 'json'); child = subprocess.Popen({child})\n"
+            "os.write(2, b'last words'); print(child.pid)",
+        ],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        child_pid = int(process.stdout.readline())
+        try:
+            assert process.wait(20) == 0
+            assert time.monotonic() - began < 15
+        finally:
+            os.kill(child_pid, signal.SIGKILL)
+        assert process.stderr is not None
+        assert json.loads(process.stderr.read())["message"] == "last words"
 
 
 def test_native_lines_are_left_as_they_are_in_a_log_for_people():
