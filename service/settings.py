@@ -129,7 +129,7 @@ class Settings(BaseSettings):
         5.0, description="seconds within which a request message has to arrive once the server reads it"
     )
     max_receiving_bytes: PositiveInt = Field(
-        256 * MIB, description="largest number of bytes of messages that are being received at once, in each process"
+        192 * MIB, description="largest number of bytes of messages that are being received at once, in each process"
     )
 
     # Security

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 _CHECK_SECONDS = 5.0
-_IDLE_GROWTH = 24 * 2**20
+_IDLE_GROWTH = 8 * 2**20
 _BUSY_GROWTH = 192 * 2**20
 
 
@@ -37,5 +37,5 @@ async def trim_regularly(is_busy: Callable[[], bool]) -> None:
         if now - smallest > (_BUSY_GROWTH if is_busy() else _IDLE_GROWTH):
             await asyncio.to_thread(libc.malloc_trim, 0)
             now = resident_bytes()
-            smallest = now if is_busy() else min(now, smallest + _IDLE_GROWTH // 2)
+            smallest = now
         smallest = min(smallest, now)

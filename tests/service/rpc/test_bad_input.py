@@ -12,9 +12,9 @@ from service.generated.cifar.v1 import image_classifier_pb2 as cifar
 from service.generated.cifar.v1 import image_classifier_pb2_grpc as cifar_rpc
 from service.generated.inference import open_inference_pb2 as inference
 from service.generated.inference import open_inference_pb2_grpc as inference_rpc
-from tests.service.conftest import Server, table
 from tests.cifar_core.image_corpus import gradient, saved
 from tests.cifar_core.test_images import png_of_few_bytes
+from tests.service.conftest import Server, table
 from tests.service.exports import expected, pictures
 
 INVALID, NOT_FOUND, EXHAUSTED, UNIMPLEMENTED = (

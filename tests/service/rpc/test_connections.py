@@ -1,0 +1,62 @@
+import time
+
+import pytest
+
+from service.errors import Overloaded
+from service.rpc import connections
+from service.rpc.connections import Connections
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_a_connection_that_reads_none_of_its_answers_is_refused_after_a_while(clock):
+    known = Connections()
+    known.sending("a", 100)
+    clock[0] += connections.MAX_UNREAD_SECONDS
+    known.check("a")
+    clock[0] += 0.1
+    with pytest.raises(Overloaded, match="1 answers on this connection have not been read"):
+        known.check("a")
+    known.check("b")
+    known.sent("a", 100)
+    known.check("a")
+
+
+def test_a_connection_that_reads_slowly_but_steadily_is_served(clock):
+    known = Connections()
+    for _ in range(5):
+        known.sending("a", 100)
+    for _ in range(4):
+        clock[0] += connections.MAX_UNREAD_SECONDS - 1
+        known.sent("a", 100)
+        known.check("a")
+
+
+def test_while_many_bytes_are_unread_a_connection_has_less_time(clock):
+    known = Connections()
+    known.sending("a", connections.MAX_UNREAD_BYTES + 1)
+    known.sending("b", 10)
+    clock[0] += connections.MAX_UNREAD_SECONDS_WHEN_FULL + 0.1
+    for name in "ab":
+        with pytest.raises(Overloaded):
+            known.check(name)
+    known.check("c")
+
+
+def test_all_connections_are_held_when_each_that_called_lately_has_a_call_waiting(clock):
+    known = Connections()
+    known.check("long ago")
+    clock[0] += 100
+    assert known.all_held(since=1050.0)
+    known.check("a")
+    known.check("b")
+    with known.held("a"):
+        assert not known.all_held(since=1050.0)
+        with known.held("b"):
+            assert known.all_held(since=1050.0)
+    assert not known.all_held(since=1050.0)

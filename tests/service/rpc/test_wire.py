@@ -1,0 +1,107 @@
+import random
+
+import pytest
+from google.protobuf.message import Message
+from hypothesis import given
+from hypothesis import strategies as st
+
+from service.errors import InvalidRequest
+from service.generated.cifar.v1 import image_classifier_pb2 as cifar
+from service.generated.inference import open_inference_pb2 as inference
+from service.rpc import classify, open_inference
+from service.rpc.wire import FieldCounter
+
+
+def accepted(counter: FieldCounter, message: Message | bytes) -> bool:
+    try:
+        counter.check(message if isinstance(message, bytes) else message.SerializeToString())
+    except InvalidRequest:
+        return False
+    return True
+
+
+images = st.lists(
+    st.one_of(
+        st.just(cifar.Image()),
+        st.binary(max_size=40).map(lambda data: cifar.Image(rgb=data)),
+        st.binary(max_size=40).map(lambda data: cifar.Image(encoded=data)),
+    ),
+    max_size=40,
+)
+
+
+@given(images, st.binary(max_size=300), st.integers(0, 100))
+def test_a_message_is_accepted_exactly_if_it_has_no_more_fields_than_allowed(pictures, packed, limit):
+    message = cifar.ClassifyRequest(images=pictures, packed_rgb=packed, top_k=3)
+    fields = 1 + bool(packed) + sum(1 + (picture.WhichOneof("content") is not None) for picture in pictures)
+    counter = FieldCounter(cifar.ClassifyRequest, limit)
+    small = len(message.SerializeToString()) <= 2 * limit  # so short that it cannot have too many
+    assert accepted(counter, message) == (small or fields <= limit)
+
+
+@given(st.binary(max_size=500))
+def test_any_bytes_are_accepted_or_refused_without_another_error(data):
+    for message_type in (cifar.ClassifyRequest, inference.ModelInferRequest):
+        accepted(FieldCounter(message_type, 20), data)
+
+
+@given(st.integers(0, 10**9))
+def test_what_the_parser_accepts_is_not_called_malformed(seed):
+    generator = random.Random(seed)
+    message = inference.ModelInferRequest(model_name="cifar10", id=str(seed))
+    tensor = message.inputs.add(name="images", datatype="UINT8", shape=[generator.randrange(2**60) for _ in range(4)])
+    tensor.contents.uint_contents.extend(generator.randrange(256) for _ in range(100))
+    tensor.contents.fp32_contents.extend(generator.random() for _ in range(5))
+    message.parameters["timeout"].int64_param = generator.randrange(-(2**62), 2**62)
+    message.parameters["ratio"].double_param = generator.random()
+    message.outputs.add(name="logits").parameters["classification"].int64_param = 3
+    FieldCounter(inference.ModelInferRequest, 10**6).check(message.SerializeToString())
+    assert accepted(FieldCounter(inference.ModelInferRequest, 250), message)
+
+
+MANY = 200_000
+
+
+@pytest.mark.parametrize(
+    ("counter", "message"),
+    [
+        (classify.field_counter(1024), b"\x12\x00" * MANY),  # empty images
+        (classify.field_counter(1024), b"\x20\x01" * MANY),  # top_k again and again
+        (classify.field_counter(1024), b"\xf8\x01\x00" * MANY),  # unknown fields
+        (classify.field_counter(1024), cifar.ClassifyRequest(images=[cifar.Image(rgb=b"")] * MANY).SerializeToString()),
+        (open_inference.field_counter(1024), b"\x2a\x00" * MANY),  # empty inputs
+        (open_inference.field_counter(1024), b"\x22\x00" * MANY),  # empty parameters
+        (
+            open_inference.field_counter(1024),
+            inference.ModelInferRequest(inputs=[{"name": "images", "shape": [1] * MANY}]).SerializeToString(),
+        ),
+        (
+            open_inference.field_counter(1024),
+            inference.ModelInferRequest(inputs=[{"contents": {"bytes_contents": [b""] * MANY}}]).SerializeToString(),
+        ),
+    ],
+)
+def test_a_message_of_many_small_parts_is_refused_before_it_is_parsed(counter, message):
+    with pytest.raises(InvalidRequest, match="more than 4160 fields"):
+        counter.check(message)
+
+
+def test_as_many_images_as_allowed_are_accepted_in_every_form():
+    picture = cifar.Image(rgb=bytes(3072))
+    assert accepted(classify.field_counter(1024), cifar.ClassifyRequest(images=[picture] * 1024, request_id="a"))
+    tensor = {"name": "images", "shape": [1024, 32, 32, 3], "contents": {"uint_contents": [1] * (1024 * 3072)}}
+    assert accepted(open_inference.field_counter(1024), inference.ModelInferRequest(inputs=[tensor]))
+
+
+@pytest.mark.parametrize(
+    ("message", "reason"),
+    [
+        (b"\x12" + b"\xff" * 11, "a number has more than 10 bytes"),
+        (b"\x12\xff\x7f" + b"\x12\x00" * 40, "behind its message"),
+        (b"\x13\x14" * 10, "wire type 3"),
+        (b"\x0a\x08" + bytes(8) + b"\x0a\xff", "cut off"),
+    ],
+)
+def test_what_is_no_message_is_named(message, reason):
+    with pytest.raises(InvalidRequest, match=f"not a message of its type: .*{reason}"):
+        FieldCounter(cifar.ClassifyRequest, 5).check(message)
