@@ -28,6 +28,8 @@ _LEVELS = {"I": logging.INFO, "W": logging.WARNING, "E": logging.ERROR, "F": log
 # Abseil announces that its lines go to standard error, which says nothing to readers of a JSON log.
 _ABSEIL_NOTICE = "WARNING: All log messages before absl::InitializeLog()"
 _MAX_LINE_BYTES = 65536
+_at_exit = contextlib.ExitStack()
+atexit.register(_at_exit.close)
 _END = b"\0end of the pipe\n"
 _GRPC = "grpc.core"  # the library itself, beside the loggers of its Python package
 
@@ -96,6 +98,12 @@ def log_descriptor() -> int:
     return sys.stderr.fileno()
 
 
+def close() -> None:
+    """Completes the log. Needed only before `os._exit`, which skips what Python does at the end of a process."""
+    _at_exit.close()
+    logging.shutdown()
+
+
 def _formatter(style: Literal["human", "json"], worker: int | None) -> logging.Formatter:
     if style == "json":
         return JsonFormatter(
@@ -137,7 +145,7 @@ def _redirect_native_lines() -> TextIO:
             os.dup2(standard_error, _STDERR)
             reader.join(1)
 
-    atexit.register(restore)
+    _at_exit.callback(restore)
     return _open(standard_error)
 
 

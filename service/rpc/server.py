@@ -15,7 +15,7 @@ from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from cifar_core.images import ImageLimits
-from service import metrics_http, ports
+from service import logs, metrics_http, ports
 from service.core.batcher import Batcher
 from service.core.decoding import Decoder
 from service.core.inference import Inference, Limits
@@ -137,7 +137,7 @@ async def _run(settings: Settings, shares_port: bool, on_ready: Callable[[Callab
             task.cancel()
     logger.info("stopped", extra={"answered": calls.answered, "unanswered": left})
     # Threads may still compute or load a model, and would keep the interpreter from ending.
-    logging.shutdown()
+    logs.close()
     os._exit(lifecycle.exit_code)
 
 

@@ -18,6 +18,9 @@ from service.workers.pipe import Kind, Receiver
 
 logger = logging.getLogger(__name__)
 
+# For a worker that reports a stuck engine to answer its other requests.
+STUCK_SECONDS = 2.0
+
 
 class WorkerProcess:
     """A worker that was started; `ended` is its exit code once it has ended, negative for a signal.
@@ -39,7 +42,7 @@ class WorkerProcess:
         self.number = number
         self.refusal = ""  # why it did not start
         self.ready_at: float | None = None  # on time.monotonic()
-        self._stuck = False
+        self._stuck_at: float | None = None  # on time.monotonic()
         self._hung = ""  # why it was killed
         self._on_ready = on_ready
         reading, writing = os.pipe()
@@ -80,10 +83,12 @@ class WorkerProcess:
         """Kills the worker if it hangs or reports that its engine is stuck. To be called every CHECK_SECONDS."""
         if self._hung:
             return
-        hang = self._hang.check()
-        if self._stuck or hang:
-            self._hung = "stuck" if self._stuck else "hang"
-            reason = "its engine does not return from a batch" if self._stuck else hang
+        reason = self._hang.check()
+        if reason:
+            self._hung = "hang"
+        elif self._stuck_at is not None and time.monotonic() - self._stuck_at > STUCK_SECONDS:
+            self._hung, reason = "stuck", "its engine does not return from a batch"
+        if self._hung:
             logger.error("worker %d is killed: %s", self.number, reason)
             self.kill()
 
@@ -129,5 +134,8 @@ class WorkerProcess:
                 self._hang.on_ready()
                 self._on_ready()
             else:
-                self._stuck = message.kind is Kind.STUCK
+                if message.kind is Kind.HEALTHY:
+                    self._stuck_at = None
+                elif self._stuck_at is None:
+                    self._stuck_at = time.monotonic()
                 self._hang.on_heartbeat()

@@ -110,6 +110,11 @@ def test_a_child_that_outlives_the_process_does_not_delay_its_end():
         assert json.loads(process.stderr.read())["message"] == "last words"
 
 
+def test_nothing_is_lost_where_a_process_ends_without_pythons_own_end():
+    lines, _ = run("logs.configure('info', 'json'); os.write(2, b'last words'); logs.close(); os._exit(0)")
+    assert [record["message"] for record in records(lines)] == ["last words"]
+
+
 def test_native_lines_are_left_as_they_are_in_a_log_for_people():
     lines, _ = run(f"logs.configure('info', 'human'); os.write(2, b'{ABSEIL}\\n')")
     assert lines == [ABSEIL]

@@ -73,8 +73,9 @@ if os.path.exists({str(tmp_path / "second")!r}):
 open({str(tmp_path / "second")!r}, "w")
 say("ready")
 say("healthy")
-say("stuck")
-time.sleep(60)
+while True:
+    say("stuck")
+    time.sleep(0.1)
 """
 
     async def during(supervisor: Supervisor) -> None:
