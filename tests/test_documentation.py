@@ -31,8 +31,17 @@ def test_every_link_to_a_file_or_heading_of_the_repository_leads_somewhere(page:
 
 
 @pytest.mark.parametrize("name", Settings.model_fields)
-def test_every_option_of_the_server_is_in_the_serving_guide(name: str) -> None:
-    assert f"`--{name.replace('_', '-')}`" in SERVING
+def test_every_option_of_the_server_is_in_the_serving_guide_with_its_default(name: str) -> None:
+    row = re.search(rf"^\| .*`--{name.replace('_', '-')}`.* \| (?P<default>.*) \| .* \|$", SERVING, flags=re.MULTILINE)
+    assert row
+    default = Settings.model_fields[name].default
+    if isinstance(default, bool):
+        assert row["default"] == ("on" if default else "off")
+    elif isinstance(default, int | float):
+        number, _, unit = row["default"].replace(",", "").partition(" ")
+        assert float(number) * {"": 1, "MiB": 2**20}[unit] == default
+    elif isinstance(default, str):
+        assert row["default"] == default
 
 
 def test_every_metric_of_the_server_is_in_the_serving_guide() -> None:
