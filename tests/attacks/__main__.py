@@ -34,7 +34,7 @@ def main() -> int:
     for name, row in chosen.items():
         for checkout in checkouts:
             print(f"{time.strftime('%H:%M:%S')} {checkout.resolve().name}: {name}", file=sys.stderr, flush=True)
-            measured = rows.run(row, checkout.resolve())
+            measured = rows.run(name, row, checkout.resolve())
             for each in measured:
                 print(f"    {each.text} ({each.limit_text})", file=sys.stderr, flush=True)
                 cells = [each.text, each.limit_text, "yes" if each.holds else "NO"]

@@ -11,7 +11,7 @@ Attack = Callable[[Target], object]
 
 def _body(name: str, copies: int = 4) -> Attack:
     def attack(target: Target) -> object:
-        method, body = payloads.body(name)
+        method, body = payloads.body(name, payloads.LIMIT)
         return rude_calls.send_bodies(target, method, [body] * copies)
 
     return attack
@@ -45,7 +45,7 @@ STALLS: dict[str, Attack] = {
         stalls.stall, connections=20, method=MODEL_INFER
     ),
 }
-BODIES: dict[str, Attack] = {name: _body(name) for name in payloads.BODIES}
+BODIES: dict[str, Attack] = {f"a message of {name}": _body(name) for name in payloads.BODIES}
 FILES: dict[str, Attack] = {
     "progressive JPEG": _files(1, image_bombs.progressive_jpeg),
     "run-length BMP": _files(8, image_bombs.run_length_bmp),

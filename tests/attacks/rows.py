@@ -2,12 +2,12 @@
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.processes import cpu_seconds
-from tests.attacks import floods, image_bombs, payloads, rude_calls
+from tests.attacks import failing_processes, floods, image_bombs, payloads, rude_calls
 from tests.attacks.http2 import CLASSIFY, Target
+from tests.attacks.measured import Measured
 from tests.attacks.observers import HonestClients, MemoryWatch, wait_until_idle
 from tests.attacks.server import AttackedServer
 from tests.attacks.stalls import StalledMessages
@@ -22,37 +22,15 @@ DEADLINE_SECONDS = 2.0
 MIB = 2**20
 
 
-@dataclass(frozen=True)
-class Measured:
-    """One figure of a row beside its limit."""
-
-    name: str
-    value: float
-    limit: float
-    unit: str = ""
-    at_least: bool = False
-
-    @property
-    def holds(self) -> bool:
-        """Whether the limit holds."""
-        return self.value >= self.limit if self.at_least else self.value <= self.limit
-
-    @property
-    def text(self) -> str:
-        """The figure, for the table."""
-        return f"{self.name}: {self.value:,.4g} {self.unit}".strip()
-
-    @property
-    def limit_text(self) -> str:
-        """The limit, for the table."""
-        return f"{'≥' if self.at_least else '≤'} {self.limit:,.4g} {self.unit}".strip()
-
-
 Row = Callable[[AttackedServer], list[Measured]]
 
 
 def _failures(honest: HonestClients) -> Measured:
     return Measured("failed calls of honest clients", sum(honest.seen.failures.values()), 0)
+
+
+def _answered(calls: float) -> Measured:
+    return Measured("calls answered, not refused", calls, 0)
 
 
 def _memory(watch: MemoryWatch) -> list[Measured]:
@@ -81,12 +59,12 @@ def image_bomb(server: AttackedServer, requests: list[list[bytes]], watch_second
     ]
 
 
-def large_body(server: AttackedServer, name: str, tries: int = 3) -> list[Measured]:
+def large_body(server: AttackedServer, name: str, size: int = payloads.LIMIT, tries: int = 3) -> list[Measured]:
     """A request that is expensive to parse or to walk, sent several times: the stall is the shortest of the tries.
 
     A stall that the request causes is seen in each try, one that another program on the machine causes is not.
     """
-    method, body = payloads.body(name)
+    method, body = payloads.body(name, size)
     statuses, stalls = set[str](), []
     with MemoryWatch(server.pid) as watch:
         for _ in range(tries):
@@ -94,22 +72,18 @@ def large_body(server: AttackedServer, name: str, tries: int = 3) -> list[Measur
             with honest:
                 statuses |= set(rude_calls.send_bodies(server.victim, method, [body]))
             stalls.append(honest.seen.longest_probe)
-    return [
-        Measured("stall", min(stalls), STALL_SECONDS, "s"),
-        Measured("answered, not refused", float("OK" in statuses), 0),
-        *_memory(watch),
-    ]
+    refused = [] if name in payloads.MAY_BE_ANSWERED else [_answered("OK" in statuses)]
+    return [Measured("stall", min(stalls), STALL_SECONDS, "s"), *refused, *_memory(watch)]
 
 
-def many_large_bodies(server: AttackedServer, copies: int = 40) -> list[Measured]:
-    """Many requests at once with 15 MB in a field that is no image."""
-    names = ("request_id of 15 MB", "id of 15 MB", "parameter of 15 MB")
+def many_long_texts(server: AttackedServer, size: int = payloads.OLD_LIMIT, copies: int = 40) -> list[Measured]:
+    """Many requests at once with a long text in a field that is no image."""
     answered = 0
     with MemoryWatch(server.pid) as watch:
-        for name in names:
-            method, body = payloads.body(name)
+        for name in payloads.LONG_TEXTS:
+            method, body = payloads.body(name, size)
             answered += rude_calls.send_bodies(server.victim, method, [body] * copies)["OK"]
-    return [Measured("answered, not refused", answered, 0), *_memory(watch)]
+    return [_answered(answered), *_memory(watch)]
 
 
 def rapid_reset(server: AttackedServer, streams: int = 100_000, seconds: float = 5.0) -> list[Measured]:
@@ -161,13 +135,26 @@ ISSUE: dict[str, Row] = {
     "two progressive JPEG of 2,000 scans": lambda server: image_bomb(server, [[image_bombs.progressive_jpeg()]] * 2),
     "eight run-length BMP of 1,084 bytes": lambda server: image_bomb(server, [[image_bombs.run_length_bmp()] * 8]),
     "four 16-bit PNG of 5600×5600": lambda server: image_bomb(server, [[image_bombs.png()] * 4]),
-    "8,000,000 empty images": lambda server: large_body(server, "8,000,000 empty images"),
+    "16 MB of empty images": lambda server: large_body(server, "empty images", payloads.OLD_LIMIT),
     "rapid reset of 100,000 streams": rapid_reset,
     "200 connections stalled in 8 MiB": lambda server: stalled_messages(server, 200, 1, 8 * MIB),
     "20 × 90 streams stalled in 3.9 MiB": lambda server: stalled_messages(server, 20, 90, int(3.9 * MIB)),
-    "15 MB of request_id, id, parameters": many_large_bodies,
+    "16 MB of request_id, id, parameters": many_long_texts,
     "500 cancelled streams": cancelled_streams,
+    "kill -STOP of one of two workers": failing_processes.stopped_worker,
+    "kill -40 of one of two workers": failing_processes.real_time_signal,
+    "a worker killed while no process can be started": failing_processes.failed_start,
+    "a batch that never ends": failing_processes.stuck_engine,
+    "SIGTERM while a batch never ends": failing_processes.sigterm_while_stuck,
 }
+ENDS_THE_SERVER = ("a batch that never ends", "SIGTERM while a batch never ends")
+
+
+def options(name: str) -> tuple[str, ...]:
+    """Options of the server of a row; most have none."""
+    if name in ENDS_THE_SERVER:
+        return failing_processes.stuck_options()
+    return ("--workers", str(failing_processes.WORKERS)) if "worker" in name else ()
 
 
 def more_rows() -> dict[str, Row]:
@@ -178,15 +165,18 @@ def more_rows() -> dict[str, Row]:
     for name, attack in {**FLOODS, **STALLS, **FILES}.items():
         rows[name] = lambda server, attack=attack: flood(server, attack)  # type: ignore[misc]
     for name in payloads.BODIES:
-        rows.setdefault(name, lambda server, name=name: large_body(server, name))  # type: ignore[misc]
+        rows[f"8 MB of {name}"] = lambda server, name=name: large_body(server, name)  # type: ignore[misc]
+    rows["8 MB of request_id, id, parameters"] = lambda server: many_long_texts(server, payloads.LIMIT)
     return {name: row for name, row in rows.items() if name not in ISSUE}
 
 
-def run(row: Row, checkout: Path) -> list[Measured]:
+def run(name: str, row: Row, checkout: Path) -> list[Measured]:
     """Runs a row against a server of its own, so that no row sees what another left."""
     with contextlib.ExitStack() as stack:
-        server = AttackedServer(checkout)
+        server = AttackedServer(checkout, *options(name))
         stack.callback(server.kill)
         server.ready()
         measured = row(server)
+        if name in ENDS_THE_SERVER:
+            return measured
         return [*measured, Measured("server does not answer afterwards", float(not server.answers()), 0)]

@@ -108,11 +108,13 @@ class Clients:
                     self._once(client, choice)
 
     def _once(self, client: Client, choice: random.Random) -> None:
-        rows = [choice.randrange(len(POOL)) for _ in range(choice.choice(SIZES))]
+        as_files = choice.random() < 0.3
+        count = min(FILES, choice.choice(SIZES)) if as_files else choice.choice(SIZES)
+        rows = [choice.randrange(len(POOL)) for _ in range(count)]
         began = time.monotonic()
         reason, right = "", False
         try:
-            right = self._files(client, rows[:FILES]) if choice.random() < 0.3 else self._pixels(client, rows)
+            right = self._files(client, rows) if as_files else self._pixels(client, rows)
         except ClassificationError as error:
             reason = str(error)[:200]
         except Exception as error:  # noqa: BLE001 -- whatever it is, the call is lost, and the table says why

@@ -17,11 +17,11 @@ import trustme
 
 from service.launch import ServerProcess
 from tests.attacks.catalogue import ATTACKS
+from tests.attacks.failing_processes import NO_MORE_FILES, WORKERS, serving_starts, workers
 from tests.attacks.http2 import Target
 from tests.chaos.clients import SEEDS, Clients
 from tests.service import exports
 
-WORKERS = 2
 REPLACE_SECONDS = 30.0
 # The server looks at its files every second, and each worker for itself.
 NOTICE_SECONDS = 4.0
@@ -108,7 +108,7 @@ class Faults:
             "worker stopped": (self.stop_worker, 2),
             "worker starved of file descriptors": (self.starve_worker, 2),
             "worker killed while the supervisor has no file descriptors": (self.starve_supervisor, 1),
-            "good export": (self.swap_model, 3),
+            "good export": (self.change_model, 3),
             "damaged export": (self.damage_model, 2),
             "token renewed": (self.renew_token, 2),
             "certificate renewed": (self.renew_certificate, 2),
@@ -124,21 +124,9 @@ class Faults:
         self.done[name] += 1
         return name
 
-    def workers(self) -> list[psutil.Process]:
-        """The workers that are alive."""
-        found = []
-        for child in psutil.Process(self._server.process.pid).children():
-            with suppress(psutil.Error):
-                if (
-                    any(part.startswith("service.worker") for part in child.cmdline())
-                    and child.status() != psutil.STATUS_ZOMBIE
-                ):
-                    found.append(child)
-        return found
-
-    def _wait_until_replaced(self, worker: psutil.Process) -> None:
+    def _wait_until_replaced(self, worker: psutil.Process, starts: int) -> None:
         began = time.monotonic()
-        while worker in (alive := self.workers()) or len(alive) < WORKERS:
+        while worker in workers(self._server) or serving_starts(self._server) == starts:
             if time.monotonic() > began + REPLACE_SECONDS:
                 self.failures.append(f"worker {worker.pid} was not replaced within {REPLACE_SECONDS:g} s")
                 return
@@ -146,25 +134,27 @@ class Faults:
         self.slowest_replacement = max(self.slowest_replacement, time.monotonic() - began)
 
     def _any_worker(self) -> psutil.Process | None:
-        workers = sorted(self.workers(), key=lambda worker: worker.pid)
+        alive = sorted(workers(self._server), key=lambda worker: worker.pid)
         # The next fault waits until both work, so that there is always one that the clients can reach.
-        return self._choice.choice(workers) if len(workers) == WORKERS else None
+        return self._choice.choice(alive) if len(alive) == WORKERS else None
 
     def kill_worker(self) -> bool:
         """SIGKILL, SIGSEGV or a real-time signal, for which Python has no name."""
         number = self._choice.choice((signal.SIGKILL, signal.SIGSEGV, 40))
         worker = self._any_worker()
         if worker:
+            starts = serving_starts(self._server)
             worker.send_signal(number)
-            self._wait_until_replaced(worker)
+            self._wait_until_replaced(worker, starts)
         return worker is not None
 
     def stop_worker(self) -> bool:
         """SIGSTOP: the process exists and does nothing."""
         worker = self._any_worker()
         if worker:
+            starts = serving_starts(self._server)
             worker.suspend()
-            self._wait_until_replaced(worker)
+            self._wait_until_replaced(worker, starts)
         return worker is not None
 
     def starve_worker(self) -> bool:
@@ -184,19 +174,20 @@ class Faults:
                 worker.kill()
                 time.sleep(3)
 
+            starts = serving_starts(self._server)
             self._starve(psutil.Process(self._server.process.pid), kill)
-            self._wait_until_replaced(worker)
+            self._wait_until_replaced(worker, starts)  # counted from when the supervisor can start processes again
         return worker is not None
 
     def _starve(self, process: psutil.Process, meanwhile: Callable[[], object]) -> None:
         usual = process.rlimit(resource.RLIMIT_NOFILE)
-        process.rlimit(resource.RLIMIT_NOFILE, (process.num_fds(), usual[1]))
+        process.rlimit(resource.RLIMIT_NOFILE, (NO_MORE_FILES, usual[1]))
         try:
             meanwhile()
         finally:
             process.rlimit(resource.RLIMIT_NOFILE, usual)
 
-    def swap_model(self) -> bool:
+    def change_model(self) -> bool:
         """A good export, of either version."""
         self._files.write_model(self._choice.choice(list(SEEDS)))
         time.sleep(NOTICE_SECONDS)

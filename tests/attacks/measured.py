@@ -1,0 +1,29 @@
+"""A figure that was measured, beside the limit that must hold."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One figure of a row beside its limit."""
+
+    name: str
+    value: float
+    limit: float
+    unit: str = ""
+    at_least: bool = False
+
+    @property
+    def holds(self) -> bool:
+        """Whether the limit holds."""
+        return self.value >= self.limit if self.at_least else self.value <= self.limit
+
+    @property
+    def text(self) -> str:
+        """The figure, for the table."""
+        return f"{self.name}: {self.value:,.4g} {self.unit}".strip()
+
+    @property
+    def limit_text(self) -> str:
+        """The limit, for the table."""
+        return f"{'≥' if self.at_least else '≤'} {self.limit:,.4g} {self.unit}".strip()
