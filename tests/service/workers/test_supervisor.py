@@ -1,3 +1,5 @@
+"""Several workers under a supervisor: one port, one page of metrics, signals, and replacing workers that end."""
+
 import os
 import signal
 import threading
@@ -15,7 +17,7 @@ from tests.service.exports import expected, pictures
 
 
 def pids(server) -> dict[str, int]:
-    """Process ids of the workers, from the system: the supervisor's children."""
+    """Process ids of the workers by number: the supervisor's children, as the kernel lists them."""
     children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
     workers = {}
     for child in children:
@@ -26,13 +28,13 @@ def pids(server) -> dict[str, int]:
 
 
 def ask_workers(server, connections: int = 20) -> None:
-    """One request over each of several connections, so that each worker gets some."""
+    """Sends one request over each of several connections, so that each worker gets some of them."""
     for _ in range(connections):
         with grpc.insecure_channel(server.target, [("grpc.use_local_subchannel_pool", 1)]) as channel:
             rpc.ImageClassifierStub(channel).Classify(messages.ClassifyRequest(packed_rgb=bytes(3072)))
 
 
-def test_workers_share_the_port_and_their_metrics_are_one(start_server, linear):
+def test_workers_share_the_port_and_their_metrics_are_shown_together(start_server, linear):
     server = start_server("--model", linear, "--workers", "2", "--metrics-port", "0", "--log-level", "debug").ready()
     assert len(pids(server)) == 2
     ask_workers(server)
@@ -48,7 +50,7 @@ def test_workers_share_the_port_and_their_metrics_are_one(start_server, linear):
     assert server.stop() == 0
 
 
-def test_a_killed_worker_is_replaced_and_clients_that_repeat_see_no_error(start_server, linear):
+def test_a_killed_worker_is_replaced_and_clients_that_retry_see_no_error(start_server, linear):
     server = start_server("--model", linear, "--workers", "2", "--metrics-port", "0").ready()
     before = pids(server)
     images = pictures(60)
@@ -90,7 +92,7 @@ def test_a_killed_worker_is_replaced_and_clients_that_repeat_see_no_error(start_
     assert server.stop() == 0
 
 
-def test_signals_are_passed_on(start_server, tmp_path):
+def test_signals_are_passed_on_to_the_workers(start_server, tmp_path):
     folder = exports.write_export(tmp_path / "exported", exports.graph(0), "first")
     server = start_server("--model", folder, "--workers", "2").ready()
     exports.write_export(folder, exports.graph(1), "second")
@@ -121,7 +123,7 @@ def running(pid: int) -> bool:
         return False
 
 
-def test_a_signal_to_reload_harms_no_worker_that_is_still_starting(start_server, linear):
+def test_a_reload_signal_does_not_harm_a_worker_that_is_still_starting(start_server, linear):
     server = start_server("--model", linear, "--workers", "2")
     server.wait_for("starting 2 workers")
     for _ in range(40):
@@ -132,7 +134,7 @@ def test_a_signal_to_reload_harms_no_worker_that_is_still_starting(start_server,
     assert "ended" not in server.log
 
 
-def test_a_worker_that_cannot_start_any_more_is_tried_again_with_growing_pauses(start_server, tmp_path):
+def test_a_worker_that_can_no_longer_start_is_started_again_after_growing_pauses(start_server, tmp_path):
     folder = exports.write_export(tmp_path / "exported", exports.graph(0), "first")
     server = start_server("--model", folder, "--workers", "2").ready()
     (folder / "manifest.json").rename(folder / "away")
