@@ -111,10 +111,10 @@ bench-serving: $(READY) ## compare serving speed with Triton, MLServer, Ray Serv
 soak: $(READY) ## send two million images at full load; print throughput and memory by quarter; half an hour
 	$(PY) benchmarks/soak.py
 
-attacks: $(READY) ## attack a server with its default options; print what was measured beside the limits; ATTACKS='--all'
+attacks: $(READY) ## attack a server with default options and compare the measurements with limits; ATTACKS='--all'
 	$(PY) -m tests.attacks $(ATTACKS)
 
-chaos: $(READY) ## put a server under full load while workers, files and clients fail; SECONDS=600 SEED=0
+chaos: $(READY) ## run a server under full load while workers, files and clients fail; SECONDS=600 SEED=0
 	$(PY) -m tests.chaos --seconds $(SECONDS) --seed $(SEED)
 
 clean: ## remove caches and build files; keeps .venv, data, runs and exports
