@@ -24,6 +24,7 @@ START_IDLE_SECONDS = 60.0
 CHECK_SECONDS = 0.25
 # An idle process with many threads is woken now and then.
 _IDLE_SHARE = 0.05
+_WAITING_SHARE = 0.2
 _TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
 
 
@@ -121,8 +122,8 @@ class HangDetector:
         self._cpu_seconds = activity.cpu_seconds - self._before.cpu_seconds
 
     def _busy(self) -> bool:
-        """Whether the worker computed during the silence, or waited for a CPU or a disk most of the time.
+        """Whether the worker computed during the silence, or often waited for a CPU or a disk.
 
-        A single thread that is seen ready to run proves nothing: those of libraries wake up now and then.
+        A thread that is seen ready to run once proves nothing: those of libraries wake up now and then.
         """
-        return self._cpu_seconds > _IDLE_SHARE * self._silence or 2 * self._waiting > self._observed
+        return self._cpu_seconds > _IDLE_SHARE * self._silence or self._waiting > _WAITING_SHARE * self._observed

@@ -32,13 +32,21 @@ class WorkerProcess:
         number: Of the worker, from 1.
         settings: Of the worker.
         metrics_folder: Where it writes its metrics.
+        temporary_folder: Where it writes its other temporary files.
         on_ready: Called when it serves.
 
     Raises:
         OSError: The process cannot be started, for example because no file descriptor or no memory is free.
     """
 
-    def __init__(self, number: int, settings: Settings, metrics_folder: Path, on_ready: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        number: int,
+        settings: Settings,
+        metrics_folder: Path,
+        temporary_folder: Path,
+        on_ready: Callable[[], None],
+    ) -> None:
         self.number = number
         self.refusal = ""  # why it did not start
         self.ready_at: float | None = None  # on time.monotonic()
@@ -54,7 +62,11 @@ class WorkerProcess:
                     str(number), *map(str, descriptors), str(os.getpid()),
                 ],
                 pass_fds=descriptors,
-                env={**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(metrics_folder)},
+                env={
+                    **os.environ,
+                    "PROMETHEUS_MULTIPROC_DIR": str(metrics_folder),
+                    "TMPDIR": str(temporary_folder),
+                },
                 process_group=0,
             )  # fmt: skip
         except OSError:

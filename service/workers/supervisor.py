@@ -234,9 +234,13 @@ class Supervisor:
             Why it ended, as a word and as a phrase, and for how many seconds it served, None if it never did.
         """
         settings = self._settings.model_copy(update={"port": self._port, "metrics_port": None})
+        # A worker that is killed cannot remove its temporary files. The name is short because the files may be sockets,
+        # whose paths have at most 107 bytes.
+        temporary_folder = self._folder / str(number)
         try:
-            self._folder.mkdir(mode=0o700, exist_ok=True)  # programs that tidy up may have removed it
-            worker = WorkerProcess(number, settings, self._folder, self._on_ready)
+            # Programs that tidy up may have removed the outer folder.
+            temporary_folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            worker = WorkerProcess(number, settings, self._folder, temporary_folder, self._on_ready)
         except OSError as error:
             return "start", f"the process cannot be started: {error.strerror}", None
         self._workers[number] = worker
@@ -245,6 +249,7 @@ class Supervisor:
         finally:
             del self._workers[number]
             self._metric_files.remove(worker.pid)
+            shutil.rmtree(temporary_folder, ignore_errors=True)  # what is in use still is removed at the end
         served = worker.ready_seconds()
         if code and served is not None and self._stopping.is_set():  # a worker that was still starting loses nothing
             self._exit_code = 1
