@@ -1,6 +1,7 @@
 """The rows of the table: each runs attacks against a server and measures what it promises."""
 
 import contextlib
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from tests.attacks.stalls import StalledMessages
 
 HONEST_SECONDS = 0.3
 STALL_SECONDS = 0.05
+FLOOD_SECONDS = 5.0
+WARM_UP_SECONDS = 2.0
 PEAK_MIB = 600.0
 KEPT_MIB = 64.0
 RECOVERY_SECONDS = 30.0
@@ -25,8 +28,10 @@ MIB = 2**20
 Row = Callable[[AttackedServer], list[Measured]]
 
 
-def _failures(honest: HonestClients) -> Measured:
-    return Measured("failed calls of honest clients", sum(honest.seen.failures.values()), 0)
+def _failures(honest: HonestClients, allowed: str = "") -> Measured:
+    failures = {status: count for status, count in honest.seen.failures.items() if status != allowed}
+    statuses = f" ({', '.join(failures)})" if failures else ""
+    return Measured(f"failed calls of honest clients{statuses}", sum(failures.values()), 0)
 
 
 def _answered(calls: float) -> Measured:
@@ -90,7 +95,7 @@ def rapid_reset(server: AttackedServer, streams: int = 100_000, seconds: float =
     """Streams opened and reset over one connection beside four honest clients."""
     usual = HonestClients(server.victim, clients=4, image="pixels", pause=0.0)
     with usual:
-        floods.hold_idle_connections(server.victim, 0, seconds)
+        time.sleep(seconds)
     attacked = HonestClients(server.victim, clients=4, image="pixels", pause=0.0)
     with attacked:
         floods.rapid_reset(server.victim, streams, seconds)
@@ -128,7 +133,12 @@ def flood(server: AttackedServer, attack: Callable[[Target], object]) -> list[Me
         with honest:
             attack(server.victim)
         measured = _memory(watch)
-    return [_failures(honest), Measured("slowest honest answer", honest.seen.slowest, 5.0, "s"), *measured]
+    return [
+        # An attack of correct calls may fill the queue; the server then refuses further calls at once.
+        _failures(honest, allowed="RESOURCE_EXHAUSTED"),
+        Measured("slowest honest answer", honest.seen.slowest, FLOOD_SECONDS, "s"),
+        *measured,
+    ]
 
 
 ISSUE: dict[str, Row] = {
@@ -176,7 +186,9 @@ def run(name: str, row: Row, checkout: Path) -> list[Measured]:
         server = AttackedServer(checkout, *options(name))
         stack.callback(server.kill)
         server.ready()
-        measured = row(server)
         if name in ENDS_THE_SERVER:
-            return measured
+            return row(server)
+        with HonestClients(server.victim, clients=4, pause=0.0):
+            time.sleep(WARM_UP_SECONDS)  # so that what is allocated once is allocated
+        measured = row(server)
         return [*measured, Measured("server does not answer afterwards", float(not server.answers()), 0)]

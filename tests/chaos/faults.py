@@ -121,7 +121,8 @@ class Faults:
         name = self._choice.choices(names, weights)[0]
         if not self._faults[name][0]():
             return f"{name}: left out, because another has not ended"
-        self.done[name] += 1
+        if name != "attack":  # each is counted by its own name
+            self.done[name] += 1
         return name
 
     def _wait_until_replaced(self, worker: psutil.Process, starts: int) -> None:
