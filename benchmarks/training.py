@@ -1,14 +1,14 @@
-"""Training throughput at the study's own setting, beside the plain PyTorch loop that anybody would write first.
+"""Training throughput with the recipes of the study, beside a plain PyTorch loop.
 
     python benchmarks/training.py [--data ...] [--rounds 15] [--steps 30]
 
-The plain loop: a data set that turns one image at a time into a normalised tensor (ToTensor, Normalize), a DataLoader,
-fp32, PyTorch's default layout; it sums up loss and accuracy as ours does. It is measured on images that lie in memory
-as PIL sees them, as `torchvision.datasets.CIFAR10` keeps them, and, where the data is a folder, also on
-`torchvision.datasets.ImageFolder`, which opens a file for each image.
+The plain loop uses a data set that turns one image at a time into a normalised tensor (ToTensor, Normalize), a
+DataLoader, fp32, and PyTorch's default memory layout; like our loop it adds up loss and accuracy. It is measured with
+images in memory, as `torchvision.datasets.CIFAR10` holds them, and, if the data is a folder, also with
+`torchvision.datasets.ImageFolder`, which opens one file per image.
 
-Each loop has a process of its own, and all take turns, a few steps each, so that the machine's moods meet all of them;
-what is printed is each loop's median over the rounds, and the median of the ratios within a round.
+Each loop runs in its own process. The loops take turns, a few steps each, so that changes in the speed of the machine
+affect all of them. The table shows the median speed of each loop, and the median of the ratios within a round.
 """
 
 import argparse
@@ -30,13 +30,12 @@ from torchvision import datasets, transforms
 from tqdm import tqdm
 
 from cifar_core.data import Dataset, add_data_argument, load_dataset
-from cifar_core.device import describe_environment
+from cifar_core.device import CPU, describe_environment
 from cifar_core.models import CIFAR10_MEAN, CIFAR10_STD
 from cifar_core.recipes import get_recipe
 from cifar_core.run_folder import RunFolder
-from cifar_core.train import Precision, Trainer
+from cifar_core.trainer import Precision, Trainer
 
-CPU = torch.device("cpu")
 Steps = Callable[[int], None]
 
 FOLDER_LOOP = "plain, image folder"
@@ -44,12 +43,12 @@ LOOPS = ("plain, in memory", FOLDER_LOOP, "ours, fp32", "ours, bf16")
 
 
 def data_folder(data: str | None) -> Path:
-    """The folder that --data or CIFAR10_DATA names."""
+    """The folder given by --data or CIFAR10_DATA."""
     return Path(data or os.environ["CIFAR10_DATA"])
 
 
 class InMemory(TorchDataset[tuple[Tensor, int]]):
-    """One image at a time out of an array, as torchvision.datasets.CIFAR10 does it."""
+    """Returns one image at a time from an array, like torchvision.datasets.CIFAR10."""
 
     def __init__(self, dataset: Dataset, transform: Callable[[Image.Image], Tensor]) -> None:
         self.images, self.labels = dataset.train.images.numpy(), dataset.train.labels.tolist()
@@ -63,7 +62,7 @@ class InMemory(TorchDataset[tuple[Tensor, int]]):
 
 
 def plain_network(recipe_name: str, classes: int) -> nn.Module:
-    """The network as the study's text spells it out."""
+    """The network as the text of the study describes it."""
     deep = recipe_name == "deep"
     layers: list[nn.Module] = []
     channels, padding = 3, 1 if deep else 0
@@ -78,7 +77,7 @@ def plain_network(recipe_name: str, classes: int) -> nn.Module:
 
 
 def plain_loop(recipe_name: str, images: TorchDataset[tuple[Tensor, int]], classes: int) -> Steps:
-    """A function that trains a number of steps."""
+    """A function that trains for a given number of steps."""
     recipe = get_recipe(recipe_name)
     model = plain_network(recipe_name, classes)
     optimizer = torch.optim.SGD(model.parameters(), lr=recipe.learning_rate, momentum=recipe.momentum)
@@ -107,13 +106,13 @@ def plain_loop(recipe_name: str, images: TorchDataset[tuple[Tensor, int]], class
 
 
 def our_loop(recipe_name: str, dataset: Dataset, precision: Precision, place: Path) -> Steps:
-    """A function that trains a number of steps with the library's own Trainer."""
+    """A function that trains for a given number of steps with the Trainer of the library."""
     trainer = Trainer(get_recipe(recipe_name), dataset, RunFolder(place), 0, CPU, precision)
     trainer.model.train()
 
     def endless() -> Iterator[tuple[Tensor, Tensor]]:
         while True:
-            trainer.training.step = 0
+            trainer.state.step = 0
             yield from trainer.batches()
 
     batches = endless()
@@ -126,7 +125,7 @@ def our_loop(recipe_name: str, dataset: Dataset, precision: Precision, place: Pa
 
 
 def build_loop(name: str, recipe_name: str, data: str | None, place: Path) -> Steps:
-    """The loop of that name, one of `LOOPS`."""
+    """The loop with this name from `LOOPS`."""
     dataset = load_dataset(data)
     if name.startswith("ours"):
         return our_loop(recipe_name, dataset, "bf16" if name.endswith("bf16") else "fp32", place)
@@ -138,34 +137,34 @@ def build_loop(name: str, recipe_name: str, data: str | None, place: Path) -> St
 
 
 def serve_loop(connection: Connection, name: str, recipe_name: str, data: str | None) -> None:
-    """What a loop's own process does, by what it is sent.
+    """The main function of a loop's process.
 
-    For a number of steps it trains them and sends back the seconds; for 0 it ends.
+    It receives a number of steps, trains for that many steps, and sends back the seconds it took. It ends at 0.
     """
     with tempfile.TemporaryDirectory() as place:
         train = build_loop(name, recipe_name, data, Path(place))
-        train(8)  # the first steps pay for memory and for oneDNN's kernels
+        train(8)  # warm-up: the first steps allocate memory and compile oneDNN's kernels
         while steps := connection.recv():
-            train(3)  # and the first of a turn for caches that others used meanwhile
+            train(3)  # the other loops have replaced the content of the caches meanwhile
             started = time.perf_counter()
             train(steps)
             connection.send(time.perf_counter() - started)
 
 
 def measure(names: list[str], recipe_name: str, data: str | None, rounds: int, steps: int) -> dict[str, list[float]]:
-    """Images per second of every loop in every round."""
+    """Images per second of each loop in each round."""
     context = multiprocessing.get_context("spawn")
     connections = {}
     for name in names:
-        connections[name], theirs = context.Pipe()
-        context.Process(target=serve_loop, args=(theirs, name, recipe_name, data), daemon=True).start()
+        connections[name], child = context.Pipe()
+        context.Process(target=serve_loop, args=(child, name, recipe_name, data), daemon=True).start()
     images = steps * get_recipe(recipe_name).batch_size
     speeds: dict[str, list[float]] = {name: [] for name in names}
     for round_number in tqdm(range(rounds + 1), unit="round", disable=None):
         for name, connection in connections.items():
             connection.send(steps)
             seconds = connection.recv()
-            if round_number:  # in the first, others are still starting
+            if round_number:  # in the first round other processes are still starting
                 speeds[name].append(images / seconds)
     for connection in connections.values():
         connection.send(0)
@@ -173,24 +172,26 @@ def measure(names: list[str], recipe_name: str, data: str | None, rounds: int, s
 
 
 def print_table(recipe_name: str, speeds: dict[str, list[float]]) -> None:
-    """One line a loop: images per second, ratio to each plain loop."""
+    """Prints one line per loop: images per second, and the ratio to each plain loop."""
     peers = [name for name in speeds if name.startswith("plain")]
     print(f"\n{recipe_name:20s}  images/s  (lowest to highest)" + "".join(f"   × {peer}" for peer in peers))
     for name, values in speeds.items():
         columns = ""
         for peer in peers:
-            ratio = statistics.median(ours / theirs for ours, theirs in zip(values, speeds[peer], strict=True))
+            ratio = statistics.median(own / other for own, other in zip(values, speeds[peer], strict=True))
             columns += f"{ratio:{len(peer) + 5}.2f}"
         spread = f"({min(values):6,.0f} to {max(values):6,.0f})"
         print(f"{name:20s}  {statistics.median(values):8,.0f}  {spread}{columns}")
 
 
 def main() -> None:
-    """Prints the table."""
-    parser = argparse.ArgumentParser(description="Training throughput beside a plain PyTorch loop.")
+    """Measures all loops and prints the tables."""
+    parser = argparse.ArgumentParser(description="Measures training throughput beside a plain PyTorch loop.")
     add_data_argument(parser)
-    parser.add_argument("--rounds", type=int, default=15, help="default: %(default)s")
-    parser.add_argument("--steps", type=int, default=30, help="of each loop in a round; default: %(default)s")
+    parser.add_argument("--rounds", type=int, default=15, help="number of rounds; default: %(default)s")
+    parser.add_argument(
+        "--steps", type=int, default=30, help="training steps of each loop in a round; default: %(default)s"
+    )
     arguments = parser.parse_args()
     dataset = load_dataset(arguments.data)
     names = [name for name in LOOPS if name != FOLDER_LOOP or dataset.kind == "folder"]

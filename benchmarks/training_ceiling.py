@@ -1,11 +1,11 @@
-"""How near a training step comes to what the machine can multiply, and where the rest of its time goes.
+"""The speed of a training step compared with the arithmetic limit of the machine, and a profile of the step.
 
     python benchmarks/training_ceiling.py [--recipes sprint;deep-fast;best] [--data ...]
 
-The ceiling: floating-point operations per second of one large matrix product and of large convolutions, forward and
-backward, in the precision of the recipe. Beside it a step of each recipe, augmentation and optimizer included, at each
-of its image sizes; its operations are counted by torch. Ceiling and steps take turns. Prints a table, and for each
-recipe where the time of its full-size step goes.
+The limit is the number of floating-point operations per second of a large matrix product and of large convolutions,
+forward and backward, in the precision of the recipe. It is compared with a step of each recipe, including augmentation
+and optimizer, at each of its image sizes; torch counts the operations. All measurements take turns. Prints a table, and
+for each recipe the share of each operation in the time of a step at full size.
 """
 
 import argparse
@@ -21,18 +21,18 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from cifar_core.data import Dataset, add_data_argument, load_dataset
-from cifar_core.device import describe_environment
+from cifar_core.device import CPU, describe_environment
 from cifar_core.recipes import Recipe, get_recipe
 from cifar_core.run_folder import RunFolder
-from cifar_core.train import Trainer
+from cifar_core.study.markdown import markdown_table
+from cifar_core.trainer import Trainer
 
-CPU = torch.device("cpu")
 CONVOLUTIONS = ((256, 256, 15), (64, 64, 16), (32, 32, 32))
-"""Channels in and out and image size, all 3x3; of the networks' own sizes, the largest of each kind."""
+"""Input channels, output channels and image size of 3x3 convolutions, of sizes that occur in the networks."""
 
 
 class Work:
-    """Something to be timed: what it does and how many operations that is."""
+    """A computation to be timed, with its number of floating-point operations."""
 
     def __init__(self, name: str, do: Callable[[], object]) -> None:
         self.name, self.do = name, do
@@ -42,8 +42,8 @@ class Work:
         self.speeds: list[float] = []
 
     def measure(self) -> None:
-        """Notes operations per second over about two seconds."""
-        for _ in range(3):  # what ran before has the caches and the freed memory
+        """Measures operations per second for about two seconds."""
+        for _ in range(3):  # warm-up: the computation before has filled the caches
             self.do()
         done, began = 0, time.perf_counter()
         while (seconds := time.perf_counter() - began) < 2:
@@ -53,12 +53,12 @@ class Work:
 
     @property
     def speed(self) -> float:
-        """The median, in operations per second."""
+        """The median speed, in operations per second."""
         return statistics.median(self.speeds)
 
 
 def ceilings(dtype: torch.dtype) -> Iterator[Work]:
-    """The machine at its best in a precision."""
+    """The computations that define the limit of the machine in a precision."""
     left, right = (torch.randn(2048, 2048, dtype=dtype) for _ in range(2))
     yield Work(f"matrix product 2048³, {dtype}", lambda: left @ right)
     for channels_in, channels, size in CONVOLUTIONS:
@@ -76,7 +76,7 @@ def ceilings(dtype: torch.dtype) -> Iterator[Work]:
 
 
 def steps(recipe: Recipe, dataset: Dataset, place: Path) -> Iterator[tuple[int, Work]]:
-    """A training step of a recipe at each of its image sizes."""
+    """A training step of a recipe at each of its image sizes, with that size in pixels."""
     sizes = {recipe.image_size(epoch): epoch for epoch in range(recipe.epochs)}
     for size, epoch in sizes.items():
         trainer = Trainer(recipe, dataset, RunFolder(place / str(size)), 0, CPU, recipe.precision)
@@ -84,7 +84,7 @@ def steps(recipe: Recipe, dataset: Dataset, place: Path) -> Iterator[tuple[int, 
 
         def batches(trainer: Trainer = trainer, epoch: int = epoch) -> Iterator[tuple[Tensor, Tensor]]:
             while True:
-                trainer.training.step, trainer.training.epoch = 0, epoch
+                trainer.state.step, trainer.state.epoch = 0, epoch
                 yield from trainer.batches()
 
         endless = batches()
@@ -92,54 +92,68 @@ def steps(recipe: Recipe, dataset: Dataset, place: Path) -> Iterator[tuple[int, 
         def step(trainer: Trainer = trainer, endless: Iterator[tuple[Tensor, Tensor]] = endless) -> None:
             trainer.train_step(*next(endless))
 
-        step()  # oneDNN makes its kernels
+        step()  # oneDNN compiles its kernels in the first step
         yield size, Work(f"{recipe.name}, step at {size} pixels", step)
 
 
-def where_the_time_goes(step: Callable[[], object], lines: int = 12) -> str:
-    """Shares of a step's time by operation, as Markdown."""
+def profile_step(step: Callable[[], object], lines: int = 12) -> str:
+    """The share of each operation in the time of a step, as Markdown."""
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
         for _ in range(4):
             step()
-    events = sorted(profiled.key_averages(), key=lambda each: -each.self_cpu_time_total)
-    total = sum(each.self_cpu_time_total for each in events)
-    rows = [f"| {each.key} | {100 * each.self_cpu_time_total / total:.1f} |" for each in events[:lines]]
-    return "\n".join(["| operation | % of the step |", "| --- | --- |", *rows])
+    events = sorted(profiled.key_averages(), key=lambda event: -event.self_cpu_time_total)
+    total = sum(event.self_cpu_time_total for event in events)
+    rows = [(event.key, f"{100 * event.self_cpu_time_total / total:.1f}") for event in events[:lines]]
+    return markdown_table(("operation", "% of the step"), rows)
+
+
+def _dtype(recipe: Recipe) -> torch.dtype:
+    return torch.bfloat16 if recipe.precision == "bf16" else torch.float32
+
+
+def speed_table(limits: dict[torch.dtype, list[Work]], recipe_steps: list[tuple[Recipe, int, Work]]) -> str:
+    """The measured speeds, and their share of the highest speed in the same precision, as Markdown."""
+    highest = {dtype: max(work.speed for work in works) for dtype, works in limits.items()}
+    rows = [
+        (work.name, f"{work.speed / 1e9:.0f}", "", f"{100 * work.speed / highest[dtype]:.0f}")
+        for dtype, works in limits.items()
+        for work in works
+    ]
+    for recipe, _, work in recipe_steps:
+        images = work.speed / work.operations * recipe.batch_size
+        share = 100 * work.speed / highest[_dtype(recipe)]
+        rows.append((work.name, f"{work.speed / 1e9:.0f}", f"{images:,.0f}", f"{share:.0f}"))
+    return markdown_table(("computation", "GFLOP/s", "images/s", "% of the highest in its precision"), rows)
 
 
 def main() -> None:
-    """Prints the tables."""
+    """Measures everything and prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     add_data_argument(parser)
-    parser.add_argument("--recipes", default="sprint;deep-fast;best", help="with ; between; default: %(default)s")
-    parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
+    parser.add_argument(
+        "--recipes",
+        default="sprint;deep-fast;best",
+        help="recipes, each as NAME or NAME KEY=VALUE ..., separated by semicolons; default: %(default)s",
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="number of rounds; default: %(default)s")
     arguments = parser.parse_args()
     dataset, machine = load_dataset(arguments.data), describe_environment(CPU)
     recipes = [get_recipe(name, overrides) for name, *overrides in map(str.split, arguments.recipes.split(";"))]
-    types = sorted({torch.bfloat16 if each.precision == "bf16" else torch.float32 for each in recipes}, key=str)
-    tops = {dtype: list(ceilings(dtype)) for dtype in types}
+    limits = {dtype: list(ceilings(dtype)) for dtype in sorted({_dtype(recipe) for recipe in recipes}, key=str)}
     print(f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}, {arguments.rounds} rounds\n")
     with tempfile.TemporaryDirectory() as folder:
-        works = [
+        recipe_steps = [
             (recipe, size, work)
             for recipe in recipes
             for size, work in steps(recipe, dataset, Path(folder) / recipe.name)
         ]
         for _ in range(arguments.rounds):
-            for work in (*(each for group in tops.values() for each in group), *(work for _, _, work in works)):
+            for work in (*(work for works in limits.values() for work in works), *(work for *_, work in recipe_steps)):
                 work.measure()
-        print("| what | GFLOP/s | images/s | % of the best of its precision |\n| --- | --- | --- | --- |")
-        best = {dtype: max(each.speed for each in group) for dtype, group in tops.items()}
-        for dtype, group in tops.items():
-            for each in group:
-                print(f"| {each.name} | {each.speed / 1e9:.0f} | | {100 * each.speed / best[dtype]:.0f} |")
-        for recipe, _, work in works:
-            top = best[torch.bfloat16 if recipe.precision == "bf16" else torch.float32]
-            images = work.speed / work.operations * recipe.batch_size
-            print(f"| {work.name} | {work.speed / 1e9:.0f} | {images:,.0f} | {100 * work.speed / top:.0f} |")
-        for recipe, size, work in works:
+        print(speed_table(limits, recipe_steps))
+        for recipe, size, work in recipe_steps:
             if size == recipe.image_size(recipe.epochs - 1):
-                print(f"\n{recipe.name}, {size} pixels\n\n{where_the_time_goes(work.do)}")
+                print(f"\n{recipe.name}, {size} pixels\n\n{profile_step(work.do)}")
 
 
 if __name__ == "__main__":

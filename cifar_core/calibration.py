@@ -1,6 +1,6 @@
-"""Probabilities that mean what they say: the temperature, the calibration error and what a reliability diagram shows.
+"""Calibration of probabilities: the temperature, the expected calibration error, and the data of reliability diagrams.
 
-Knows arrays of logits and probabilities, neither models nor files.
+Works on arrays of logits and probabilities only.
 """
 
 import math
@@ -15,18 +15,18 @@ Floats = npt.NDArray[np.floating]
 Integers = npt.NDArray[np.integer]
 
 BINS = 15
-"""Of equal width, as the calibration error is commonly told (Guo et al. 2017)."""
-_RANGE = (0.05, 20.0)
+"""Number of bins of equal width, the usual choice for the calibration error (Guo et al. 2017)."""
+_TEMPERATURE_RANGE = (0.05, 20.0)
 
 
 @dataclass(frozen=True)
 class Bin:
-    """Those answers whose confidence (the greatest probability) lies in an interval.
+    """The predictions whose confidence, which is the greatest probability, lies in one interval.
 
     Attributes:
-        count: how many.
+        count: number of predictions.
         confidence: their mean confidence.
-        accuracy: the share of them that is right.
+        accuracy: share of correct predictions, 0 to 1.
     """
 
     count: int
@@ -35,24 +35,24 @@ class Bin:
 
 
 def reliability(probabilities: Floats, labels: Integers) -> list[Bin]:
-    """The answers by confidence, in `BINS` intervals of equal width; empty intervals are left out.
+    """Groups predictions by confidence into `BINS` intervals of equal width; empty intervals are left out.
 
     Args:
         probabilities: [N, classes].
         labels: [N].
     """
-    confidence, right = probabilities.max(1), probabilities.argmax(1) == labels
-    # An interval holds its upper end, as in the paper.
-    places = np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)
+    confidence, correct = probabilities.max(1), probabilities.argmax(1) == labels
+    # An interval includes its upper end, as in the paper.
+    bin_numbers = np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)
     return [
-        Bin(int(inside.sum()), float(confidence[inside].mean()), float(right[inside].mean()))
-        for inside in (places == place for place in range(BINS))
+        Bin(int(inside.sum()), float(confidence[inside].mean()), float(correct[inside].mean()))
+        for inside in (bin_numbers == number for number in range(BINS))
         if inside.any()
     ]
 
 
 def expected_calibration_error(probabilities: Floats, labels: Integers) -> float:
-    """The mean distance between confidence and accuracy over the bins, weighted by their counts; 0 is perfect.
+    """The mean difference between confidence and accuracy over the bins, weighted by their counts; 0 is perfect.
 
     Guo et al. 2017, "On Calibration of Modern Neural Networks" (arXiv 1706.04599), equation 3.
 
@@ -61,35 +61,35 @@ def expected_calibration_error(probabilities: Floats, labels: Integers) -> float
         labels: [N].
     """
     bins = reliability(probabilities, labels)
-    return sum(each.count * abs(each.confidence - each.accuracy) for each in bins) / len(labels)
+    return sum(group.count * abs(group.confidence - group.accuracy) for group in bins) / len(labels)
 
 
 def negative_log_likelihood(logits: Floats, labels: Integers, temperature: float = 1.0) -> float:
-    """The mean cross-entropy, in nats, of softmax(logits / temperature).
+    """The mean cross-entropy of softmax(logits / temperature), in nats.
 
     Args:
         logits: [N, classes].
         labels: [N].
         temperature: above 0.
     """
-    logarithms = log_softmax(logits.astype(np.float64) / temperature, axis=1)
-    return float(-logarithms[np.arange(len(labels)), labels].mean())
+    log_probabilities = log_softmax(logits.astype(np.float64) / temperature, axis=1)
+    return float(-log_probabilities[np.arange(len(labels)), labels].mean())
 
 
 def fit_temperature(logits: Floats, labels: Integers) -> float:
-    """The temperature of the least cross-entropy: what is above 1 makes probabilities less certain, below 1 more.
+    """The temperature with the least cross-entropy. Above 1 it makes probabilities less confident, below 1 more.
 
-    It changes no class (Guo et al. 2017, section 4.2). Between 0.05 and 20, so that images that are all right do not
-    make it vanish.
+    Dividing the logits by it changes no predicted class (Guo et al. 2017, section 4.2). It is limited to 0.05 to 20,
+    because it would approach 0 if all predictions were correct.
 
     Args:
         logits: [N, classes], of images that were not trained on.
         labels: [N].
     """
-    # Over the logarithm, in which the loss has a single minimum as well.
+    # The search is over the logarithm of the temperature, where the loss also has a single minimum.
     found = minimize_scalar(
         lambda x: negative_log_likelihood(logits, labels, float(np.exp(x))),
-        bounds=(math.log(_RANGE[0]), math.log(_RANGE[1])),
+        bounds=(math.log(_TEMPERATURE_RANGE[0]), math.log(_TEMPERATURE_RANGE[1])),
         method="bounded",
         options={"xatol": 1e-6},
     )

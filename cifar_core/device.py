@@ -1,4 +1,4 @@
-"""The machine: which device computes, and what it is called in tables."""
+"""The device to compute on, and a description of the machine for tables."""
 
 import ctypes
 import platform
@@ -14,19 +14,19 @@ CPU = torch.device("cpu")
 
 
 class DeviceError(CifarError):
-    """A device that was asked for and is not there."""
+    """The requested device is not available."""
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto` takes CUDA where there is one; asked for CUDA by name, nothing else is taken.
+    """The device with this name; `auto` stands for CUDA if available, otherwise the CPU.
 
     Raises:
-        DeviceError: CUDA was asked for and torch finds none.
+        DeviceError: `cuda` was requested, and torch finds no CUDA device.
     """
     if name == "cuda" and not torch.cuda.is_available():
-        built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+        build = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
         raise DeviceError(
-            f"--device cuda: torch {torch.__version__} ({built}) finds no CUDA device; "
+            f"--device cuda: torch {torch.__version__} ({build}) finds no CUDA device; "
             "check the driver, or use --device cpu"
         )
     if name == "auto":
@@ -35,21 +35,21 @@ def choose_device(name: str) -> torch.device:
 
 
 def keep_freed_memory() -> None:
-    """Makes this process keep the memory it frees, instead of giving it back and asking for it anew every step.
+    """Makes this process keep freed memory instead of returning it to the system and requesting it again every step.
 
-    glibc returns the top of its heap to the system as soon as a training step has freed it; getting it back costs
-    thousands of page faults a step, up to a fifth of the base model's time on two cores. What is kept is bounded by
-    what was needed at once. Where the C library is another, nothing happens.
+    By default glibc returns the top of its heap to the system as soon as a training step has freed it. Getting it back
+    costs thousands of page faults per step, up to a fifth of the base model's training time on two cores. The memory
+    kept is at most the peak that was in use. With other C libraries this function does nothing.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
-        trim_threshold, mmap_threshold, gigabyte = -1, -3, 2**30  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
+        trim_threshold, mmap_threshold, gigabyte = -1, -3, 2**30  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD in malloc.h
         libc.mallopt(trim_threshold, gigabyte)
         libc.mallopt(mmap_threshold, gigabyte)
 
 
 def processor_name() -> str:
-    """The CPU's own name where the system tells it, its architecture otherwise."""
+    """The model name of the CPU if the system reports it, otherwise its architecture."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text().splitlines():
@@ -59,7 +59,7 @@ def processor_name() -> str:
 
 
 def describe_environment(device: torch.device) -> dict[str, str | int]:
-    """Versions and machine, as they are saved beside a run."""
+    """Machine and library versions, as saved with every run."""
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name(),
         "threads": torch.get_num_threads(),

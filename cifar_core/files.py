@@ -1,5 +1,6 @@
-"""Writing files so that a reader never sees half of one. Imports nothing of the project but the base error."""
+"""Writing files so that a reader never sees a part of one. Imports only the base error of the project."""
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -8,11 +9,11 @@ from cifar_core.errors import CifarError
 
 
 class FileWriteError(CifarError):
-    """A file that cannot be written. What was there before is unchanged."""
+    """A file cannot be written. Its previous content is unchanged."""
 
 
 def atomic_write(path: Path, content: bytes) -> None:
-    """Replaces a file as a whole: after a kill or a failed write it holds the old content or the new, never a part.
+    """Replaces a file as a whole: after a kill or a failed write it holds the old or the new content, never a part.
 
     Raises:
         FileWriteError: The file cannot be written, for example because the disk is full.
@@ -30,10 +31,11 @@ def atomic_write(path: Path, content: bytes) -> None:
         finally:
             os.close(directory)
     except OSError as error:
-        partial.unlink(missing_ok=True)
-        before = "the file that was there is unchanged" if path.exists() else "there was no such file before"
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        before = "the existing file is unchanged" if path.exists() else "the file did not exist before"
         raise FileWriteError(
-            f"{path}: cannot write {len(content):,} bytes: {error.strerror}; {before}; "
+            f"{path}: {len(content):,} bytes cannot be written ({error.strerror}); {before}; "
             "free some space or permit writing, then run the command again"
         ) from error
 

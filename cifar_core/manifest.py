@@ -37,9 +37,9 @@ class _Part(BaseModel):
 class Data(_Part):
     """The data set that the model was trained on."""
 
-    kind: str = Field("", description="cifar10 (the official archive), folder or synthetic")
-    name: str = Field("", description="name for tables; never a path")
-    fingerprint: str = Field("", description="SHA-256 over class names, images and labels, in hexadecimal")
+    kind: str = Field(default="", description="cifar10 (the official archive), folder or synthetic")
+    name: str = Field(default="", description="name for tables; never a path")
+    fingerprint: str = Field(default="", description="SHA-256 over class names, images and labels, in hexadecimal")
 
 
 class Variant(_Part):
@@ -48,15 +48,16 @@ class Variant(_Part):
     file: PlainFileName = Field(description="name of the ONNX file, in the folder of the manifest")
     sha256: Sha256 = Field(description="SHA-256 of the file, in hexadecimal")
     test_accuracy: Share = Field(description="share of the test images that are classified correctly, 0 to 1")
-    test_images: Count | None = Field(None, description="number of test images")
-    test_loss: float | None = Field(None, description="mean cross-entropy on the test images, in nats")
-    test_loss_before: float | None = Field(None, description="test_loss without the temperature")
+    test_images: Count | None = Field(default=None, description="number of test images")
+    test_loss: float | None = Field(default=None, description="mean cross-entropy on the test images, in nats")
+    test_loss_before: float | None = Field(default=None, description="test_loss without the temperature")
     test_ece: Share | None = Field(
-        None, description="expected calibration error on the test images, with 15 bins, 0 to 1"
+        default=None, description="expected calibration error on the test images, with 15 bins, 0 to 1"
     )
-    test_ece_before: Share | None = Field(None, description="test_ece without the temperature")
+    test_ece_before: Share | None = Field(default=None, description="test_ece without the temperature")
     calibration_images: Count | None = Field(
-        None, description="int8 only: number of training images from which the ranges of activations were determined"
+        default=None,
+        description="int8 only: number of training images that determined the ranges of activations",
     )
 
 
@@ -76,18 +77,20 @@ class Manifest(_Part):
     schema_version: Literal[1] = Field(description="version of this schema")
     model_version: Name = Field(description="recipe, seed and the first digits of the SHA-256 of the weights")
     classes: tuple[Name, ...] = Field(min_length=1, description="class names, in the order of the outputs")
-    data: Data = Field(default_factory=Data, description="the data set that the model was trained on")
+    data: Data = Field(default=Data(), description="the data set that the model was trained on")
     libraries: dict[str, str] = Field(default_factory=dict, description="versions of the libraries that exported it")
     variants: dict[Name, Variant] = Field(min_length=1, description="the forms of the model, by name")
     recipe: dict[str, Any] = Field(default_factory=dict, description="all values of the recipe")
-    seed: int | None = Field(None, description="seed of the run")
-    epoch: Count | None = Field(None, description="epoch whose weights were exported, counted from 1")
-    precision: str | None = Field(None, description="precision of the training: fp32 or bf16")
-    validation_accuracy: Share | None = Field(None, description="accuracy on the held-out training images, 0 to 1")
-    temperature: float | None = Field(
-        None, gt=0, description="the graph divides the logits by this number before the softmax"
+    seed: int | None = Field(default=None, description="seed of the run")
+    epoch: Count | None = Field(default=None, description="epoch whose weights were exported, counted from 1")
+    precision: str | None = Field(default=None, description="precision of the training: fp32 or bf16")
+    validation_accuracy: Share | None = Field(
+        default=None, description="accuracy on the held-out training images, 0 to 1"
     )
-    parity: Parity | None = Field(None, description="agreement of the fp32 graph with the network in torch")
+    temperature: float | None = Field(
+        default=None, gt=0, description="the graph divides the logits by this number before the softmax"
+    )
+    parity: Parity | None = Field(default=None, description="agreement of the fp32 graph with the network in torch")
 
     @model_validator(mode="after")
     def _check_classes(self) -> Self:

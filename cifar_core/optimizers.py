@@ -1,48 +1,55 @@
-"""Which optimizer a recipe trains with, and its learning rate over time. Knows neither data nor the loop."""
+"""The optimizers that recipes use, their parameter groups, and the learning rate over time."""
 
 from collections.abc import Callable
-from typing import overload
+from typing import Any, overload
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from cifar_core.models import Network
 from cifar_core.recipes import Recipe
 
-_STEPS = 3
+_NEWTON_SCHULZ_STEPS = 3
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+_SGD_MOMENTUM = 0.85
 
 
-def orthogonalised(matrix: Tensor) -> Tensor:
-    """About the nearest semi-orthogonal matrix, times singular values between 0.5 and 1.5.
+def orthogonalise(matrix: Tensor) -> Tensor:
+    """Approximately the nearest semi-orthogonal matrix; its singular values lie between 0.5 and 1.5 instead of at 1.
 
-    Three Newton-Schulz steps of fifth order in bfloat16, whose coefficients make small singular values grow fastest
+    Three Newton-Schulz steps of fifth order in bfloat16, with coefficients that make small singular values grow fastest
     (Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks").
 
     Args:
         matrix: [M, N].
+
+    Returns:
+        bfloat16 [M, N].
     """
     a, b, c = _COEFFICIENTS
     wide = matrix.shape[0] <= matrix.shape[1]
     x = (matrix if wide else matrix.T).bfloat16()
     x = x / (x.norm() + 1e-7)
-    for _ in range(_STEPS):
+    for _ in range(_NEWTON_SCHULZ_STEPS):
         gram = x @ x.T
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x if wide else x.T
 
 
 class Muon(torch.optim.Optimizer):
-    """SGD with Nesterov momentum; in groups with `orthogonal`, steps are orthogonalised and weights of fixed norm.
+    """SGD with Nesterov momentum; groups with `orthogonal` have orthogonalised steps and weights of fixed norm.
 
-    Those are for weights of convolutions and linear layers that batch normalisation follows, whose norm therefore does
-    not matter: it is kept at √(output channels), so that the learning rate alone says how far a step turns them.
-    torch's own `Muon` takes neither convolutions nor this norm. After airbench94 (Jordan 2024).
+    Such groups are for weights of convolutions and linear layers followed by batch normalisation, whose norm has no
+    effect on the output. The norm is kept at the square root of the number of output channels, so that the learning
+    rate alone determines how far a step turns the weights. torch's own `Muon` accepts no convolutions and does not fix
+    the norm. After airbench94 (Jordan 2024).
 
     Args:
-        groups: with `params`, `lr`, `momentum` in [0, 1) and `orthogonal`; their weights have output channels first.
+        groups: parameter groups with `params`, `lr`, `momentum` in [0, 1) and `orthogonal`. The first dimension of
+            orthogonal weights is that of the output channels.
     """
 
-    def __init__(self, groups: list[dict[str, object]]) -> None:
+    def __init__(self, groups: list[dict[str, Any]]) -> None:
         super().__init__(groups, {})
 
     @overload
@@ -53,54 +60,65 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One step, of those weights that have a gradient."""
-        loss = None if closure is None else closure()
+        """Updates every weight that has a gradient. Returns what `closure`, which computes the loss, returned."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         for group in self.param_groups:
             for weight in group["params"]:
-                if weight.grad is None:
-                    continue
-                state = self.state[weight]
-                if not state:
-                    state["momentum_buffer"] = torch.zeros_like(weight)
-                buffer = state["momentum_buffer"].mul_(group["momentum"]).add_(weight.grad)
-                step = weight.grad.add(buffer, alpha=group["momentum"])
-                if group["orthogonal"]:
-                    step = orthogonalised(step.reshape(len(step), -1)).reshape(step.shape)
-                    weight.mul_(len(weight) ** 0.5 / weight.norm())
-                weight.add_(step, alpha=-group["lr"])
+                if weight.grad is not None:
+                    self._update(weight, weight.grad, group)
         return loss
 
+    def _update(self, weight: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[weight]
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(weight)
+        buffer = state["momentum_buffer"].mul_(group["momentum"]).add_(gradient)
+        step = gradient.add(buffer, alpha=group["momentum"])
+        if group["orthogonal"]:
+            step = orthogonalise(step.reshape(len(step), -1)).reshape(step.shape)
+            weight.mul_(len(weight) ** 0.5 / weight.norm())
+        weight.add_(step, alpha=-group["lr"])
 
-def make_optimizer(recipe: Recipe, model: nn.Sequential) -> torch.optim.Optimizer:
-    """The recipe's optimizer; each of its groups knows its greatest learning rate as `initial_lr`."""
-    if recipe.optimizer == "sgd":
-        optimizer: torch.optim.Optimizer = torch.optim.SGD(
-            model.parameters(), lr=recipe.learning_rate, momentum=recipe.momentum, fused=True
-        )
+
+def muon_groups(recipe: Recipe, model: Network) -> list[dict[str, Any]]:
+    """The parameter groups of `Muon`, in this order: hidden weights, the output layer, hidden biases.
+
+    Parameters that are not trained, such as fixed filters and scales, are in no group.
+    """
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    head = [parameter for name, parameter in trained.items() if name.startswith("head.")]
+    hidden = {name: parameter for name, parameter in trained.items() if not name.startswith("head.")}
+    weights = [parameter for name, parameter in hidden.items() if name.endswith(".weight")]
+    biases = [parameter for name, parameter in hidden.items() if name.endswith(".bias")]
+    sgd = {"momentum": _SGD_MOMENTUM, "orthogonal": False}
+    return [
+        {"params": weights, "lr": recipe.learning_rate, "momentum": recipe.momentum, "orthogonal": True},
+        {"params": head, "lr": recipe.output_learning_rate, **sgd},
+        {"params": biases, "lr": recipe.bias_learning_rate, **sgd},
+    ]
+
+
+def make_optimizer(recipe: Recipe, model: Network) -> torch.optim.Optimizer:
+    """The optimizer of a recipe. Each of its groups holds its highest learning rate as `initial_lr`."""
+    if recipe.optimizer == "muon":
+        optimizer: torch.optim.Optimizer = Muon(muon_groups(recipe, model))
     else:
-        *layers, output = model
-        hidden = [each for layer in layers for each in layer.parameters() if each.requires_grad]
-        weights, biases = [each for each in hidden if each.dim() > 1], [each for each in hidden if each.dim() == 1]
-        plain = {"momentum": 0.85, "orthogonal": False}
-        optimizer = Muon(
-            [
-                {"params": weights, "lr": recipe.learning_rate, "momentum": recipe.momentum, "orthogonal": True},
-                {"params": list(output.parameters()), "lr": recipe.output_learning_rate, **plain},
-                {"params": biases, "lr": recipe.bias_learning_rate, **plain},
-            ]
-        )
+        optimizer = torch.optim.SGD(model.parameters(), lr=recipe.learning_rate, momentum=recipe.momentum, fused=True)
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     return optimizer
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, recipe: Recipe, done: float) -> None:
-    """Sets what the schedule says.
+    """Sets the learning rates of all groups to what the schedule gives for the next step.
 
     Args:
-        optimizer: of `make_optimizer`.
-        recipe: with the schedule.
-        done: share of all steps that are done, the one to come by half; in (0, 1).
+        optimizer: an optimizer from `make_optimizer`.
+        recipe: the recipe with the schedule.
+        done: share of all steps that are done, counting half of the next step; in (0, 1).
     """
     if recipe.schedule == "constant":
         return

@@ -1,19 +1,18 @@
-"""The run folder, `runs/<recipe>/<seed>/`: what training leaves behind, and all that others read of a run.
+"""The run folder, `runs/<recipe>/<seed>/`: everything that a training run leaves, and all that other code reads of it.
 
-    recipe.json     the recipe's values, seed, precision, data and machine
-    history.jsonl   a line per epoch
-    best.pt         the weights of the epoch with the best validation accuracy
-    last.pt         everything needed to go on
+    recipe.json     values of the recipe, seed, precision, data and machine
+    history.jsonl   one line per epoch
+    best.pt         weights of the epoch with the best validation accuracy
+    last.pt         state from which the run can be resumed
     events.*        TensorBoard
 
-Every file is written beside its place and renamed into it, so that a kill at any moment leaves a usable folder. Files
-are read back without pickle. Knows nothing of models or data.
+Every file is written under another name and then renamed, so that a kill at any moment leaves a usable folder. Files
+are read without pickle. This module must not depend on models or data sets.
 """
 
 import fcntl
 import io
 import json
-import os
 import pickle
 import zipfile
 from collections.abc import Iterator
@@ -24,71 +23,42 @@ from typing import Any
 import torch
 
 from cifar_core.errors import CifarError
+from cifar_core.files import atomic_write, to_json
 
 
 class RunError(CifarError):
-    """A run folder that is missing, damaged, in use or another run's; or one that cannot be written."""
-
-
-def atomic_write(path: Path, content: bytes) -> None:
-    """Replaces a file as a whole: after a kill or a failed write there is the old content or the new, never a part.
-
-    Raises:
-        RunError: it cannot be written, for want of space say; what was there before is intact.
-    """
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(path)
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)  # else a power cut may undo the rename
-        finally:
-            os.close(directory)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        before = "what was there before is intact" if path.exists() else "nothing was there before"
-        raise RunError(
-            f"{path}: cannot be written, {error.strerror} ({len(content):,} bytes); {before}; "
-            "make room or permit writing, then go on with --resume"
-        ) from error
-
-
-def to_json(value: object) -> bytes:
-    """JSON as this project writes it: indented, in the order given, with a newline at the end."""
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+    """A run folder that is missing, damaged, in use, not writable, or holds a different run."""
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Reads a `.pt` file onto the CPU, tensors and plain values only: a file from outside cannot run code.
+    """Reads a `.pt` file onto the CPU. Only tensors and plain values are accepted, so that no file can run code.
 
     Raises:
-        RunError: missing, damaged, or holding anything else.
+        RunError: The file is missing, damaged, or holds something other than a checkpoint of this library.
     """
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise RunError(f"{path}: no such checkpoint; train with: python -m cifar_core.train RECIPE") from None
+        raise RunError(
+            f"{path}: this checkpoint does not exist; train with: python -m cifar_core.train RECIPE"
+        ) from None
     except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise RunError(
-            f"{path}: not a checkpoint of this library, or damaged ({reason}); train again, or take another"
+            f"{path}: not a checkpoint of this library, or a damaged one ({reason}); train again, or use another file"
         ) from error
     if not isinstance(checkpoint, dict) or not {"model", "recipe", "classes", "data"} <= checkpoint.keys():
         raise RunError(
-            f"{path}: not a checkpoint of this library (it lacks model, recipe, classes or data); take another"
+            f"{path}: not a checkpoint of this library: it must hold model, recipe, classes and data; use another file"
         )
     return checkpoint
 
 
 class RunFolder:
-    """One run's files.
+    """The files of one run.
 
     Args:
-        path: `runs/<recipe>/<seed>`; need not exist.
+        path: `runs/<recipe>/<seed>`; the folder need not exist yet.
     """
 
     def __init__(self, path: Path) -> None:
@@ -98,58 +68,68 @@ class RunFolder:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Holds the folder (made if need be) against a second process.
+        """Creates the folder if necessary, and keeps other processes from training in it.
 
         Raises:
-            RunError: another process trains in it, or it cannot be made.
+            RunError: Another process is training in it, or it cannot be created.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             stream = (self.path / ".lock").open("w")
         except OSError as error:
             raise RunError(
-                f"{self.path}: cannot be written, {error.strerror}; choose another place with --runs DIR"
+                f"{self.path}: this folder cannot be written to ({error.strerror}); choose another with --runs DIR"
             ) from error
         with stream:
             try:
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise RunError(
-                    f"{self.path}: another process is training here; wait for it, or choose another --seed"
+                    f"{self.path}: another process is training in this folder; wait for it, or choose another --seed"
                 ) from None
             yield
 
     def write_description(self, description: dict[str, Any]) -> None:
-        """Writes recipe.json."""
+        """Writes recipe.json.
+
+        Raises:
+            FileWriteError: The file cannot be written.
+        """
         atomic_write(self.path / "recipe.json", to_json(description))
 
     def description(self) -> dict[str, Any]:
-        """recipe.json as written.
+        """The content of recipe.json.
 
-        It holds `recipe`, `seed`, `precision`, `data`, `classes`, `environment` and `date` (UTC, of its start).
+        It holds `recipe`, `seed`, `precision`, `data`, `classes`, `environment` and `date` (UTC, when the run started).
+        `recipes.read_recipe` reads its `recipe`, which may have been written by an earlier version.
 
         Raises:
-            RunError: missing or damaged.
+            RunError: The file is missing or damaged.
         """
+        file = self.path / "recipe.json"
         try:
-            value = json.loads((self.path / "recipe.json").read_bytes())
+            value = json.loads(file.read_bytes())
         except FileNotFoundError:
-            raise RunError(f"{self.path}: not a run folder, it has no recipe.json; train, or name another") from None
-        except ValueError as error:
             raise RunError(
-                f"{self.path / 'recipe.json'}: damaged ({error}); remove the folder and train again"
-            ) from error
+                f"{self.path}: not a run folder, because it has no recipe.json; train a run, or use another folder"
+            ) from None
+        except ValueError as error:
+            raise RunError(f"{file}: this file is damaged ({error}); remove the folder and train again") from error
         if not isinstance(value, dict) or not {"recipe", "seed", "precision", "data", "classes"} <= value.keys():
             raise RunError(
-                f"{self.path / 'recipe.json'}: lacks values that every run has; remove the folder and train again"
+                f"{file}: this file is incomplete: it must hold recipe, seed, precision, data and classes; "
+                "remove the folder and train again"
             )
         return value
 
     def save(self, checkpoint: dict[str, Any], best: dict[str, Any] | None) -> None:
-        """Writes the checkpoint, before it the best weights if this epoch brought them, and the history after.
+        """Writes best.pt if this epoch has the best weights so far, then last.pt, then the history.
 
-        In this order a kill in between costs nothing: a run resumed from the earlier checkpoint comes by the same best
+        A kill between these writes loses nothing: a run resumed from the earlier checkpoint computes the same best
         weights again, and rewrites the history from its checkpoint.
+
+        Raises:
+            FileWriteError: A file cannot be written; its previous content is unchanged.
         """
         if best is not None:
             self._write_checkpoint(self.best, best)
@@ -157,50 +137,58 @@ class RunFolder:
         self.write_history(checkpoint["history"])
 
     def _write_checkpoint(self, path: Path, content: dict[str, Any]) -> None:
-        # Into memory first: torch reports a failed write as an internal error, and these are some megabytes.
+        # Into memory first, a few megabytes: torch reports a failed write to a file as an internal error.
         buffer = io.BytesIO()
         torch.save(content, buffer)
         atomic_write(path, buffer.getvalue())
 
     def write_history(self, history: list[dict[str, Any]]) -> None:
-        """Writes history.jsonl as a whole, unless it holds that already."""
+        """Writes history.jsonl, unless it has this content already.
+
+        Raises:
+            FileWriteError: The file cannot be written.
+        """
         path, content = self.path / "history.jsonl", "".join(json.dumps(line) + "\n" for line in history).encode()
         if not path.exists() or path.read_bytes() != content:
             atomic_write(path, content)
 
     def history(self) -> list[dict[str, Any]]:
-        """A dictionary per finished epoch; empty before the first.
+        """One dictionary per finished epoch; empty before the first.
 
-        Each holds `epoch` (from 1), `train_loss`, `train_accuracy`, `validation_loss`, `validation_accuracy` (shares,
-        not per cent), `learning_rate` and `seconds`.
+        Each holds `epoch` (from 1), `train_loss`, `train_accuracy`, `validation_loss`, `validation_accuracy`
+        (accuracies from 0 to 1), `learning_rate` and `seconds`.
+
+        Raises:
+            RunError: The file is damaged.
         """
+        file = self.path / "history.jsonl"
         try:
-            lines = (self.path / "history.jsonl").read_text().splitlines()
+            lines = file.read_text().splitlines()
         except FileNotFoundError:
             return []
         try:
             return [json.loads(line) for line in lines]
         except ValueError as error:
             raise RunError(
-                f"{self.path / 'history.jsonl'}: damaged ({error}); go on with --resume, which rewrites it"
+                f"{file}: this file is damaged ({error}); resuming the run with --resume rewrites it"
             ) from error
 
     def is_finished(self) -> bool:
-        """Whether every epoch of its recipe was trained."""
+        """Whether all epochs of the recipe were trained."""
         return (self.path / "recipe.json").exists() and len(self.history()) == self.description()["recipe"]["epochs"]
 
 
 def best_epoch(history: list[dict[str, Any]]) -> dict[str, Any]:
-    """The epoch of the best validation accuracy; of several, the first."""
+    """The line of the epoch with the best validation accuracy; the first of several."""
     return max(history, key=lambda line: line["validation_accuracy"])
 
 
 def finished_runs(runs: Path) -> list[RunFolder]:
-    """Every finished run below a folder of runs, in the order of recipe and seed."""
+    """Every finished run in a folder of runs, ordered by recipe and seed."""
     folders = [RunFolder(path.parent) for path in sorted(runs.glob("*/*/recipe.json"))]
     return [folder for folder in folders if folder.is_finished()]
 
 
-def default_place(data_kind: str, name: str) -> Path:
-    """Where runs and exports go unless said: those of generated data to a place of their own, never over real ones."""
+def default_folder(data_kind: str, name: str) -> Path:
+    """The default folder for runs or exports; below synthetic/ for synthetic data, so that real ones are safe."""
     return Path("synthetic", name) if data_kind == "synthetic" else Path(name)

@@ -1,4 +1,4 @@
-"""What several rooms' tests share: small generated data, folders made from it, and the real images if there are any."""
+"""Fixtures for tests of all packages: generated data, folders of image files, the real images, and commands."""
 
 import os
 import subprocess
@@ -14,7 +14,7 @@ from cifar_core.data import Dataset, load_dataset
 
 REPOSITORY = Path(__file__).parents[1]
 
-# The same examples in every run, and no judgement by the clock: a busy machine must not fail a test.
+# The same examples in every run, and no time limit, so that a busy machine fails no test.
 settings.register_profile("deterministic", deadline=None, derandomize=True)
 settings.load_profile("deterministic")
 
@@ -27,10 +27,10 @@ def small() -> Dataset:
 
 @pytest.fixture(scope="session")
 def real() -> Dataset:
-    """The real images, where CIFAR10_DATA names them."""
+    """The real images, if CIFAR10_DATA names them."""
     data = os.environ.get("CIFAR10_DATA")
     if not data:
-        pytest.skip("CIFAR10_DATA is not set, so there are no real images to test on")
+        pytest.skip("needs the real images: set CIFAR10_DATA")
     return load_dataset(data)
 
 
@@ -38,18 +38,18 @@ def real() -> Dataset:
 def _own_cache(
     tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ):
-    """Tests of folders they make leave nothing in the user's cache; only real images are worth keeping there."""
+    """Keeps the user's cache free of folders that tests create; real images are cached there."""
     if "real" not in request.fixturenames:
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
 
 
 def write_folder(dataset: Dataset, folder: Path) -> Path:
-    """The images of a data set as PNG files, train/<class>/* and test/<class>/*."""
+    """Writes the images of a data set as PNG files, train/<class>/* and test/<class>/*."""
     for name, part in (("train", dataset.train), ("test", dataset.test)):
         for row, (image, label) in enumerate(zip(part.images, part.labels, strict=True)):
-            place = folder / name / dataset.classes[int(label)]
-            place.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(image.numpy()).save(place / f"{row:05d}.png")
+            class_folder = folder / name / dataset.classes[int(label)]
+            class_folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image.numpy()).save(class_folder / f"{row:05d}.png")
     return folder
 
 
@@ -63,7 +63,7 @@ Command = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture
 def command(tmp_path: Path) -> Command:
-    """Runs `python -m MODULE ARGUMENT…` to its end in an empty folder, where CIFAR10_DATA is not set."""
+    """Runs `python -m MODULE ARGUMENT…` to its end, in an empty folder and without CIFAR10_DATA."""
 
     def run(module: str, *arguments: str | Path, **options: object) -> subprocess.CompletedProcess[str]:
         return subprocess.run(  # type: ignore[call-overload, no-any-return]
@@ -78,5 +78,5 @@ def command_line(module: str, arguments: Sequence[str | Path]) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """Without CIFAR10_DATA, so that a test uses the data that it names."""
+    """The environment without CIFAR10_DATA, so that a command uses the data that the test names."""
     return {key: value for key, value in os.environ.items() if key != "CIFAR10_DATA"}

@@ -1,11 +1,13 @@
-import dataclasses
+import json
 
 import pytest
+from pydantic import ValidationError
 
-from cifar_core.recipes import RECIPES, Recipe, RecipeError, completed, get_recipe
+from cifar_core.recipes import RECIPES, RecipeError, get_recipe, read_recipe
+from tests.conftest import REPOSITORY
 
 
-def test_the_studys_rows_have_the_studys_values():
+def test_the_recipes_of_the_study_have_its_values():
     base = {"batch_size": 32, "learning_rate": 0.001, "momentum": 0.9, "model": "baseline"}
     published = {
         "baseline": base | {"dropout": 0.0, "epochs": 20},
@@ -23,70 +25,100 @@ def test_the_studys_rows_have_the_studys_values():
         },
     }
     for name, values in published.items():
-        recipe = dataclasses.asdict(RECIPES[name])
+        recipe = RECIPES[name].values()
         assert {key: recipe[key] for key in values} == values
         assert recipe["validation_images"] == 1000
 
 
-def test_an_overridden_recipe_has_a_name_of_its_own():
+def test_a_changed_recipe_has_a_name_of_its_own():
     recipe = get_recipe("deep", ["momentum=0.9", "epochs=2"])
     assert (recipe.momentum, recipe.epochs, recipe.learning_rate) == (0.9, 2, 0.05)
     assert recipe.name == "deep+epochs=2+momentum=0.9"
 
 
-def test_an_override_by_the_same_value_changes_nothing():
+def test_setting_a_value_that_a_recipe_has_already_changes_nothing():
     assert get_recipe("deep", ["momentum=0.0"]) == RECIPES["deep"]
+    assert get_recipe("deep-fast", ["sizes=20:4,24:10"]) == RECIPES["deep-fast"]
 
 
 def test_a_recipe_cannot_be_changed():
-    with pytest.raises(dataclasses.FrozenInstanceError):
+    with pytest.raises(ValidationError, match="frozen"):
         RECIPES["deep"].epochs = 1
 
 
 @pytest.mark.parametrize(
     ("name", "override", "message"),
     [
-        ("shallow", None, "no recipe is called 'shallow'; there are: baseline"),
-        ("deep", "depth=3", "expected key=value with one of the keys model, dropout"),
-        ("deep", "name=other", "expected key=value"),
-        ("deep", "epochs", "expected key=value"),
-        ("deep", "epochs=two", "'two' is not a int"),
-        ("deep", "epochs=0", "epochs is 0, but must be at least 1"),
-        ("deep", "dropout=1", "must be at least 0 and below 1"),
-        ("deep", "momentum=-0.1", "must be at least 0 and below 1"),
-        ("deep", "learning_rate=0", "must be above 0"),
-        ("deep", "learning_rate=nan", "must be above 0"),
+        ("shallow", None, "there is no recipe 'shallow'; the recipes are: baseline"),
+        ("deep", "depth=3", "expected KEY=VALUE, where KEY is one of: model, dropout"),
+        ("deep", "name=other", "expected KEY=VALUE"),
+        ("deep", "epochs", "expected KEY=VALUE"),
+        ("deep", "epochs=two", "epochs is two, but should be a valid integer"),
+        ("deep", "epochs=0", "epochs is 0, but should be greater than 0"),
+        ("deep", "dropout=1", "dropout is 1, but should be less than 1"),
+        ("deep", "momentum=-0.1", "momentum is -0.1, but should be greater than or equal to 0"),
+        ("deep", "learning_rate=0", "should be greater than 0"),
+        ("deep", "learning_rate=nan", "should be a finite number"),
         ("deep", "model=transformer", "must be one of: baseline, deep"),
-        ("deep", "sampler=random", "must be one of: subset, weighted"),
-        ("sprint", "sizes=24", "must be like 20:2,24:1"),
-        ("sprint", "sizes=8:1", "each size must be 16 to 32"),
-        ("deep", "sizes=24:1", "for a network with batch normalisation"),
-        ("deep", "optimizer=muon", "needs output_learning_rate"),
-        ("deep", "width=16", "above 0 for the network whitened and 0 for others"),
-        ("sprint", "width=0", "above 0 for the network whitened and 0 for others"),
-        ("sprint", "warmup=1", "must be at least 0 and below 1"),
-        ("sprint", "translate=-1", "must be at least 0"),
+        ("deep", "sampler=random", "sampler is random, but should be 'subset' or 'weighted'"),
+        ("sprint", "sizes=24", "must be SIZE:EPOCHS pairs separated by commas, such as 20:4,24:10"),
+        ("sprint", "sizes=8:1", "sizes contains 8, but should be greater than or equal to 16"),
+        ("sprint", "sizes=40:1", "sizes contains 40, but should be less than or equal to 32"),
+        ("sprint", "sizes=20:0", "sizes contains 0, but should be greater than 0"),
+        ("deep", "sizes=24:1", "requires a network with batch normalisation, which deep does not have"),
+        ("deep", "optimizer=muon", "deep, which has no batch normalisation, must be trained with sgd"),
+        ("sprint", "bias_learning_rate=0", "needs output_learning_rate and bias_learning_rate above 0"),
+        ("deep", "width=16", "width is 16, but must be 0 for the network deep"),
+        ("sprint", "width=0", "width is 0, but must be above 0 for the network whitened"),
+        ("sprint", "warmup=1", "should be less than 1"),
+        ("sprint", "translate=-1", "should be greater than or equal to 0"),
     ],
 )
-def test_a_recipe_that_cannot_be_is_refused_with_what_can(name, override, message):
+def test_an_impossible_recipe_is_refused_and_the_message_says_what_is_possible(name, override, message):
     with pytest.raises(RecipeError) as caught:
-        get_recipe(name, [override] if override else None)
+        get_recipe(name, [override] if override else [])
     assert message in str(caught.value)
 
 
-def test_sizes_name_the_epochs_they_are_for_and_full_size_comes_after():
+def test_the_first_epochs_have_the_sizes_of_the_recipe_and_the_others_full_size():
     recipe = get_recipe("sprint", ["sizes=20:2,24:1", "epochs=5"])
     assert [recipe.image_size(epoch) for epoch in range(5)] == [20, 20, 24, 32, 32]
     assert get_recipe("deep").image_size(0) == 32
 
 
-def test_the_values_of_an_older_recipe_are_completed_with_the_defaults_of_the_newer():
-    values = dataclasses.asdict(RECIPES["deep"])
+def test_sizes_are_readable_in_the_name_of_a_recipe_and_nested_lists_in_json():
+    recipe = get_recipe("sprint", ["sizes=20:2,24:1"])
+    assert recipe.sizes == ((20, 2), (24, 1))
+    assert recipe.name == "sprint+sizes=20:2,24:1"
+    values = json.loads(json.dumps(recipe.values()))
+    assert values["sizes"] == [[20, 2], [24, 1]]
+    assert read_recipe(values) == recipe
+    assert get_recipe("sprint", ["sizes="]).sizes == ()
+
+
+def test_a_saved_recipe_gets_the_defaults_of_values_that_did_not_exist_when_it_was_saved():
+    values = RECIPES["deep"].values()
     older = {key: value for key, value in values.items() if key not in ("sizes", "optimizer", "width", "schedule")}
-    assert completed(older) == values
-    assert completed(older | {"momentum": 0.9}) != values
+    assert read_recipe(older) == RECIPES["deep"]
+    assert read_recipe(older | {"momentum": 0.9}) != RECIPES["deep"]
 
 
-def test_muon_is_refused_without_batch_normalisation():
-    with pytest.raises(RecipeError, match="without batch normalisation needs sgd"):
-        Recipe("x", optimizer="muon", output_learning_rate=0.1, bias_learning_rate=0.1)
+def test_sizes_saved_as_text_by_earlier_versions_are_converted():
+    assert read_recipe(RECIPES["deep-fast"].values() | {"sizes": "20:4,24:10"}) == RECIPES["deep-fast"]
+    assert read_recipe(RECIPES["deep"].values() | {"sizes": ""}) == RECIPES["deep"]
+
+
+def test_every_committed_run_has_a_recipe_that_can_be_read():
+    files = sorted(REPOSITORY.glob("docs/results/**/recipe.json"))
+    assert len(files) > 20
+    for file in files:
+        recipe = read_recipe(json.loads(file.read_bytes())["recipe"])
+        name, *overrides = recipe.name.split("+")
+        assert recipe == get_recipe(name, overrides)
+
+
+def test_a_saved_recipe_with_an_unknown_value_is_refused_with_advice():
+    with pytest.raises(RecipeError, match="no recipe value 'depth'; train again, or use the version that saved"):
+        read_recipe(RECIPES["deep"].values() | {"depth": 3})
+    with pytest.raises(RecipeError, match="epochs is None, but should be a valid integer"):
+        read_recipe(RECIPES["deep"].values() | {"epochs": None})

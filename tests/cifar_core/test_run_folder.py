@@ -1,14 +1,14 @@
 import json
 import os
 import pickle
-import resource
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from cifar_core.run_folder import RunError, RunFolder, atomic_write, best_epoch, finished_runs, load_checkpoint
+from cifar_core.files import FileWriteError
+from cifar_core.run_folder import RunError, RunFolder, best_epoch, default_folder, finished_runs, load_checkpoint
 
 ABOUT = {"recipe": {"name": "r", "epochs": 2}, "seed": 0, "precision": "fp32", "classes": ["a", "b"], "data": {}}
 
@@ -25,33 +25,8 @@ def folder(tmp_path):
     return folder
 
 
-def test_a_write_that_fails_for_want_of_space_leaves_the_file_before(tmp_path):
-    file = tmp_path / "last.pt"
-    file.write_bytes(b"before")
-    script = (
-        "import resource, pathlib, sys; from cifar_core.run_folder import atomic_write\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
-        "atomic_write(pathlib.Path(sys.argv[1]), bytes(100_000))"
-    )
-    done = subprocess.run([sys.executable, "-c", script, str(file)], capture_output=True, text=True, check=False)
-    assert "what was there before is intact" in done.stderr
-    assert "100,000 bytes" in done.stderr
-    assert file.read_bytes() == b"before"
-    assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
-    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
-
-
-def test_a_write_replaces_the_file_as_a_whole(tmp_path):
-    file = tmp_path / "file"
-    atomic_write(file, b"one")
-    opened = file.open("rb")
-    atomic_write(file, b"another")
-    assert file.read_bytes() == b"another"
-    assert opened.read() == b"one"  # whoever had it open reads the old one, whole
-
-
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")  # torch's word on the plain pickle, before it refuses
-def test_a_pickle_from_outside_is_refused_unopened(tmp_path):
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")  # torch warns about the plain pickle before refusing it
+def test_a_foreign_pickle_is_refused_without_running_it(tmp_path):
     class Bomb:
         def __reduce__(self):
             return (os.mkdir, (str(tmp_path / "opened"),))
@@ -71,21 +46,21 @@ def test_a_damaged_checkpoint_is_refused(tmp_path, content):
         load_checkpoint(tmp_path / "x.pt")
 
 
-def test_a_checkpoint_of_something_else_is_refused(tmp_path):
+def test_a_file_with_other_tensors_is_refused(tmp_path):
     torch.save({"weights": torch.zeros(3)}, tmp_path / "x.pt")
-    with pytest.raises(RunError, match="lacks model, recipe, classes or data"):
+    with pytest.raises(RunError, match="must hold model, recipe, classes and data"):
         load_checkpoint(tmp_path / "x.pt")
     torch.save(torch.zeros(3), tmp_path / "x.pt")
-    with pytest.raises(RunError, match="lacks"):
+    with pytest.raises(RunError, match="must hold"):
         load_checkpoint(tmp_path / "x.pt")
 
 
-def test_a_missing_checkpoint_says_how_to_get_one(tmp_path):
-    with pytest.raises(RunError, match="no such checkpoint; train with"):
+def test_the_error_for_a_missing_checkpoint_says_how_to_train_one(tmp_path):
+    with pytest.raises(RunError, match="does not exist; train with"):
         load_checkpoint(tmp_path / "x.pt")
 
 
-def test_a_folder_is_held_against_a_second_process(folder):
+def test_a_second_process_cannot_train_in_the_same_folder(folder):
     script = (
         "import sys, pathlib; from cifar_core.run_folder import RunFolder\n"
         "with RunFolder(pathlib.Path(sys.argv[1])).lock(): pass"
@@ -94,12 +69,12 @@ def test_a_folder_is_held_against_a_second_process(folder):
         done = subprocess.run(
             [sys.executable, "-c", script, str(folder.path)], capture_output=True, text=True, check=False
         )
-    assert "another process is training here" in done.stderr
+    assert "another process is training in this folder" in done.stderr
     done = subprocess.run([sys.executable, "-c", script, str(folder.path)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
-def test_a_run_is_finished_when_every_epoch_is_in_its_history(folder):
+def test_a_run_is_finished_when_its_history_has_every_epoch(folder):
     assert not folder.is_finished()
     folder.write_history([line(1, 0.5)])
     assert not folder.is_finished()
@@ -109,12 +84,38 @@ def test_a_run_is_finished_when_every_epoch_is_in_its_history(folder):
     assert [run.path for run in finished_runs(folder.path.parents[1])] == [folder.path]
 
 
-def test_the_first_of_several_best_epochs_counts():
+def test_the_first_of_several_equally_good_epochs_is_the_best():
     assert best_epoch([line(1, 0.4), line(2, 0.6), line(3, 0.6)])["epoch"] == 2
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", json.dumps({"recipe": {}})])
 def test_a_damaged_description_is_refused(folder, content):
     (folder.path / "recipe.json").write_text(content)
-    with pytest.raises(RunError, match=r"recipe\.json: (damaged|lacks)"):
+    with pytest.raises(RunError, match=r"recipe\.json: this file is (damaged|incomplete)"):
         folder.description()
+
+
+def test_a_missing_description_and_a_damaged_history_are_named(folder, tmp_path):
+    with pytest.raises(RunError, match="not a run folder, because it has no recipe"):
+        RunFolder(tmp_path).description()
+    (folder.path / "history.jsonl").write_text('{"epoch": 1}\n{"ep')
+    with pytest.raises(RunError, match=r"history\.jsonl: this file is damaged .* --resume rewrites it"):
+        folder.history()
+
+
+def test_a_folder_that_cannot_be_created_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    folder = RunFolder(tmp_path / "file" / "0")
+    with pytest.raises(RunError, match=r"cannot be written to .* choose another with --runs DIR"), folder.lock():
+        pass
+
+
+def test_a_history_that_cannot_be_written_is_an_error_without_advice_for_other_commands(tmp_path):
+    with pytest.raises(FileWriteError) as caught:
+        RunFolder(tmp_path / "missing").write_history([line(1, 0.5)])
+    assert "--resume" not in str(caught.value)
+
+
+def test_runs_and_exports_of_synthetic_data_have_folders_of_their_own():
+    assert str(default_folder("synthetic", "runs")) == "synthetic/runs"
+    assert str(default_folder("folder", "runs")) == str(default_folder("cifar10", "runs")) == "runs"

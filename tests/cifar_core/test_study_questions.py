@@ -1,4 +1,4 @@
-"""The questions of the study's section 1.4, each as a property. (The third is a remark: there is nothing to hold.)"""
+"""The questions of section 1.4 of the study, each as a property. The third is a remark, so there is nothing to test."""
 
 import numpy as np
 import pytest
@@ -11,8 +11,8 @@ from cifar_core.export import Classifier
 from cifar_core.models import BaselineConvNet, DeepConvNet
 
 
-class Given(torch.nn.Module):
-    """A network whose logits are given."""
+class GivenLogits(torch.nn.Module):
+    """A network whose input is its logits."""
 
     def forward(self, logits):
         return logits
@@ -24,11 +24,11 @@ class Given(torch.nn.Module):
     )
 )
 def test_1_softmax_turns_logits_into_probabilities(logits):
-    same, probabilities = Classifier(Given())(torch.from_numpy(logits))
+    same, probabilities = Classifier(GivenLogits())(torch.from_numpy(logits))
     assert torch.equal(same, torch.from_numpy(logits))
     assert ((probabilities >= 0) & (probabilities <= 1)).all()
     torch.testing.assert_close(probabilities.sum(1), torch.ones(len(logits)), atol=1e-5, rtol=0)
-    # p_i = e^{a_i} / Σ e^{a_j}, in double and shifted so that nothing overflows
+    # p_i = e^{a_i} / Σ e^{a_j}, in double precision and shifted to avoid overflow
     exponentials = np.exp(logits.astype(np.float64) - logits.max(1, keepdims=True))
     np.testing.assert_allclose(probabilities, exponentials / exponentials.sum(1, keepdims=True), atol=1e-6)
 
@@ -44,7 +44,7 @@ def test_2_the_optimizer_accumulates_the_velocity(momentum, dampening, learning_
     """b_t = μ·b_{t−1} + (1 − τ)·g_t, and θ_t = θ_{t−1} − γ·b_t; the first velocity is the first gradient itself."""
     generator = torch.Generator().manual_seed(seed)
     parameter = torch.randn(7, dtype=torch.float64, generator=generator).requires_grad_()
-    # momentum 0 keeps no velocity: torch then takes the bare gradient, whatever the dampening.
+    # Without momentum there is no velocity: torch uses the gradient itself and ignores the dampening.
     optimizer = torch.optim.SGD([parameter], lr=learning_rate, momentum=momentum, dampening=dampening, fused=fused)
     expected, velocity = parameter.detach().clone(), None
     for _ in range(6):
@@ -61,7 +61,7 @@ def test_2_the_optimizer_accumulates_the_velocity(momentum, dampening, learning_
 
 
 @pytest.mark.parametrize("network", [BaselineConvNet, DeepConvNet])
-def test_4_dropout_acts_in_training_and_not_in_testing(network):
+def test_4_dropout_is_active_in_training_and_inactive_in_testing(network):
     torch.manual_seed(0)
     model = network(dropout=0.5)
     images = torch.randint(0, 256, (4, 32, 32, 3), dtype=torch.uint8)

@@ -1,6 +1,6 @@
-"""How this project's figures look: curves over epochs, comparisons, probabilities as bars.
+"""The figures: curves over epochs, comparisons, reliability diagrams, and images with their labels or probabilities.
 
-Okabe and Ito's colours, which the colour-blind can tell apart; legible at half a page. Knows nothing of runs.
+The colours are those of Okabe and Ito, which colour-blind readers can tell apart. This module must not depend on runs.
 """
 
 import itertools
@@ -13,13 +13,14 @@ import matplotlib
 import numpy as np
 import numpy.typing as npt
 
-matplotlib.use("agg")  # no window, on machines without a screen too
+matplotlib.use("agg")  # draws into files, also on machines without a display
 from matplotlib import pyplot, style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MultipleLocator
 
 from cifar_core.calibration import Bin
+from cifar_core.data import Dataset
 
 COLOURS = {
     "black": "#000000",
@@ -30,10 +31,10 @@ COLOURS = {
     "sky": "#56B4E9",
     "grey": "#9A9A9A",
 }
-"""Of Okabe and Ito, Color Universal Design (2008); grey for what stands back."""
+"""From Okabe and Ito, Color Universal Design (2008); grey is for elements in the background."""
 
 Series = list[float]
-"""A value per epoch, from epoch 1."""
+"""One value per epoch, beginning with epoch 1."""
 
 STYLE: dict[str, Any] = {
     "font.size": 12,
@@ -52,10 +53,10 @@ class Curve:
     """A quantity over epochs for several seeds.
 
     Attributes:
-        label: for the legend.
-        colour: any of matplotlib's.
-        seeds: a series a seed, of one length.
-        marked: for each seed the epoch to mark, or none.
+        label: text in the legend.
+        colour: any colour of matplotlib.
+        seeds: one series per seed, all of the same length.
+        marked: the epoch to mark in the series of each seed; None to mark none.
     """
 
     label: str
@@ -65,7 +66,7 @@ class Curve:
 
 
 def save(figure: Figure, file: Path) -> None:
-    """Writes a PNG whose bytes depend on what is drawn and on the versions of the libraries alone."""
+    """Writes a PNG whose bytes depend only on the drawing and on library versions."""
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=150, metadata={"Software": None})
     pyplot.close(figure)
@@ -79,13 +80,13 @@ def _draw(axes: Axes, curve: Curve, line: str) -> None:
     axes.plot(epochs, values.mean(0), line, color=curve.colour, linewidth=2, label=curve.label)
 
 
-def _count_epochs(axes: Axes) -> None:
+def _set_epoch_axis(axes: Axes) -> None:
     axes.set_xlim(left=0)
     axes.xaxis.set_major_locator(MultipleLocator(5 if axes.get_xlim()[1] < 40 else 10))
 
 
 def plot_curves(file: Path, title: str, label: str, curves: Sequence[Curve]) -> None:
-    """Quantities over epochs: the mean over seeds as a line, their range as a band, marked epochs as points."""
+    """Draws quantities over epochs: the mean over seeds as a line, their range as a band, marked epochs as points."""
     with style.context(STYLE):
         figure, axes = pyplot.subplots(figsize=(6.0, 4.0), layout="constrained")
         for curve, line in zip(curves, itertools.cycle(("--", "-", "-.", ":")), strict=False):
@@ -101,46 +102,62 @@ def plot_curves(file: Path, title: str, label: str, curves: Sequence[Curve]) -> 
                     label="best validation accuracy" + (", each seed" if len(curve.marked) > 1 else ""),
                 )
         axes.set(title=title, xlabel="epoch", ylabel=label)
-        _count_epochs(axes)
+        _set_epoch_axis(axes)
         axes.legend()
         save(figure, file)
 
 
 def plot_comparison(file: Path, panels: Sequence[tuple[str, Sequence[Curve]]]) -> None:
-    """Several recipes in panels side by side, each panel a quantity over epochs; one legend for all."""
+    """Draws several recipes in panels side by side, one quantity over epochs per panel, with one legend for all.
+
+    Args:
+        file: the PNG to write.
+        panels: title and curves of each panel.
+    """
     with style.context(STYLE):
         figure, all_axes = pyplot.subplots(1, len(panels), figsize=(5.0 * len(panels), 4.0), layout="constrained")
         for axes, (title, curves) in zip(np.atleast_1d(all_axes), panels, strict=True):
             for curve, line in zip(curves, itertools.cycle(("-", "--", "-.", ":")), strict=False):
                 _draw(axes, curve, line)
             axes.set(title=title, xlabel="epoch")
-            _count_epochs(axes)
+            _set_epoch_axis(axes)
         handles, labels = np.atleast_1d(all_axes)[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
         save(figure, file)
 
 
-def plot_reliability(file: Path, title: str, kinds: Sequence[tuple[str, str, Sequence[Bin]]]) -> None:
-    """Accuracy over confidence, a line each, beside the diagonal on which probabilities mean what they say.
+def plot_reliability(file: Path, title: str, lines: Sequence[tuple[str, str, Sequence[Bin]]]) -> None:
+    """Draws accuracy over confidence, beside the diagonal of perfect calibration.
 
     Args:
-        file: where to write.
-        title: above.
-        kinds: label, colour and bins of each line; the size of a point grows with its count.
+        file: the PNG to write.
+        title: title of the figure.
+        lines: label, colour and bins of each line. The area of a point grows with the count of its bin.
     """
     with style.context(STYLE):
         figure, axes = pyplot.subplots(figsize=(5.0, 4.6), layout="constrained")
         axes.plot((0, 1), (0, 1), color=COLOURS["grey"], linestyle=":", label="perfect")
-        for (label, colour, bins), line in zip(kinds, itertools.cycle(("-", "--", "-.")), strict=False):
-            confidence, accuracy = [each.confidence for each in bins], [each.accuracy for each in bins]
-            total = sum(each.count for each in bins)
+        for (label, colour, bins), line in zip(lines, itertools.cycle(("-", "--", "-.")), strict=False):
+            confidence, accuracy = [group.confidence for group in bins], [group.accuracy for group in bins]
+            total = sum(group.count for group in bins)
             axes.plot(confidence, accuracy, line, color=colour, label=label)
-            sizes = [8 + 400 * each.count / total for each in bins]
+            sizes = [8 + 400 * group.count / total for group in bins]
             axes.scatter(confidence, accuracy, sizes, color=colour, alpha=0.7)
         axes.set(title=title, xlabel="confidence: the greatest probability", ylabel="accuracy")
         axes.set(xlim=(0, 1), ylim=(0, 1.02))
         axes.legend(loc="upper left")
         save(figure, file)
+
+
+def plot_examples(dataset: Dataset, file: Path, seed: int = 0) -> None:
+    """Draws figure 1: four random training images with their labels. It shows images, so git must ignore the file."""
+    rows = np.random.RandomState(seed).choice(len(dataset.train), 4, replace=False)
+    figure, axes = pyplot.subplots(1, 4, figsize=(8, 2.4), layout="constrained")
+    for axis, row in zip(axes, rows, strict=True):
+        axis.imshow(dataset.train.images[row].numpy())
+        axis.set_title(dataset.classes[int(dataset.train.labels[row])], fontsize=11)
+        axis.axis("off")
+    save(figure, file)
 
 
 def plot_probabilities(
@@ -151,15 +168,15 @@ def plot_probabilities(
     classes: Sequence[str],
     model: str,
 ) -> None:
-    """Images, each beside its probabilities in class order as bars and numbers, the greatest highlighted (figure 10).
+    """Draws figure 10: images, each beside its probabilities in class order, with the greatest one highlighted.
 
     Args:
-        file: where to write; it shows images of the data set.
+        file: the PNG to write. It shows images, so git must ignore it.
         images: uint8 [N, 32, 32, 3].
         labels: the true classes, N.
         probabilities: float32 [N, classes].
-        classes: names in the order of the probabilities.
-        model: for the title.
+        classes: class names, in the order of the probabilities.
+        model: name of the model, for the title.
     """
     with style.context([STYLE, {"axes.grid": False}]):
         figure, grid = pyplot.subplots(

@@ -1,4 +1,3 @@
-import dataclasses
 import json
 import shutil
 
@@ -7,9 +6,11 @@ import pytest
 from PIL import Image
 
 from cifar_core.recipes import RECIPES
-from cifar_core.report import HISTORIES, SKELETON, claim_table, fill, study_table, write_report
 from cifar_core.run_folder import RunError
-from cifar_core.study import ReportError, main_rows, percent, read_runs, rows_of
+from cifar_core.study.markdown import markdown_table, percent
+from cifar_core.study.report import HISTORIES, NEW_DOCUMENT, fill, write_report
+from cifar_core.study.runs import ReportError, main_rows, read_runs, rows_of
+from cifar_core.study.tables import claim_table, study_table
 from tests.conftest import REPOSITORY
 
 COMMITTED = REPOSITORY / HISTORIES
@@ -17,7 +18,7 @@ DATA = {"kind": "folder", "name": "pictures", "fingerprint": "a" * 64}
 
 
 def history(best, epochs=20, at=18, last=None, loss_rises_after=13):
-    """A made-up history: validation accuracy jumps to its best at one epoch, and ends at `last`."""
+    """A made-up history whose validation accuracy is best at one epoch, and `last` in all others."""
     return [
         {
             "epoch": epoch,
@@ -32,10 +33,10 @@ def history(best, epochs=20, at=18, last=None, loss_rises_after=13):
     ]
 
 
-def write_run(place, recipe, lines, seed=0, precision="fp32", data=DATA, test=None):
-    folder = place / recipe / str(seed)
+def write_run(runs, recipe, lines, seed=0, precision="fp32", data=DATA, test=None):
+    folder = runs / recipe / str(seed)
     folder.mkdir(parents=True)
-    values = dataclasses.asdict(RECIPES[recipe.partition("+")[0]]) | {"name": recipe, "epochs": len(lines)}
+    values = RECIPES[recipe.partition("+")[0]].values() | {"name": recipe, "epochs": len(lines)}
     about = {"recipe": values, "seed": seed, "precision": precision, "data": data, "classes": ["a", "b"]}
     (folder / "recipe.json").write_text(json.dumps(about))
     (folder / "history.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -49,7 +50,7 @@ def pixels(file):
         return np.asarray(image.convert("RGB")).astype(int)
 
 
-def test_the_committed_report_is_what_the_committed_histories_give(tmp_path):
+def test_the_committed_report_is_generated_from_the_committed_histories(tmp_path):
     shutil.copy(REPOSITORY / "docs/results.md", tmp_path / "results.md")
     (tmp_path / "results").mkdir()
     shutil.copy(REPOSITORY / "docs/results/calibration.json", tmp_path / "results")
@@ -58,12 +59,12 @@ def test_the_committed_report_is_what_the_committed_histories_give(tmp_path):
     figures = {path.name for path in (tmp_path / "results").glob("*.png")}
     assert figures == {path.name for path in (REPOSITORY / "docs/results").glob("*.png")}
     for name in figures:
-        # Another build of the same font renderer may differ in a shade at the edges of letters.
+        # Another build of the font renderer may draw the edges of letters in slightly different shades.
         difference = np.abs(pixels(tmp_path / "results" / name) - pixels(REPOSITORY / "docs/results" / name))
         assert (difference > 32).mean() < 1e-3, name
 
 
-def test_the_report_needs_neither_data_nor_weights_and_the_table_names_what_it_rests_on(tmp_path):
+def test_the_report_needs_neither_data_nor_weights_and_names_data_and_commands(tmp_path):
     for seed, best in enumerate((0.75, 0.76, 0.77)):
         write_run(tmp_path, "dropout-0.2", history(best, at=16 + seed), seed, "bf16", test=best - 0.0213)
     table = study_table(main_rows(rows_of(read_runs(tmp_path))))
@@ -73,7 +74,7 @@ def test_the_report_needs_neither_data_nor_weights_and_the_table_names_what_it_r
     assert "Data: pictures (fingerprint aaaaaaaaaaaa)" in table
 
 
-def test_of_two_precisions_the_one_with_more_seeds_stands_in_the_table(tmp_path):
+def test_the_table_has_the_precision_with_more_seeds(tmp_path):
     write_run(tmp_path / "fp32", "baseline", history(0.7))
     for seed in (0, 1):
         write_run(tmp_path / "bf16", "baseline", history(0.6), seed, "bf16")
@@ -81,16 +82,16 @@ def test_of_two_precisions_the_one_with_more_seeds_stands_in_the_table(tmp_path)
     assert (rows["baseline"].precision, len(rows["baseline"].runs)) == ("bf16", 2)
 
 
-def test_an_unfinished_run_is_left_out(tmp_path):
+def test_unfinished_runs_are_left_out(tmp_path):
     write_run(tmp_path, "baseline", history(0.7))
     unfinished = write_run(tmp_path, "dropout-0.2", history(0.7))
     lines = (unfinished / "history.jsonl").read_text().splitlines(keepends=True)
     (unfinished / "history.jsonl").write_text("".join(lines[:-1]))
-    assert [run.recipe["name"] for run in read_runs(tmp_path)] == ["baseline"]
+    assert [run.recipe.name for run in read_runs(tmp_path)] == ["baseline"]
 
 
-def study(place, **changes):
-    """Runs that bear out every claim of the study, but for what is changed."""
+def claims_of_study(runs, **changes):
+    """The verdicts on runs that confirm every claim of the study, except for the given changes."""
     best = {"baseline": 0.73, "dropout-0.2": 0.78, "dropout-0.5": 0.76, "dropout-0.8": 0.62, "dropout-0.8-60": 0.67}
     for recipe, accuracy in best.items():
         lines = history(accuracy, epochs=60 if recipe == "dropout-0.8-60" else 20)
@@ -99,14 +100,14 @@ def study(place, **changes):
                 line | {"train_loss": line["train_loss"] + 0.3, "validation_loss": line["validation_loss"] - 0.3}
                 for line in lines
             ]
-        write_run(place, recipe, changes.get(recipe, lines))
-    write_run(place, "deep", history(0.82), test=changes.get("test", 0.81))
-    write_run(place, "deep+momentum=0.9", changes.get("momentum", history(0.2)))
-    return claim_table(main_rows(rows_of(read_runs(place)))).splitlines()[2:]
+        write_run(runs, recipe, changes.get(recipe, lines))
+    write_run(runs, "deep", history(0.82), test=changes.get("test", 0.81))
+    write_run(runs, "deep+momentum=0.9", changes.get("momentum", history(0.2)))
+    return claim_table(main_rows(rows_of(read_runs(runs)))).splitlines()[2:]
 
 
-def test_claims_that_the_numbers_bear_out_hold(tmp_path):
-    claims = study(tmp_path)
+def test_claims_that_the_runs_confirm_hold(tmp_path):
+    claims = claims_of_study(tmp_path)
     assert len(claims) == 7
     assert all(claim.endswith("| holds |") for claim in claims)
     assert "dropout-0.2 78.0 % > dropout-0.5 76.0 % > baseline 73.0 % > dropout-0.8 62.0 %" in claims[0]
@@ -124,19 +125,19 @@ def test_claims_that_the_numbers_bear_out_hold(tmp_path):
         (6, {"momentum": history(0.83)}),
     ],
 )
-def test_a_claim_that_the_numbers_refute_is_told_so(tmp_path, claim, changes):
-    verdicts = [line.endswith("| does not hold |") for line in study(tmp_path, **changes)]
+def test_a_claim_that_the_runs_refute_does_not_hold(tmp_path, claim, changes):
+    verdicts = [line.endswith("| does not hold |") for line in claims_of_study(tmp_path, **changes)]
     assert verdicts[claim]
 
 
-def test_a_claim_whose_runs_are_missing_is_neither_held_nor_refuted(tmp_path):
+def test_a_claim_whose_runs_are_missing_is_neither_confirmed_nor_refuted(tmp_path):
     write_run(tmp_path, "baseline", history(0.7))
     first = claim_table(main_rows(rows_of(read_runs(tmp_path)))).splitlines()[2]
     assert first.endswith("| not run: dropout-0.2, dropout-0.5, dropout-0.8 | – |")
 
 
-def test_what_was_written_by_hand_around_the_blocks_stays():
-    document = SKELETON.replace("## Figures", "By hand.\n\n## Figures")
+def test_text_around_the_blocks_is_kept():
+    document = NEW_DOCUMENT.replace("## Figures", "By hand.\n\n## Figures")
     once = fill(document, {"table": "one"})
     again = fill(once, {"table": "two"})
     assert "By hand." in again
@@ -145,12 +146,12 @@ def test_what_was_written_by_hand_around_the_blocks_stays():
 
 
 def test_a_document_without_its_markers_is_refused():
-    with pytest.raises(ReportError, match="lacks the lines <!-- begin table -->"):
+    with pytest.raises(ReportError, match="must contain the lines <!-- begin table --> and <!-- end table -->"):
         fill("# Results\n", {"table": "one"})
 
 
-def test_no_runs_and_runs_of_different_data_are_refused(tmp_path):
-    with pytest.raises(ReportError, match="holds no finished run"):
+def test_a_folder_without_runs_or_with_runs_on_different_data_is_refused(tmp_path):
+    with pytest.raises(ReportError, match="there is no finished run in this folder"):
         read_runs(tmp_path)
     write_run(tmp_path, "baseline", history(0.7))
     write_run(tmp_path, "deep", history(0.7), data=DATA | {"name": "others", "fingerprint": "b" * 64})
@@ -159,19 +160,19 @@ def test_no_runs_and_runs_of_different_data_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"accuracy": 1}'])
-def test_a_damaged_test_result_is_named(tmp_path, content):
+def test_a_damaged_test_result_is_refused_by_name(tmp_path, content):
     (write_run(tmp_path, "baseline", history(0.7)) / "test.json").write_text(content)
     with pytest.raises(RunError, match=r"test\.json: .*remove it"):
         read_runs(tmp_path)
 
 
-def test_mean_and_deviation_are_those_of_a_sample():
+def test_accuracies_are_shown_as_mean_and_sample_standard_deviation():
     assert percent([0.70, 0.72, 0.74]) == "72.0 ± 2.0"
     assert percent([0.7495], 2) == "74.95"
     assert percent([]) == "–"
 
 
-def test_the_command_reports_a_run_looks_at_the_test_images_once_and_keeps_images_apart(command, tmp_path):
+def test_the_command_evaluates_each_run_once_and_keeps_figures_that_show_images_apart(command, tmp_path):
     def run(module, *arguments):
         done = command(module, *arguments)
         assert done.returncode == 0, done.stderr
@@ -196,12 +197,27 @@ def test_the_command_reports_a_run_looks_at_the_test_images_once_and_keeps_image
     run("cifar_core.export", *data)
     run("cifar_core.report", *report, *data)
     calibration = tmp_path / "reports/results/calibration.json"
-    told = json.loads(calibration.read_text())
-    assert told["model"].startswith("dropout-0.2+epochs=2-0-")
+    measured_calibration = json.loads(calibration.read_text())
+    assert measured_calibration["model"].startswith("dropout-0.2+epochs=2-0-")
     assert (tmp_path / "reports/results/reliability.png").exists()
-    calibration.write_text(json.dumps(told | {"images": 99}))  # the same model is not evaluated again
-    weights.write_text(json.dumps(measured | {"accuracy": 0.125}))  # what is there is taken as it is
+    # These values survive only if neither the model nor the run is evaluated again.
+    calibration.write_text(json.dumps(measured_calibration | {"images": 99}))
+    weights.write_text(json.dumps(measured | {"accuracy": 0.125}))
     run("cifar_core.report", *report, *data)
     assert json.loads(calibration.read_text())["images"] == 99
     assert json.loads((kept / "test.json").read_text())["accuracy"] == 0.125
     assert json.loads((kept / "recipe.json").read_text())["date"] >= "2026"
+
+
+def test_a_markdown_table_keeps_its_cells_as_they_are():
+    table = markdown_table(("name", "value"), [("a", "007"), ("longer", "1.50")])
+    assert table == "| name | value |\n| --- | --- |\n| a | 007 |\n| longer | 1.50 |"
+
+
+def test_a_run_whose_recipe_cannot_be_read_is_named(tmp_path):
+    folder = write_run(tmp_path, "baseline", history(0.7))
+    description = json.loads((folder / "recipe.json").read_text())
+    description["recipe"]["depth"] = 3
+    (folder / "recipe.json").write_text(json.dumps(description))
+    with pytest.raises(RunError, match=r"recipe\.json: this version has no recipe value 'depth'; train again"):
+        read_runs(tmp_path)

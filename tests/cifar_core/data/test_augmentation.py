@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from cifar_core.augmentation import Augmentation, resized
+from cifar_core.data import Augmentation, resize
 
 SEED = 3
 
@@ -11,13 +11,13 @@ def images():
     return torch.randint(0, 256, (40, 12, 10, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
-def every(augmentation, epoch):
+def augment_all(augmentation, epoch):
     augmentation.start_epoch(epoch)
     return augmentation.batch(torch.arange(40))
 
 
 def is_mirrored(images, seen):
-    """Of each image, whether it is seen mirrored; it must be one or the other."""
+    """Whether each image is mirrored; every image must be unchanged or mirrored."""
     straight = (seen == images).flatten(1).all(1)
     mirrored = (seen == images.flip(2)).flatten(1).all(1)
     assert (straight | mirrored).all()
@@ -26,25 +26,25 @@ def is_mirrored(images, seen):
 
 def test_alternating_flip_shows_every_image_both_ways_in_two_epochs(images):
     augmentation = Augmentation(images, SEED, "alternating", translate=0, cutout=0)
-    epochs = [is_mirrored(images, every(augmentation, epoch)) for epoch in range(3)]
+    epochs = [is_mirrored(images, augment_all(augmentation, epoch)) for epoch in range(3)]
     assert torch.equal(epochs[0], ~epochs[1])
     assert torch.equal(epochs[0], epochs[2])
     assert 5 < epochs[0].sum() < 35
 
 
-def test_random_flip_mirrors_about_half_anew_in_each_epoch(images):
+def test_random_flip_mirrors_about_half_of_the_images_differently_in_each_epoch(images):
     augmentation = Augmentation(images, SEED, "random", translate=0, cutout=0)
-    epochs = [is_mirrored(images, every(augmentation, epoch)) for epoch in range(3)]
-    assert all(5 < each.sum() < 35 for each in epochs)
+    epochs = [is_mirrored(images, augment_all(augmentation, epoch)) for epoch in range(3)]
+    assert all(5 < mirrored.sum() < 35 for mirrored in epochs)
     assert not torch.equal(epochs[0], epochs[1])
     assert not torch.equal(epochs[0], ~epochs[1])
 
 
 def test_translated_images_are_windows_of_the_reflected_image(images):
-    seen = every(Augmentation(images, SEED, "none", translate=2, cutout=0), 0)
+    seen = augment_all(Augmentation(images, SEED, "none", translate=2, cutout=0), 0)
     padded = torch.nn.functional.pad(images.permute(0, 3, 1, 2).float(), (2, 2, 2, 2), mode="reflect")
     padded = padded.to(torch.uint8).permute(0, 2, 3, 1)
-    places = []
+    shifts = []
     for number in range(40):
         found = [
             (row, column)
@@ -53,23 +53,23 @@ def test_translated_images_are_windows_of_the_reflected_image(images):
             if torch.equal(seen[number], padded[number, row : row + 12, column : column + 10])
         ]
         assert len(found) == 1
-        places += found
-    assert {row for row, _ in places} == {column for _, column in places} == set(range(5))
+        shifts += found
+    assert {row for row, _ in shifts} == {column for _, column in shifts} == set(range(5))
 
 
-def test_cutout_sets_a_square_to_grey_and_leaves_the_rest(images):
+def test_cutout_sets_a_square_to_grey_and_changes_nothing_else(images):
     images[images == 128] = 127
-    seen = every(Augmentation(images, SEED, "none", translate=0, cutout=4), 0)
+    seen = augment_all(Augmentation(images, SEED, "none", translate=0, cutout=4), 0)
     grey = (seen == 128).all(3)
     assert torch.equal(seen[~grey], images[~grey])
     rows, columns = grey.any(2).sum(1), grey.any(1).sum(1)
     assert torch.equal(grey.sum((1, 2)), rows * columns)  # a rectangle
     assert rows.max() == columns.max() == 4
-    assert rows.min() >= 2  # half of it at least lies within the image
+    assert rows.min() >= 2  # at least half of the square lies within the image
     assert columns.min() >= 2
 
 
-def test_what_is_drawn_depends_on_seed_and_epoch_alone(images):
+def test_augmentation_depends_only_on_seed_and_epoch(images):
     def seen(seed, epoch, indices):
         augmentation = Augmentation(images, seed, "random", translate=2, cutout=3)
         augmentation.start_epoch(epoch)
@@ -82,17 +82,17 @@ def test_what_is_drawn_depends_on_seed_and_epoch_alone(images):
     assert not torch.equal(seen(SEED + 1, 1, list(range(40))), whole)
 
 
-def test_the_images_themselves_are_never_changed(images):
+def test_the_original_images_are_never_changed(images):
     before = images.clone()
     for epoch in range(2):
-        every(Augmentation(images, SEED, "alternating", translate=0, cutout=4), epoch)
+        augment_all(Augmentation(images, SEED, "alternating", translate=0, cutout=4), epoch)
     assert torch.equal(images, before)
 
 
-def test_resized_images_keep_form_and_brightness():
+def test_resized_images_keep_their_content_and_brightness():
     ramp = torch.arange(0, 256, 8, dtype=torch.uint8).view(1, 1, 32, 1).expand(2, 32, 32, 3).contiguous()
-    small = resized(ramp, 16)
+    small = resize(ramp, 16)
     assert (small.shape, small.dtype) == ((2, 16, 16, 3), torch.uint8)
     torch.testing.assert_close(small.float().mean(), ramp.float().mean(), atol=1.0, rtol=0)
     assert (small[0, :, 1:, 0].int() > small[0, :, :-1, 0].int()).all()
-    assert resized(ramp, 32) is ramp
+    assert resize(ramp, 32) is ramp

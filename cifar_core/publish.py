@@ -1,0 +1,111 @@
+"""Replacing the folder of an export as a whole, so that a reader finds the previous export or the new one."""
+
+import ctypes
+import errno
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from cifar_core.errors import CifarError
+from cifar_core.manifest import FILE_NAME, Manifest, ManifestError, read_manifest
+
+VARIANT_FILES = {"fp32": "model.onnx", "int8": "model.int8.onnx"}
+"""The file of each variant of an export."""
+
+
+class PublishError(CifarError):
+    """The folder of an export cannot be written. Its content is unchanged."""
+
+
+def publish(target: Path, files: Mapping[str, bytes]) -> None:
+    """Replaces an export as a whole. Files in the folder that do not belong to the previous export are kept.
+
+    Args:
+        target: the folder; it need not exist.
+        files: content by file name.
+
+    Raises:
+        PublishError: The folder cannot be written, for example because the disk is full. Its content is unchanged.
+    """
+    staging = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        staging.chmod(0o755)
+        for name, content in files.items():
+            _write(staging / name, content)
+        if target.exists():
+            _copy_other_files(target, staging, exported_files(target) | files.keys())
+            _exchange(staging, target)
+        else:
+            staging.rename(target)
+    except OSError as error:
+        raise PublishError(
+            f"{target}: this folder cannot be written ({error.strerror}); its content is unchanged; free some space, "
+            "permit writing, or choose another folder with --output DIR"
+        ) from error
+    finally:
+        if staging is not None:
+            shutil.rmtree(staging, ignore_errors=True)  # the previous export, or an incomplete new one
+
+
+def exported_files(folder: Path) -> set[str]:
+    """Names of the files that the export in a folder consists of."""
+    try:
+        return {FILE_NAME} | {variant.file for variant in read_manifest(folder).variants.values()}
+    except ManifestError:  # there is no export yet, or a damaged one
+        return {FILE_NAME, *VARIANT_FILES.values()}
+
+
+def is_intact(folder: Path, manifest: Manifest) -> bool:
+    """Whether every file that a manifest names is in the folder and has the SHA-256 of the manifest."""
+    try:
+        return all(
+            hashlib.sha256((folder / variant.file).read_bytes()).hexdigest() == variant.sha256
+            for variant in manifest.variants.values()
+        )
+    except OSError:
+        return False
+
+
+def _write(path: Path, content: bytes) -> None:
+    with path.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _copy_other_files(source: Path, target: Path, names_left_out: set[str]) -> None:
+    for entry in source.iterdir():
+        if entry.name in names_left_out:
+            continue
+        if entry.is_dir():
+            shutil.copytree(entry, target / entry.name)
+        else:
+            shutil.copy2(entry, target / entry.name)
+
+
+def _exchange(first: Path, second: Path) -> None:
+    """Swaps two folders in one step, so that a reader always finds one of them, complete.
+
+    Linux can do this on all common file systems. Elsewhere it takes two renames, undone if the second one fails.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    at_fdcwd, rename_exchange = -100, 2
+    if hasattr(libc, "renameat2"):
+        if libc.renameat2(at_fdcwd, os.fsencode(first), at_fdcwd, os.fsencode(second), rename_exchange) == 0:
+            return
+        number = ctypes.get_errno()
+        if number not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+            raise OSError(number, os.strerror(number))
+    aside = first.with_name(first.name + ".aside")
+    second.rename(aside)
+    try:
+        first.rename(second)
+    except OSError:
+        aside.rename(second)
+        raise
+    aside.rename(first)

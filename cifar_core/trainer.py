@@ -1,0 +1,330 @@
+"""The training loop: steps, logging, validation, checkpoints, resuming.
+
+The weights of a run depend only on recipe, seed, data and precision: on the CPU of the same machine in fp32, a run that
+was interrupted and resumed ends with the same bits as an uninterrupted one.
+"""
+
+import contextlib
+import datetime
+import logging
+import signal
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from cifar_core.data import (
+    Augmentation,
+    Batches,
+    Dataset,
+    Images,
+    epoch_generator,
+    resize,
+    split,
+    subset_sampler,
+    weighted_sampler,
+)
+from cifar_core.device import describe_environment, keep_freed_memory
+from cifar_core.errors import CifarError
+from cifar_core.files import FileWriteError
+from cifar_core.images import IMAGE_SIZE
+from cifar_core.models import Network, WhitenedConvNet, make_model
+from cifar_core.optimizers import make_optimizer, set_learning_rate
+from cifar_core.recipes import Recipe, read_recipe
+from cifar_core.run_folder import RunError, RunFolder, best_epoch, load_checkpoint
+from cifar_core.stop_signal import Interrupted, StopSignal
+from cifar_core.train_state import TrainState
+
+logger = logging.getLogger(__name__)
+
+Precision = Literal["fp32", "bf16"]
+LOG_EVERY = 200
+"""Steps between two log lines, as in the study (section 1.3.1)."""
+VALIDATION_BATCH = 500
+WHITENING_IMAGES = 5000
+
+
+class TrainingError(CifarError):
+    """Training cannot continue: the loss is not finite, or a checkpoint cannot be written."""
+
+
+@torch.inference_mode()
+def validate(model: nn.Module, data: Images) -> tuple[float, float]:
+    """Mean cross-entropy and accuracy (0 to 1), in fp32 for every precision of training, because fp32 is exported."""
+    was_training = model.training
+    model.eval()
+    loss = torch.zeros((), dtype=torch.float64)
+    correct = 0
+    for first in range(0, len(data), VALIDATION_BATCH):
+        labels = data.labels[first : first + VALIDATION_BATCH]
+        logits = model(data.images[first : first + VALIDATION_BATCH])
+        loss += nn.functional.cross_entropy(logits, labels, reduction="sum").cpu()
+        correct += int((logits.argmax(1) == labels).sum())
+    model.train(was_training)
+    return float(loss) / len(data), correct / len(data)
+
+
+class Trainer:
+    """One run of one recipe.
+
+    Args:
+        recipe: what to train.
+        dataset: the data to train on.
+        folder: the run folder, whose lock must be held while training.
+        seed: seed of the initial weights, the order of the images, augmentation and dropout.
+        device: the device to compute on; all images are copied to it.
+        precision: fp32, or bf16 for autocast; weights, optimizer and validation are in fp32 in both.
+    """
+
+    def __init__(
+        self, recipe: Recipe, dataset: Dataset, folder: RunFolder, seed: int, device: torch.device, precision: Precision
+    ) -> None:
+        self.recipe, self.dataset, self.folder, self.seed = recipe, dataset, folder, seed
+        self.device, self.precision = device, precision
+        if device.type == "cpu":
+            keep_freed_memory()
+        self.train_indices, validation_indices = split(len(dataset.train), recipe.validation_images, recipe.split_seed)
+        self.validation = Images(dataset.train.images[validation_indices], dataset.train.labels[validation_indices]).to(
+            device
+        )
+        self.train_data = dataset.train.to(device)
+        self.steps = -(-len(self.train_indices) // recipe.batch_size)
+        self.model = self._make_model()
+        self.state = TrainState(
+            self.model,
+            make_optimizer(recipe, self.model),
+            losses=torch.zeros(self.steps, device=device),
+            correct=torch.zeros(self.steps, dtype=torch.int64, device=device),
+        )
+        self._augmentation: Augmentation | None = None
+
+    def _make_model(self) -> Network:
+        recipe = self.recipe
+        torch.manual_seed(self.seed)
+        model = make_model(recipe.model, len(self.dataset.classes), recipe.dropout, recipe.width)
+        # The images are channels-last already, and on CPUs and GPUs it is the faster layout.
+        model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if isinstance(model, WhitenedConvNet):
+            model.init_whiten(self.train_data.images[self.train_indices[:WHITENING_IMAGES].to(self.device)])
+        return model
+
+    def description(self) -> dict[str, Any]:
+        """The content of recipe.json."""
+        data = {"kind": self.dataset.kind, "name": self.dataset.name, "fingerprint": self.dataset.fingerprint}
+        return {
+            "recipe": self.recipe.values(),
+            "seed": self.seed,
+            "precision": self.precision,
+            "data": data,
+            "classes": list(self.dataset.classes),
+            "environment": describe_environment(self.device),
+        }
+
+    # Starting and resuming
+
+    def start(self, resume: bool) -> None:
+        """Starts the run, or restores its last checkpoint.
+
+        Raises:
+            RunError: The folder holds a run and `resume` is false, or it holds a different run.
+        """
+        if not (self.folder.path / "recipe.json").exists():
+            today = datetime.datetime.now(datetime.UTC).date().isoformat()
+            self.folder.write_description(self.description() | {"date": today})
+            return
+        if not resume:
+            raise RunError(
+                f"{self.folder.path}: this folder holds a run already; continue it with --resume, or train anew after "
+                "removing the folder or with another --seed or --runs DIR"
+            )
+        self._check_same_run(self.folder.description())
+        if self.folder.last.exists():
+            self.state.restore(load_checkpoint(self.folder.last), self.device)
+            self.folder.write_history(self.state.history)
+
+    def _check_same_run(self, before: dict[str, Any]) -> None:
+        now = self.description()
+        same = {
+            "recipe": read_recipe(before["recipe"]) == self.recipe,
+            # The same data may have another name by now; the fingerprint decides.
+            "data": before["data"]["fingerprint"] == now["data"]["fingerprint"],
+            **{key: before[key] == now[key] for key in ("seed", "precision", "classes")},
+        }
+        different = [key for key, equal in same.items() if not equal]
+        if different:
+            key = different[0]
+            raise RunError(
+                f"{self.folder.path}: this run was started with {key} {before[key]}, not {now[key]}; resume it with "
+                "the same values, or choose another folder with --runs DIR"
+            )
+        if before.get("environment") != now["environment"]:
+            logger.warning(
+                "%s: this run was started on another machine or with other versions (%s); "
+                "its weights will differ slightly from those of an uninterrupted run",
+                self.folder.path,
+                before.get("environment"),
+            )
+
+    # Steps
+
+    def batches(self) -> Batches:
+        """The remaining batches of the current epoch, in order."""
+        generator = epoch_generator(self.seed, self.state.epoch)
+        if self.recipe.sampler == "weighted":
+            sampler = weighted_sampler(self.train_indices, len(self.train_data), generator)
+        else:
+            sampler = subset_sampler(self.train_indices, generator)  # type: ignore[assignment]
+        return Batches(self.train_data, sampler, self.recipe.batch_size, start=self.state.step, augment=self._augment())
+
+    def _augment(self) -> Callable[[Tensor], Tensor] | None:
+        """Returns the augmented images of the current epoch by index; None if the recipe does not change them."""
+        recipe, epoch = self.recipe, self.state.epoch
+        size = recipe.image_size(epoch)
+        if recipe.flip == "none" and not recipe.translate and not recipe.cutout and size == IMAGE_SIZE:
+            return None
+        if self._augmentation is None or self._augmentation.size != (size, size):
+            scale = size / IMAGE_SIZE
+            self._augmentation = Augmentation(
+                resize(self.train_data.images, size),
+                self.seed,
+                recipe.flip,
+                round(recipe.translate * scale),
+                round(recipe.cutout * scale),
+            )
+        self._augmentation.start_epoch(epoch)
+        return self._augmentation.batch
+
+    def train_step(self, images: Tensor, labels: Tensor) -> None:
+        """One optimizer step on a batch. The loss stays on the device, so that no step waits for a copy."""
+        state, recipe = self.state, self.recipe
+        steps_done = state.epoch * self.steps + state.step
+        set_learning_rate(state.optimizer, recipe, (steps_done + 0.5) / (recipe.epochs * self.steps))
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            logits = self.model(images)
+            loss = nn.functional.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
+        state.optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        state.optimizer.step()
+        state.losses[state.step] = loss.detach()
+        state.correct[state.step] = (logits.argmax(1) == labels).sum()
+        state.step += 1
+
+    def epochs(self, stop: StopSignal) -> Iterator[dict[str, Any]]:
+        """Trains to the end; yields the new line of the history after each epoch.
+
+        Raises:
+            TrainingError: The loss is not finite, or a checkpoint cannot be written; the previous one is unchanged.
+            Interrupted: A signal arrived; the state was saved.
+        """
+        state = self.state
+        total = self.recipe.epochs * self.steps
+        done = state.epoch * self.steps + state.step
+        events = SummaryWriter(str(self.folder.path), purge_step=done)
+        # disable=None: no progress bar unless the output is a terminal
+        with contextlib.closing(events), tqdm(total=total, initial=done, unit="step", disable=None) as bar:
+            self.model.train()
+            while state.epoch < self.recipe.epochs:
+                started = time.perf_counter() - state.seconds
+                for images, labels in self.batches():
+                    self.train_step(images, labels)
+                    state.seconds = time.perf_counter() - started
+                    bar.update()
+                    if state.step % LOG_EVERY == 0:
+                        self._log_steps(events)
+                    if stop.number is not None:
+                        raise self.interrupt(stop.number)
+                line = self.finish_epoch()
+                for key in ("train_loss", "train_accuracy", "validation_loss", "validation_accuracy", "learning_rate"):
+                    events.add_scalar(f"epoch/{key}", line[key], state.epoch * self.steps)
+                yield line
+                if stop.number is not None and state.epoch < self.recipe.epochs:
+                    raise self.interrupt(stop.number)
+
+    def _log_steps(self, events: SummaryWriter) -> None:
+        self._check_finite()
+        state = self.state
+        loss, accuracy = self.training_metrics(state.step - LOG_EVERY, state.step)
+        tqdm.write(
+            f"epoch {state.epoch + 1:2d}  step {state.step:5d}/{self.steps}  "
+            f"training loss {loss:.4f}  training accuracy {accuracy:7.2%}"
+        )
+        step = state.epoch * self.steps + state.step
+        events.add_scalar("step/train_loss", loss, step)
+        events.add_scalar("step/train_accuracy", accuracy, step)
+
+    def training_metrics(self, first: int, last: int) -> tuple[float, float]:
+        """Mean loss and accuracy of the steps `first` to `last` - 1 of the current epoch."""
+        sizes = torch.full((self.steps,), self.recipe.batch_size, dtype=torch.float64)
+        sizes[-1] = len(self.train_indices) - (self.steps - 1) * self.recipe.batch_size
+        sizes = sizes[first:last]
+        losses, correct = self.state.losses[first:last].cpu().double(), self.state.correct[first:last].cpu()
+        return float((losses * sizes).sum() / sizes.sum()), float(correct.sum() / sizes.sum())
+
+    def _check_finite(self) -> None:
+        """Raises TrainingError if a loss of the current epoch, or a weight, is not finite."""
+        state = self.state
+        bad_steps = (~state.losses[: state.step].isfinite()).nonzero()
+        weights_finite = all(bool(parameter.isfinite().all()) for parameter in self.model.parameters())
+        if not len(bad_steps) and weights_finite:
+            return
+        step = int(bad_steps[0]) + 1 if len(bad_steps) else state.step
+        what = f"the loss is {float(state.losses[step - 1])}" if len(bad_steps) else "a weight is not finite"
+        checkpoint = (
+            f"the last checkpoint in {self.folder.path} is from before this"
+            if self.folder.last.exists()
+            else "no checkpoint has been written yet"
+        )
+        raise TrainingError(
+            f"{what} at epoch {state.epoch + 1}, step {step} of {self.steps}, "
+            f"learning rate {self.recipe.learning_rate}; {checkpoint}; "
+            f"try a lower learning rate: --set learning_rate={self.recipe.learning_rate / 10:g}"
+        )
+
+    # Saving
+
+    def finish_epoch(self) -> dict[str, Any]:
+        """Validates, extends the history and saves. Returns the new line of the history."""
+        state, started = self.state, time.perf_counter()
+        self._check_finite()
+        train_loss, train_accuracy = self.training_metrics(0, self.steps)
+        validation_loss, validation_accuracy = validate(self.model, self.validation)
+        line = {
+            "epoch": state.epoch + 1,
+            "train_loss": train_loss,
+            "train_accuracy": train_accuracy,
+            "validation_loss": validation_loss,
+            "validation_accuracy": validation_accuracy,
+            "learning_rate": state.optimizer.param_groups[0]["lr"],
+            "seconds": round(state.seconds + time.perf_counter() - started, 3),
+        }
+        state.history.append(line)
+        state.epoch, state.step, state.seconds = state.epoch + 1, 0, 0.0
+        self._save(is_best=best_epoch(state.history) is line)
+        return line
+
+    def interrupt(self, signal_number: int) -> Interrupted:
+        """Saves in the middle of an epoch. Returns the exception that says how to continue."""
+        self._check_finite()
+        self._save(is_best=False)
+        return Interrupted(
+            f"stopped by {signal.Signals(signal_number).name} after epoch {self.state.epoch}, "
+            f"step {self.state.step} of {self.steps}; the state is saved: continue with the same command and --resume",
+            signal_number,
+        )
+
+    def _save(self, is_best: bool) -> None:
+        description = self.description()
+        about = {key: description[key] for key in ("recipe", "seed", "precision", "classes", "data")}
+        checkpoint = about | self.state.to_dict(self.device)
+        best = None
+        if is_best:
+            accuracy = self.state.history[-1]["validation_accuracy"]
+            best = about | {key: checkpoint[key] for key in ("model", "epoch")} | {"validation_accuracy": accuracy}
+        try:
+            self.folder.save(checkpoint, best)
+        except FileWriteError as error:
+            raise TrainingError(f"{error}; with --resume the run continues from its last checkpoint") from error

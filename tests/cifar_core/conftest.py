@@ -1,0 +1,23 @@
+"""Fixtures for tests of trained models."""
+
+import pytest
+import torch
+
+from cifar_core.data import Dataset
+from cifar_core.models import DeepConvNet
+from cifar_core.recipes import RECIPES
+
+
+@pytest.fixture
+def checkpoint(small: Dataset):
+    """A checkpoint of the deep network with random weights."""
+    torch.manual_seed(0)
+    return {
+        "model": DeepConvNet().state_dict(),
+        "recipe": RECIPES["deep"].values(),
+        "seed": 0,
+        "epoch": 25,
+        "classes": list(small.classes),
+        "data": {"kind": "synthetic", "name": small.name, "fingerprint": small.fingerprint},
+        "validation_accuracy": 0.1,
+    }

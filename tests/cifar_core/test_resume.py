@@ -1,0 +1,113 @@
+import dataclasses
+import signal
+
+import pytest
+import torch
+
+from cifar_core.run_folder import RunError, RunFolder, load_checkpoint
+from cifar_core.stop_signal import Interrupted, StopSignal
+from cifar_core.train import run
+from tests.cifar_core.runs import number_layers
+from tests.cifar_core.training import assert_same_run, make_trainer
+
+
+@pytest.mark.parametrize("stop_after", [1, 13, 24])
+def test_our_own_recipes_resume_with_the_same_bits(small, tmp_path, stop_after):
+    """The run is stopped in an epoch of small images or in one of full size."""
+    overrides = ("epochs=3", "batch_size=27", "sizes=20:1", "cutout=8")
+    through = make_trainer(small, tmp_path / "through", "sprint", overrides)
+    run(through, resume=False)
+    stopped = make_trainer(small, tmp_path / "stopped", "sprint", overrides)
+    steps, train_step = 0, stopped.train_step
+
+    def step_and_stop(images, labels):
+        nonlocal steps
+        train_step(images, labels)
+        steps += 1
+        if steps == stop_after:
+            signal.raise_signal(signal.SIGTERM)
+
+    stopped.train_step = step_and_stop
+    with pytest.raises(Interrupted):
+        run(stopped, resume=False)
+    run(make_trainer(small, tmp_path / "stopped", "sprint", overrides), resume=True)
+    assert_same_run(through.folder, stopped.folder)
+
+
+def test_a_run_whose_recipe_was_saved_by_an_earlier_version_is_resumed(small, tmp_path):
+    run(make_trainer(small, tmp_path), resume=False)
+    description = RunFolder(tmp_path).description()
+    for key in ("optimizer", "width"):
+        del description["recipe"][key]
+    description["recipe"]["sizes"] = ""
+    RunFolder(tmp_path).write_description(description)
+    run(make_trainer(small, tmp_path), resume=True)
+    description["recipe"]["momentum"] = 0.5
+    RunFolder(tmp_path).write_description(description)
+    with pytest.raises(RunError, match="was started with recipe"):
+        run(make_trainer(small, tmp_path), resume=True)
+
+
+def test_a_run_stopped_within_an_epoch_resumes_at_the_next_step(small, tmp_path):
+    whole = make_trainer(small, tmp_path / "whole")
+    run(whole, resume=False)
+    parts = make_trainer(small, tmp_path / "parts")
+    with parts.folder.lock():
+        parts.start(resume=False)
+        batches = parts.batches
+
+        def signalled_in_the_fifth_step():
+            for step, batch in enumerate(batches(), start=1):
+                if step == 5:
+                    signal.raise_signal(signal.SIGTERM)
+                yield batch
+
+        parts.batches = signalled_in_the_fifth_step
+        with StopSignal() as stop, pytest.raises(Interrupted, match="step 5 of 9"):
+            next(parts.epochs(stop))
+    again = make_trainer(small, tmp_path / "parts")
+    run(again, resume=True)
+    assert_same_run(again.folder, whole.folder)
+
+
+def test_an_existing_run_is_not_overwritten(small, tmp_path):
+    run(make_trainer(small, tmp_path), resume=False)
+    with pytest.raises(RunError, match="holds a run already; continue it with --resume"):
+        run(make_trainer(small, tmp_path), resume=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [({"precision": "bf16"}, "precision fp32"), ({"overrides": ("epochs=3",)}, "recipe"), ({"seed": 1}, "seed 0")],
+)
+def test_a_run_with_another_recipe_seed_or_precision_is_not_resumed(small, tmp_path, change, named):
+    run(make_trainer(small, tmp_path), resume=False)
+    with pytest.raises(RunError, match=f"was started with {named}"):
+        run(make_trainer(small, tmp_path, **change), resume=True)
+
+
+def test_a_run_is_resumed_with_the_same_data_under_another_name_but_not_with_other_data(small, tmp_path):
+    run(make_trainer(small, tmp_path), resume=False)
+    run(make_trainer(dataclasses.replace(small, name="moved"), tmp_path), resume=True)
+    with pytest.raises(RunError, match="was started with data"):
+        run(make_trainer(dataclasses.replace(small, fingerprint="other"), tmp_path), resume=True)
+
+
+@pytest.mark.parametrize("name", ["dropout-0.2", "sprint", "deep-fast"])
+def test_a_checkpoint_from_before_layers_had_names_is_resumed_with_the_same_bits(small, tmp_path, name):
+    overrides = ["epochs=2", "batch_size=45"] + ([] if name == "dropout-0.2" else ["sizes=20:1"])
+    whole = make_trainer(small, tmp_path / "whole", name, overrides)
+    run(whole, resume=False)
+    earlier = make_trainer(small, tmp_path / "earlier", name, overrides)
+    with earlier.folder.lock(), StopSignal() as stop:
+        earlier.start(resume=False)
+        next(earlier.epochs(stop))
+    for file in (earlier.folder.last, earlier.folder.best):
+        checkpoint = load_checkpoint(file)
+        torch.save(checkpoint | {"model": number_layers(checkpoint["model"])}, file)
+    resumed = make_trainer(small, tmp_path / "earlier", name, overrides)
+    run(resumed, resume=True)
+    for key, tensor in resumed.model.state_dict().items():
+        assert torch.equal(tensor, whole.model.state_dict()[key]), key
+    histories = [[{**line, "seconds": 0} for line in trainer.state.history] for trainer in (whole, resumed)]
+    assert histories[0] == histories[1]
