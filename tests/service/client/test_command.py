@@ -33,7 +33,7 @@ def test_the_command_prints_json_and_its_exit_code_says_that_an_image_was_unread
     assert len(good["classes"]) == 1
     assert set(good["classes"][0]) == {"name", "index", "probability"}
     assert good["error"] is None
-    assert "no image" in bad["error"]
+    assert "its header is damaged" in bad["error"]
 
 
 def test_names_and_errors_that_look_like_markup_are_printed_as_they_are(server, tmp_path):

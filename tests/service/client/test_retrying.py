@@ -146,7 +146,7 @@ def test_a_request_that_became_too_large_is_sent_again_in_smaller_ones(kind, low
                 servicer.limits = lower
                 first, second = names(client.classify(images)), names(client.classify(images))
     assert first == second == right_names(images)
-    assert servicer.calls[-8:] == [3] * 7 + [2]  # the new limits are known by then
+    assert sorted(servicer.calls[-8:]) == [2] + [3] * 7  # the new limits are known by then
 
 
 def test_a_request_within_the_limits_is_not_sent_again_after_they_were_asked_for():
