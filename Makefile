@@ -23,7 +23,7 @@ TRAIN_OPTIONS = --seed $(SEED) --device $(DEVICE) $(if $(PRECISION),--precision 
 
 # `make train export` must run in this order, even with -j.
 .NOTPARALLEL:
-.PHONY: help demo serve setup data train export evaluate report test test-slow lint format protos wheel bench-training bench-recipes bench-dependability bench-serving soak attacks chaos clean
+.PHONY: help demo serve setup data train export evaluate report test test-slow lint format protos wheel bench-training bench-recipes bench-dependability bench-serving soak attacks chaos fuzz clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets and the variables that can be set
@@ -116,6 +116,9 @@ attacks: $(READY) ## attack a server with default options and compare the measur
 
 chaos: $(READY) ## run a server under full load while workers, files and clients fail; SECONDS=600 SEED=0
 	$(PY) -m tests.chaos --seconds $(SECONDS) --seed $(SEED)
+
+fuzz: $(READY) ## fuzz the decoder of each image format and both request parsers, SECONDS=60 for each of 7 targets
+	$(PY) -m tests.fuzz --seconds $(SECONDS)
 
 clean: ## remove caches and build files; keeps .venv, data, runs and exports
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist

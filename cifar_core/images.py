@@ -68,7 +68,7 @@ _TRANSPOSE = {
 # Pillow raises all of these for damaged files; it documents only some of them.
 _DAMAGED = (
     OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, OverflowError, ArithmeticError,
-    struct.error, zlib.error,
+    AssertionError, struct.error, zlib.error,
 )  # fmt: skip
 
 
@@ -138,7 +138,8 @@ def opened(data: bytes, limits: ImageLimits | None = None) -> Iterator[Image.Ima
     except MemoryError as error:
         raise ImageRejected("decoding the image needs more memory than is allowed; send a smaller image") from error
     except _DAMAGED as error:
-        raise ImageRejected(f"the image is damaged: {' '.join(str(error).split()) or type(error).__name__}") from error
+        reason = " ".join(str(error).split())
+        raise ImageRejected(f"the image is damaged: {reason}" if reason else "the image is damaged") from error
 
 
 def check_size(width: int, height: int, limits: ImageLimits) -> None:

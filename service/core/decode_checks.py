@@ -30,6 +30,8 @@ _MIB = 2**20
 _BYTES_PER_PIXEL = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2}
 # Two canvases of Pillow's WebP decoder, the copy that it returns and the image itself, 4 bytes per pixel each.
 _WEBP_BYTES_PER_PIXEL = 16
+# The first frame, and what Pillow prepares to put in its place when the second one is read.
+_GIF_BYTES_PER_PIXEL = 2
 _JPEG_COEFFICIENT_BYTES = 2
 _BMP_RUN_LENGTH = (1, 2)
 _JPEG_WITHOUT_LENGTH = {0x01, *range(0xD0, 0xD9)}
@@ -67,17 +69,19 @@ def check_structure(data: bytes) -> None:
         _check_bmp(data)
 
 
-def webp_demand(data: bytes, limits: ImageLimits) -> Demand | None:
-    """Demand of a WebP file by its header, None for other files: Pillow allocates memory when it opens such a file.
+def demand_by_header(data: bytes, limits: ImageLimits) -> Demand | None:
+    """Demand of a WebP or GIF file, None for other files: Pillow allocates memory when it opens one of these.
 
     Raises:
         ImageRejected: The image has too many pixels.
     """
-    size = _webp_size(data)
+    size, bytes_per_pixel = _webp_size(data), _WEBP_BYTES_PER_PIXEL
+    if size is None:
+        size, bytes_per_pixel = _gif_size(data), _GIF_BYTES_PER_PIXEL
     if size is None:
         return None
     check_size(*size, limits)
-    return Demand(size[0] * size[1], size[0] * size[1] * _WEBP_BYTES_PER_PIXEL + len(data))
+    return Demand(size[0] * size[1], size[0] * size[1] * bytes_per_pixel + len(data))
 
 
 def demand_of(image: Image.Image, data: bytes) -> Demand:
@@ -98,9 +102,10 @@ def demand_of(image: Image.Image, data: bytes) -> Demand:
         coefficients = pixels * image.layers * _JPEG_COEFFICIENT_BYTES if data.count(b"\xff\xda") > 1 else 0
         scale = 4 if min(width, height) >= 512 else 1
         return Demand(pixels, coefficients + math.ceil(pixels * 4 / scale**2) + rows + len(data))
-    if image.format == "WEBP":
-        return Demand(pixels, pixels * _WEBP_BYTES_PER_PIXEL + len(data))
-    return Demand(pixels, pixels * _BYTES_PER_PIXEL.get(image.mode, 4) + rows + len(data))
+    bytes_per_pixel = {"WEBP": _WEBP_BYTES_PER_PIXEL, "GIF": _GIF_BYTES_PER_PIXEL}.get(image.format or "")
+    if bytes_per_pixel is None:
+        bytes_per_pixel = _BYTES_PER_PIXEL.get(image.mode, 4)
+    return Demand(pixels, pixels * bytes_per_pixel + rows + len(data))
 
 
 def check_memory(demand: Demand, limit: int) -> None:
@@ -158,21 +163,28 @@ def _check_png(data: bytes) -> None:
 
 
 def _check_gif(data: bytes) -> None:
+    _first_gif_picture(data)
+
+
+def _first_gif_picture(data: bytes) -> int:
+    """Where the first picture begins, after comments and other extensions; or where the file is damaged or ends."""
     if len(data) < 13:
-        return
+        return len(data)
     place, blocks = 13 + _colour_table_bytes(data[10]), 0
-    while data[place : place + 1] == b"!":
-        place += 2
-        while place < len(data) and data[place]:
+    while place < len(data) and data[place : place + 1] not in (b",", b";"):
+        extension = data[place : place + 1] == b"!"
+        place += 2 if extension else 1  # Pillow skips bytes that begin no block
+        while extension and place < len(data) and data[place] and blocks <= MAX_GIF_BLOCKS:
             place += 1 + data[place]
             blocks += 1
-            if blocks > MAX_GIF_BLOCKS:
-                raise ImageRejected(
-                    f"the GIF file has more than {MAX_GIF_BLOCKS} blocks of comments or extensions before its first "
-                    "picture: save it without metadata"
-                )
-        place += 1
+        place += extension
         blocks += 1
+        if blocks > MAX_GIF_BLOCKS:
+            raise ImageRejected(
+                f"the GIF file has more than {MAX_GIF_BLOCKS} blocks of comments or extensions before its first "
+                "picture: save it without metadata"
+            )
+    return place
 
 
 def _colour_table_bytes(flags: int) -> int:
@@ -214,3 +226,15 @@ def _webp_size(data: bytes) -> tuple[int, int] | None:
         width, height = struct.unpack("<HH", data[26:30])
         return width & 0x3FFF, height & 0x3FFF
     return None
+
+
+def _gif_size(data: bytes) -> tuple[int, int] | None:
+    """Width and height of the canvas, which the first picture may extend, or None if this is not a GIF file."""
+    if not data.startswith((b"GIF87a", b"GIF89a")) or len(data) < 13:
+        return None
+    width, height = struct.unpack_from("<HH", data, 6)
+    place = _first_gif_picture(data)
+    if data[place : place + 1] == b"," and len(data) >= place + 9:
+        left, top, frame_width, frame_height = struct.unpack_from("<HHHH", data, place + 1)
+        width, height = max(width, left + frame_width), max(height, top + frame_height)
+    return width, height

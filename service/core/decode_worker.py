@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cifar_core.images import IMAGE_BYTES, ImageLimits, ImageRejected, opened, pixels_of
-from service.core.decode_checks import Demand, check_memory, check_structure, demand_of, webp_demand
+from service.core.decode_checks import Demand, check_memory, check_structure, demand_by_header, demand_of
 
 REQUEST = struct.Struct("<IQ")
 REPLY = struct.Struct("<BI")
@@ -90,7 +90,7 @@ def answer(data: bytes, memory: int, limits: ProcessLimits, image_limits: ImageL
     """Decodes one file that may take `memory` bytes: kind and content of the reply."""
     try:
         check_structure(data)
-        demand = webp_demand(data, image_limits)
+        demand = demand_by_header(data, image_limits)
         if demand and _too_large(demand, memory, limits):
             return Kind.LARGE, NEEDED.pack(demand.memory)
         with opened(data, image_limits) as image:

@@ -80,6 +80,14 @@ def gif_of_many_comments(count: int) -> bytes:
     return file[:first_picture] + b"!\xfe\x01x\x00" * count + file[first_picture:]
 
 
+def gif_of_large_frame(width: int, height: int) -> bytes:
+    """A canvas of one pixel, and a first frame that extends it and is to be disposed of."""
+    control = b"!\xf9\x04" + bytes([2 << 2, 0, 0, 0, 0])
+    return (
+        b"GIF89a" + struct.pack("<HH", 1, 1) + bytes(8) + control + b"," + struct.pack("<HHHHB", 0, 0, width, height, 0)
+    )
+
+
 def jpeg_of_many_segments(marker: int, count: int, data: bytes = b"") -> bytes:
     file = saved(gradient(32, 32), "JPEG")
     segment = bytes((0xFF, marker)) + struct.pack(">H", 2 + len(data)) + data

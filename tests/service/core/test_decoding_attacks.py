@@ -28,6 +28,7 @@ REFUSED = {
     "PNG with a profile of 1 GiB": (hostile.png_with_inflating_profile(2**30), "too large"),
     "animated PNG of 100,000 frames": (hostile.apng_of_many_frames(100_000), "more than 16384 chunks"),
     "GIF of a million comments": (hostile.gif_of_many_comments(1_000_000), "more than 4096 blocks"),
+    "GIF whose first frame is huge": (hostile.gif_of_large_frame(65_535, 65_535), "at most 32000000 are allowed"),
     "WebP that claims 268 million pixels": (hostile.webp_of_large_canvas(16_383), "at most 32000000 are allowed"),
     "WebP that needs too much memory": (hostile.webp_of_large_canvas(4000), "MiB of memory; at most 224 MiB"),
     "WebP of a million chunks": (hostile.webp_of_many_chunks(1_000_000), "more than 4096 chunks"),
