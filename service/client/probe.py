@@ -148,7 +148,7 @@ def _status(place: _Place) -> str:
 
 
 def _certificate_name(place: _Place) -> str:
-    """A host name that the server's certificate is valid for: gRPC compares one, and cannot be told to leave it out.
+    """A host name that the server's certificate is valid for: gRPC always compares one and has no option against it.
 
     Raises:
         OSError: The server cannot be reached, or its certificate is not the one in the file.
