@@ -1,17 +1,21 @@
 """`python -m service`: serve."""
 
+import os
 import signal
 import sys
-
-from service import logs
-from service.errors import StartError
-from service.settings import parse
 
 
 def main() -> int:
     """Serves as the command line says; returns the exit code."""
-    # It asks for a reload, and must not end a process that has not yet begun to listen to it.
+    # SIGHUP requests a reload, and must not end a process that does not handle it yet.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    if os.getpid() == 1:  # the kernel ignores the default action of SIGTERM for process 1 of a container
+        signal.signal(signal.SIGTERM, lambda number, _: os._exit(128 + number))
+    # Imported now because the imports take time, during which the signals above may come.
+    from service import logs
+    from service.errors import StartError
+    from service.settings import parse
+
     try:
         settings = parse(sys.argv[1:])
         logs.configure(settings.log_level, settings.log_format)

@@ -120,7 +120,10 @@ class Settings(BaseSettings):
 
     # Connections
     max_connections: Int32 = Field(1000, description="largest number of open connections of each process")
-    max_concurrent_streams: Int32 = Field(100, description="largest number of calls under way on one connection")
+    max_concurrent_streams: Int32 = Field(
+        512,
+        description="largest number of calls under way on one connection; clients should use half of it at most",
+    )
     max_connection_age: Seconds = Field(
         3600.0,
         description="seconds after which a client has to reconnect; it then presents its certificate and token again",

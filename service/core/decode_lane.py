@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cifar_core.images import IMAGE_SIZE, ImageLimits, ImageRejected
-from service.core.decode_process import DecodeProcess, start_process
+from service.core.decode_process import DecodeProcess, discard_process, start_process
 from service.core.decode_worker import NEEDED, Kind, ProcessLimits
 from service.core.fair_queue import FairQueue, Job
 
@@ -183,11 +183,14 @@ class Lane:
 
     async def _run_process(self) -> str | None:
         """Runs one process until it ends; returns why it did not get ready, or None if it did."""
-        loop = asyncio.get_running_loop()
+        starting = self._starter.submit(start_process, self._options.limits, self._image_limits)
         try:
-            started = await loop.run_in_executor(self._starter, start_process, self._options.limits, self._image_limits)
+            started = await asyncio.wrap_future(starting)
         except (OSError, EOFError) as error:
             return str(error) or type(error).__name__
+        except asyncio.CancelledError:
+            starting.add_done_callback(discard_process)
+            raise
         process = DecodeProcess(*started, self._starter, self._on_ready, self._on_reply)
         self._processes.append(process)
         try:

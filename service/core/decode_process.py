@@ -9,7 +9,7 @@ import socket
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Executor
+from concurrent.futures import Executor, Future
 from multiprocessing.context import ForkServerProcess
 
 from cifar_core.images import ImageLimits
@@ -42,6 +42,17 @@ def start_process(limits: ProcessLimits, image_limits: ImageLimits) -> tuple[For
     ours.setblocking(False)
     ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
     return process, ours
+
+
+def discard_process(starting: "Future[tuple[ForkServerProcess, socket.socket]]") -> None:
+    """Ends a process that nobody waits for any more. At its end Python would wait for the process for ever."""
+    if starting.cancelled() or starting.exception() is not None:
+        return
+    process, connection = starting.result()
+    connection.close()
+    if process.pid is not None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGKILL)
 
 
 class DecodeProcess:

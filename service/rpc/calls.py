@@ -72,7 +72,7 @@ class Failure(Exception):
         self.code, self.message, self.retry_after = code, message, retry_after
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Call:
     """What a servicer may know of the call that it answers.
 
@@ -195,14 +195,23 @@ class Calls:
         async def handle(_requests: object, context: Context) -> bytes:
             connection = context.peer()
             try:
-                request, call = await self._receive(method, context, connection, parse, while_draining)
-                response = serialize(await self.answer(behaviour, request, call))
+                self.connections.check(connection)
+                if self._draining:
+                    await self._refuse_while_draining(connection, while_draining)
+                message = await self.receiver.read(context, connection)
+                if self._draining:
+                    await self._refuse_while_draining(connection, while_draining)
+                accepted = _Accepted(self, connection)
+                on_done(context, accepted)
+                if message is grpc.aio.EOF:
+                    raise InvalidRequest("the call ended without a request message")
+                call = Call(method, connection, deadline_of(context), len(message), context)
+                response = serialize(await self.answer(behaviour, parse(message), call))
             except RequestError as error:  # raised while the request was received
                 await self.refuse(method, context, error)
             except Failure as failure:
                 await abort(context, failure)
-            self.connections.sending(connection, len(response))
-            on_done(context, functools.partial(self._sent, connection, len(response)))
+            accepted.sending(len(response))
             return response
 
         return grpc.stream_unary_rpc_method_handler(handle)
@@ -213,34 +222,24 @@ class Calls:
         self._metrics.on_request(method, code.name, 0.0)
         await abort(context, Failure(code, error.message, error.retry_after))
 
-    def _sent(self, connection: str, size: int, _context: Context) -> None:
-        self.connections.sent(connection, size)
-
-    async def _receive(
-        self, method: str, context: Context, connection: str, parse: Parse, while_draining: bool
-    ) -> tuple[Request, Call]:
-        await self.check(connection, while_draining=while_draining)
-        message = await self.receiver.read(context, connection)
-        if message is grpc.aio.EOF:
-            raise InvalidRequest("the call ended without a request message")
-        if self._draining:
-            await self.check(connection, while_draining=while_draining)
-        self._begin(context)
-        return parse(message), Call(method, connection, deadline_of(context), len(message), context)
-
-    async def check(self, connection: str, *, while_draining: bool = False) -> None:
-        """Accepts a new call.
+    async def check(self, connection: str) -> None:
+        """Accepts a new stream.
 
         Raises:
             ShuttingDown: The server stops.
             Overloaded: The client does not read the answers to its earlier calls.
         """
         self.connections.check(connection)
-        if self._draining and not while_draining:
-            self._arrived = time.monotonic()
-            with self.connections.held(connection):
-                await self._released.wait()
-            raise ShuttingDown("the server is shutting down: ask another, or retry", SHUTDOWN_RETRY_SECONDS)
+        if self._draining:
+            await self._refuse_while_draining(connection, while_draining=False)
+
+    async def _refuse_while_draining(self, connection: str, while_draining: bool) -> None:
+        if while_draining:
+            return
+        self._arrived = time.monotonic()
+        with self.connections.held(connection):
+            await self._released.wait()
+        raise ShuttingDown("the server is shutting down: ask another, or retry", SHUTDOWN_RETRY_SECONDS)
 
     @contextlib.contextmanager
     def reading(self, reader: "asyncio.Task[None]") -> Iterator[None]:
@@ -280,24 +279,14 @@ class Calls:
         finally:
             self._record(call, code, time.perf_counter() - started, request)
 
-    def _begin(self, context: Context) -> None:
-        """Counts a call as accepted, until gRPC has sent its answer or the call has ended otherwise."""
-        self.enter()
-        on_done(context, self._end)
-
-    def _end(self, _context: Context) -> None:
-        self.leave()
-
     def enter(self) -> None:
         """Counts a request as accepted."""
         self._in_flight += 1
-        self._metrics.in_flight.set(self._in_flight)
         self._idle.clear()
 
     def leave(self) -> None:
         """Counts a request as answered."""
         self._in_flight -= 1
-        self._metrics.in_flight.set(self._in_flight)
         if not self._in_flight:
             self._idle.set()
 
@@ -314,6 +303,31 @@ class Calls:
                     "peer": call.connection,
                 },
             )
+
+
+class _Accepted:
+    """A call that counts as in flight until gRPC has sent its answer, or it has ended without one.
+
+    Registered as the callback for that, so that a call needs one object for all that has to be undone.
+    """
+
+    __slots__ = ("_calls", "_connection", "_size")
+
+    def __init__(self, calls: Calls, connection: str) -> None:
+        self._calls, self._connection = calls, connection
+        self._size: int | None = None
+        calls.enter()
+
+    def sending(self, size: int) -> None:
+        """The answer, of `size` bytes, is about to be sent."""
+        self._size = size
+        self._calls.connections.sending(self._connection, size)
+
+    def __call__(self, context: Context) -> None:
+        """The call is over."""
+        if self._size is not None:
+            self._calls.connections.sent(self._connection, self._size)
+        self._calls.leave()
 
 
 class _Registration:

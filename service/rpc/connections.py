@@ -17,6 +17,7 @@ MAX_UNREAD_SECONDS = 10.0
 MAX_UNREAD_SECONDS_WHEN_FULL = 1.0
 MAX_UNREAD_BYTES = 64 * 2**20
 RETRY_SECONDS = 1.0
+# Connections whose last call is remembered.
 MAX_REMEMBERED = 4096
 
 
@@ -32,7 +33,7 @@ class Connections:
     def __init__(self) -> None:
         self._unread: dict[str, _Unread] = {}
         self._bytes = 0
-        self._last_call: collections.OrderedDict[str, float] = collections.OrderedDict()
+        self._last_call: dict[str, float] = {}
         self._held: collections.Counter[str] = collections.Counter()
 
     def check(self, connection: str) -> None:
@@ -41,14 +42,14 @@ class Connections:
         Raises:
             Overloaded: The client does not read the answers to its earlier calls.
         """
-        self._last_call[connection] = time.monotonic()
+        now = self._last_call[connection] = time.monotonic()
         if len(self._last_call) > MAX_REMEMBERED:
-            self._last_call.popitem(last=False)
+            del self._last_call[next(iter(self._last_call))]
         unread = self._unread.get(connection)
         if unread is None:
             return
         full = self._bytes > MAX_UNREAD_BYTES
-        if time.monotonic() - unread.progress > (MAX_UNREAD_SECONDS_WHEN_FULL if full else MAX_UNREAD_SECONDS):
+        if now - unread.progress > (MAX_UNREAD_SECONDS_WHEN_FULL if full else MAX_UNREAD_SECONDS):
             raise Overloaded(
                 f"{unread.answers} answers on this connection have not been read: read them, then retry", RETRY_SECONDS
             )

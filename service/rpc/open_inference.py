@@ -29,6 +29,10 @@ EXTENSIONS = ("classification", "model_configuration", "statistics")
 PLATFORM = "onnxruntime_onnx"
 INPUT = "images"
 OUTPUTS = ("logits", "probabilities")
+# The parser holds Python's global lock: so many bytes of numbers take about 10 ms.
+MAX_NUMBER_BYTES = 2**20
+# Of a message, besides its pixels.
+MAX_OTHER_BYTES = 2**16
 _VALUES_AT_ONCE = 16 * IMAGE_BYTES
 
 Parameters = Mapping[str, messages.InferParameter]
@@ -38,9 +42,9 @@ ANSWERED_WHILE_DRAINING = frozenset({"ServerLive", "ServerReady", "ModelReady"})
 
 
 def field_counter(max_images: int) -> FieldCounter:
-    """The limit on the number of fields of a ModelInferRequest, without the pixels in `uint_contents`."""
+    """The limit on the number of fields of a ModelInferRequest, and on pixels that are sent as single numbers."""
     pixels = messages.InferTensorContents.DESCRIPTOR.fields_by_name["uint_contents"].full_name
-    return FieldCounter(messages.ModelInferRequest, 4 * max_images + 64, frozenset({pixels}))
+    return FieldCounter(messages.ModelInferRequest, 4 * max_images + 64, {pixels: MAX_NUMBER_BYTES})
 
 
 class OpenInference:
@@ -70,7 +74,7 @@ class OpenInference:
         started = time.perf_counter()
         try:
             self._model(request.model_name, request.model_version)
-            _check_id(request.id)
+            _check_size(request, call.message_bytes)
             deadline = _deadline(request.parameters, call.deadline)
             shape = _check_input(request)
             requested = _check_outputs(request.outputs)
@@ -196,9 +200,16 @@ class OpenInference:
         )
 
 
-def _check_id(request_id: str) -> None:
-    if len(request_id) > MAX_ID_BYTES:
-        raise InvalidRequest(f"id has {len(request_id)} characters; at most {MAX_ID_BYTES} are allowed")
+def _check_size(request: messages.ModelInferRequest, message_bytes: int) -> None:
+    """Refuses long texts, which would be held until the request is answered."""
+    if len(request.id) > MAX_ID_BYTES:
+        raise InvalidRequest(f"id has {len(request.id)} characters; at most {MAX_ID_BYTES} are allowed")
+    pixels = sum(map(len, request.raw_input_contents)) or MAX_NUMBER_BYTES
+    if message_bytes - pixels > MAX_OTHER_BYTES:
+        raise InvalidRequest(
+            f"the message has {message_bytes - pixels} bytes besides its pixels, in names and parameters; "
+            f"at most {MAX_OTHER_BYTES} are allowed"
+        )
 
 
 def _duration(duration: Duration) -> messages.StatisticDuration:

@@ -10,8 +10,8 @@ these before connections that stalled; among equals, the one with the fewest slo
 import asyncio
 import collections
 import contextlib
+import time
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import grpc
@@ -24,19 +24,25 @@ Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 CONTENDED_SECONDS = 1.0
 CONTENDED_STREAM_SECONDS = 5.0
 RETRY_SECONDS = 0.5
+# How often overdue messages are looked for.
+CHECK_SECONDS = 0.1
 # Connections whose behaviour is remembered.
 MAX_REMEMBERED = 4096
 _IN_TIME, _UNKNOWN, _STALLED = 0, 1, 2
 
 
-@dataclass(slots=True, eq=False)
 class _Slot:
     """The right of one call to receive."""
 
-    connection: str
-    contended_seconds: float
-    timeout: asyncio.Timeout | None = None  # of the read under way
-    reading_since: float = 0.0
+    __slots__ = ("connection", "contended_seconds", "limit", "overdue", "since", "task")
+
+    def __init__(self, connection: str, contended_seconds: float) -> None:
+        self.connection, self.contended_seconds = connection, contended_seconds
+        # Of the read under way: its task, when it began, how many seconds it may take, whether it took longer.
+        self.task: asyncio.Task[Any] | None = None
+        self.since = 0.0
+        self.limit: float | None = None
+        self.overdue = False
 
 
 class Receiver:
@@ -69,7 +75,9 @@ class Receiver:
         self._queues: collections.OrderedDict[str, collections.deque[asyncio.Future[None]]] = collections.OrderedDict()
         self._held: dict[str, int] = {}
         self._behaviour: collections.OrderedDict[str, int] = collections.OrderedDict()
-        self._slots: set[_Slot] = set()
+        self._reading: set[_Slot] = set()
+        self._check: asyncio.TimerHandle | None = None
+        self._refused_stream = False
 
     async def read(self, context: Context, connection: str) -> Any:  # noqa: ANN401 -- bytes, or gRPC's EOF
         """The message of a unary call: its bytes, or `grpc.aio.EOF` if the client ended the call without one.
@@ -80,9 +88,8 @@ class Receiver:
         """
         if not self._take(connection):
             await self._wait(connection)
-        slot = _Slot(connection, min(CONTENDED_SECONDS, self._seconds))
         try:
-            return await self._read(context, slot, self._seconds)
+            return await self._read(context, _Slot(connection, min(CONTENDED_SECONDS, self._seconds)), self._seconds)
         finally:
             self._release(connection)
 
@@ -94,7 +101,7 @@ class Receiver:
             Overloaded: As many streams are open as may be, on this connection or in all.
         """
         if not self._free_streams or not self._take(connection):
-            self._hurry()
+            self._refused_stream = True
             raise Overloaded("the server has as many open streams as it may: use Classify, or retry", RETRY_SECONDS)
         self._free_streams -= 1
         try:
@@ -111,28 +118,46 @@ class Receiver:
         """
         return await self._read(context, slot, None)
 
-    async def _read(self, context: Context, slot: _Slot, seconds: float | None) -> Any:  # noqa: ANN401
-        slot.reading_since = asyncio.get_running_loop().time()
-        if self._waiting:
-            seconds = slot.contended_seconds
-        self._slots.add(slot)
+    async def _read(self, context: Context, slot: _Slot, limit: float | None) -> Any:  # noqa: ANN401
+        slot.task, slot.since, slot.limit = asyncio.current_task(), time.monotonic(), limit
+        self._reading.add(slot)
+        if self._check is None:
+            self._check_later()
         try:
-            async with asyncio.timeout(seconds) as slot.timeout:
-                message = await context.read()
-        except TimeoutError:
+            message = await context.read()
+        except asyncio.CancelledError:
+            if not slot.overdue or slot.task is None or slot.task.uncancel():
+                raise
             self._remember(slot.connection, _STALLED)
             self._on_timeout()
-            waited = asyncio.get_running_loop().time() - slot.reading_since
             raise DeadlineExpired(
-                f"the request message did not arrive within {waited:.1f} s (--receive-timeout, shorter while other "
-                "requests wait): send it without pauses, or in smaller parts"
+                f"the request message did not arrive within {time.monotonic() - slot.since:.1f} s (--receive-timeout, "
+                "shorter while other requests wait): send it without pauses, or in smaller parts"
             ) from None
         finally:
-            slot.timeout = None
-            self._slots.discard(slot)
+            self._reading.discard(slot)
         if self._behaviour.get(slot.connection) != _IN_TIME:
             self._remember(slot.connection, _IN_TIME)
         return message
+
+    def _check_later(self) -> None:
+        # One timer for all reads: a timer for each would cost every call.
+        self._check = asyncio.get_running_loop().call_later(CHECK_SECONDS, self._end_overdue)
+
+    def _end_overdue(self) -> None:
+        """Ends the reads that have taken too long."""
+        now = time.monotonic()
+        for slot in self._reading:
+            limit = slot.limit
+            if self._waiting or self._refused_stream:
+                limit = slot.contended_seconds if limit is None else min(limit, slot.contended_seconds)
+            if limit is not None and now - slot.since >= limit and not slot.overdue and slot.task is not None:
+                slot.overdue = True
+                slot.task.cancel()
+        self._refused_stream = False
+        self._check = None
+        if self._reading:
+            self._check_later()
 
     def _remember(self, connection: str, behaviour: int) -> None:
         self._behaviour[connection] = behaviour
@@ -157,7 +182,6 @@ class Receiver:
         turn = asyncio.get_running_loop().create_future()
         self._queues.setdefault(connection, collections.deque()).append(turn)
         self._waiting += 1
-        self._hurry()
         try:
             await turn
         except asyncio.CancelledError:
@@ -194,13 +218,3 @@ class Receiver:
                 self._free -= 1
                 self._held[connection] = self._held.get(connection, 0) + 1
                 turn.set_result(None)
-
-    def _hurry(self) -> None:
-        """Shortens the time limit of the messages that are being received now, because others wait."""
-        now = asyncio.get_running_loop().time()
-        for slot in self._slots:
-            if slot.timeout is not None and not slot.timeout.expired():
-                soon = max(now, slot.reading_since + slot.contended_seconds)
-                until = slot.timeout.when()
-                if until is None or until > soon:
-                    slot.timeout.reschedule(soon)

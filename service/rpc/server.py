@@ -6,9 +6,11 @@ import gc
 import importlib.metadata
 import logging
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable
+from multiprocessing.util import get_temp_dir
 
 import grpc
 from grpc_health.v1 import health_pb2_grpc
@@ -19,7 +21,7 @@ from service import logs, metrics_http, ports
 from service.core.batcher import Batcher
 from service.core.decoding import Decoder
 from service.core.inference import Inference, Limits
-from service.core.memory import trim_regularly
+from service.core.memory import limit_heap, trim_regularly
 from service.core.metrics import Metrics, Processes
 from service.core.model_store import Model, ModelStore
 from service.errors import StartError
@@ -69,6 +71,7 @@ def run(
     Raises:
         StartError: The server cannot start.
     """
+    limit_heap()
     return asyncio.run(_run(settings, shares_port, on_ready))
 
 
@@ -76,6 +79,7 @@ async def _run(settings: Settings, shares_port: bool, on_ready: Callable[[Callab
     started = time.perf_counter()
     if not shares_port:
         ports.check_free(settings.host, settings.port)
+    logging.getLogger("grpc._cython.cygrpc").addFilter(_VanishedClients())
     metrics = Metrics()
     async with contextlib.AsyncExitStack() as stack:
         # Its processes start while the model is loaded.
@@ -107,7 +111,7 @@ async def _run(settings: Settings, shares_port: bool, on_ready: Callable[[Callab
         watches += [
             models.watch(),
             lifecycle.watch_engine(),
-            _update_gauges(metrics, batcher),
+            _update_gauges(metrics, batcher, calls),
             trim_regularly(lambda: calls.in_flight > 0),
         ]
         tasks = [asyncio.create_task(watch) for watch in watches]
@@ -136,7 +140,8 @@ async def _run(settings: Settings, shares_port: bool, on_ready: Callable[[Callab
         for task in tasks:
             task.cancel()
     logger.info("stopped", extra={"answered": calls.answered, "unanswered": left})
-    # Threads may still compute or load a model, and would keep the interpreter from ending.
+    # `os._exit` skips what Python does at its end: threads may still compute or load a model, and would delay it.
+    shutil.rmtree(get_temp_dir(), ignore_errors=True)
     logs.close()
     os._exit(lifecycle.exit_code)
 
@@ -159,6 +164,14 @@ def freeze_gc() -> None:
     """
     gc.collect()
     gc.freeze()
+
+
+class _VanishedClients(logging.Filter):
+    """Leaves out what gRPC logs, with a traceback, for every client that vanishes while its answer is being sent."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """False for such a record."""
+        return not str(record.msg).startswith("ExecuteBatchError raised in core")
 
 
 class _Lifecycle:
@@ -256,8 +269,9 @@ def _receiver(settings: Settings, metrics: Metrics) -> Receiver:
     )
 
 
-async def _update_gauges(metrics: Metrics, batcher: Batcher) -> None:
+async def _update_gauges(metrics: Metrics, batcher: Batcher, calls: Calls) -> None:
     while True:
+        metrics.in_flight.set(calls.in_flight)
         metrics.waiting.set(batcher.waiting_images)
         metrics.admitted.set(batcher.admitted_images)
         await asyncio.sleep(_GAUGE_SECONDS)

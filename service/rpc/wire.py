@@ -4,6 +4,7 @@ An empty submessage takes two bytes, so parsing a message of a few MiB can cost 
 `FieldCounter` looks at no more fields than it allows.
 """
 
+from collections.abc import Mapping
 from typing import Any, Final
 
 from google.protobuf.descriptor import FieldDescriptor
@@ -16,8 +17,10 @@ _VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
 _MIN_FIELD_BYTES = 2
 _MAX_DEPTH = 16
 
-_PACKED: Final = "packed"
-_Kinds = dict[int, Any]  # field number -> kinds of the submessage, or _PACKED; absent for fields without parts
+_COUNTED: Final = -1
+_Kinds = dict[int, Any]
+"""By field number: the kinds of a submessage; for packed values their limit in bytes, or _COUNTED to count each value.
+Fields without parts are left out."""
 
 
 class FieldCounter:
@@ -26,12 +29,14 @@ class FieldCounter:
     Args:
         message_type: A generated class.
         max_fields: Largest number of fields and values that a message may have.
-        not_counted: Full names of packed fields whose values are limited elsewhere.
+        max_bytes: By full name of a packed field, the number of bytes that its values may have instead.
     """
 
-    def __init__(self, message_type: type[Message], max_fields: int, not_counted: frozenset[str] = frozenset()) -> None:
+    def __init__(
+        self, message_type: type[Message], max_fields: int, max_bytes: Mapping[str, int] | None = None
+    ) -> None:
         self._max_fields = max_fields
-        self._kinds = _kinds(message_type, not_counted, {})
+        self._kinds = _kinds(message_type, max_bytes or {}, {})
 
     def check(self, message: bytes) -> None:
         """Accepts a message whose parsing costs little.
@@ -63,9 +68,15 @@ class FieldCounter:
                 if place + length > end:
                     raise _malformed("a field ends behind its message")
                 kind = kinds.get(tag >> 3)
-                if kind is _PACKED:
-                    count += length  # at least a byte for each value
-                    self._check(count)
+                if isinstance(kind, int):
+                    if kind == _COUNTED:
+                        count += length  # at least a byte for each value
+                        self._check(count)
+                    elif length > kind:
+                        raise InvalidRequest(
+                            f"the message has {length} bytes of numbers in one field; at most {kind} are allowed: "
+                            "send them as bytes, in raw_input_contents"
+                        )
                 elif kind is not None:
                     count = self._walk(data, place, place + length, kind, count, depth + 1)
                 place += length
@@ -87,20 +98,18 @@ class FieldCounter:
             )
 
 
-def _kinds(message_type: type[Message], not_counted: frozenset[str], known: dict[str, _Kinds]) -> _Kinds:
+def _kinds(message_type: type[Message], max_bytes: Mapping[str, int], known: dict[str, _Kinds]) -> _Kinds:
     descriptor = message_type.DESCRIPTOR
     if descriptor.full_name in known:
         return known[descriptor.full_name]
     kinds: _Kinds = {}
     known[descriptor.full_name] = kinds
     for field in descriptor.fields:
-        if field.full_name in not_counted:
-            continue
         nested: Any = field.message_type  # its published type is wider than what GetMessageClass takes
         if nested is not None:
-            kinds[field.number] = _kinds(GetMessageClass(nested), not_counted, known)
+            kinds[field.number] = _kinds(GetMessageClass(nested), max_bytes, known)
         elif field.is_repeated and field.type not in (FieldDescriptor.TYPE_STRING, FieldDescriptor.TYPE_BYTES):
-            kinds[field.number] = _PACKED
+            kinds[field.number] = max_bytes.get(field.full_name, _COUNTED)
     return kinds
 
 

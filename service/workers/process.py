@@ -83,7 +83,9 @@ class WorkerProcess:
 
     def signal(self, number: signal.Signals) -> None:
         """Sends a signal to the worker, not to the processes that it started."""
-        self._process.send_signal(number)
+        if self._process.returncode is None:
+            # Not Popen.send_signal, which would take note of the process' end in place of `reap`.
+            os.kill(self.pid, number)
 
     def kill(self) -> None:
         """Ends the worker and the processes that it started at once."""

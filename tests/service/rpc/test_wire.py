@@ -89,8 +89,20 @@ def test_a_message_of_many_small_parts_is_refused_before_it_is_parsed(counter, m
 def test_as_many_images_as_allowed_are_accepted_in_every_form():
     picture = cifar.Image(rgb=bytes(3072))
     assert accepted(classify.field_counter(1024), cifar.ClassifyRequest(images=[picture] * 1024, request_id="a"))
-    tensor = {"name": "images", "shape": [1024, 32, 32, 3], "contents": {"uint_contents": [1] * (1024 * 3072)}}
-    assert accepted(open_inference.field_counter(1024), inference.ModelInferRequest(inputs=[tensor]))
+    raw = inference.ModelInferRequest(
+        inputs=[{"name": "images", "shape": [1024, 32, 32, 3]}], raw_input_contents=[bytes(1024 * 3072)]
+    )
+    assert accepted(open_inference.field_counter(1024), raw)
+
+
+def test_pixels_as_single_numbers_are_limited_by_their_bytes():
+    numbers = {"uint_contents": [1] * open_inference.MAX_NUMBER_BYTES}
+    assert accepted(open_inference.field_counter(4), inference.ModelInferRequest(inputs=[{"contents": numbers}]))
+    numbers["uint_contents"].append(1)
+    with pytest.raises(InvalidRequest, match="1048577 bytes of numbers in one field; at most 1048576"):
+        open_inference.field_counter(4).check(
+            inference.ModelInferRequest(inputs=[{"contents": numbers}]).SerializeToString()
+        )
 
 
 @pytest.mark.parametrize(

@@ -183,3 +183,17 @@ def test_a_folder_of_metrics_that_somebody_removed_is_made_again(run, caplog, tm
             await asyncio.sleep(0.02)
 
     run("serve()", during)
+
+
+def test_a_worker_that_ended_unnoticed_before_a_signal_was_sent_to_it_is_taken_note_of(run):
+    async def during(supervisor: Supervisor) -> None:
+        while not supervisor._workers:
+            await asyncio.sleep(0.01)
+        (worker,) = supervisor._workers.values()
+        # Blocks the event loop, so that the supervisor cannot notice the end.
+        os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        worker.signal(signal.SIGTERM)
+        assert await asyncio.wait_for(worker.ended, 20) == 0
+
+    assert run("sys.exit(0)", during) == 0

@@ -1,0 +1,26 @@
+"""Decode processes that are started while the server gives up: nothing is left, and the process ends."""
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import REPOSITORY
+
+SCRIPT = """
+import asyncio, sys, time
+from cifar_core.images import ImageLimits
+from service.core.decoding import Decoder
+
+async def main(seconds):
+    decoder = Decoder(2, ImageLimits(1000, 1000))
+    await asyncio.sleep(seconds)
+    decoder.close()
+
+asyncio.run(main(float(sys.argv[1])))
+"""
+
+
+@pytest.mark.parametrize("seconds", ["0", "0.02", "0.1", "0.2", "0.3", "0.5"])
+def test_a_process_ends_whose_decoder_is_closed_while_it_starts(seconds):
+    subprocess.run([sys.executable, "-c", SCRIPT, seconds], cwd=REPOSITORY, check=True, timeout=30)
