@@ -40,12 +40,12 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
 """File names that the folder loader takes for images, in lower case."""
 
-DECODER_VERSION = 1
+DECODER_VERSION = 2
 """Part of the key of caches of decoded images: raise it whenever the pixels of any file change."""
 
 # libjpeg can decode a JPEG file at half, a quarter or an eighth of its size. The smallest of these is taken that is at
 # least this many times the size needed.
-_DRAFT_FACTOR = 4
+_DRAFT_FACTOR = 2
 # A larger image is reduced by an integer factor to about this many times the size needed, and then resized.
 _REDUCED_FACTOR = 3
 # Large images are converted in strips of about this many pixels, so that no second copy of the whole image is needed.

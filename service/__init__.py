@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ENVIRONMENT_PREFIX", "AsyncClient", "Client"]
 
-# Each option of the server is also an environment variable, whose name begins so.
+# Each option of the server is also an environment variable whose name begins with this prefix.
 ENVIRONMENT_PREFIX = "CIFAR_SERVICE_"
 
 

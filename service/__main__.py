@@ -1,4 +1,4 @@
-"""`python -m service`: serve."""
+"""`python -m service`: starts the server, or the supervisor if there are several workers."""
 
 import os
 import signal
@@ -6,12 +6,12 @@ import sys
 
 
 def main() -> int:
-    """Serves as the command line says; returns the exit code."""
+    """Serves with the options of the command line; returns the exit code."""
     # SIGHUP requests a reload, and must not end a process that does not handle it yet.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     if os.getpid() == 1:  # the kernel ignores the default action of SIGTERM for process 1 of a container
         signal.signal(signal.SIGTERM, lambda number, _: os._exit(128 + number))
-    # Imported now because the imports take time, during which the signals above may come.
+    # Imported after the signals are handled, because the imports take time and a signal may arrive meanwhile.
     from service import logs
     from service.errors import StartError
     from service.settings import parse

@@ -1,4 +1,4 @@
-"""How many CPUs and how much memory this process may use, with the limits of its Linux control groups (cgroups).
+"""How many CPUs and how much memory this process may use according to its Linux control groups (cgroups).
 
 A container with `--cpus=2` on a 64-core host sees 64 cores. Starting 64 threads there only makes them wait for each
 other, because the kernel stops all of them once the quota of a period is used up.
@@ -102,7 +102,7 @@ def _unescape(path: str) -> str:
 
 
 def _read(path: Path) -> str:
-    """The text of a small file, or nothing where it cannot be read: then it sets no limit that we can see."""
+    """The text of a small file; empty if the file cannot be read, so that it sets no limit."""
     try:
         return path.read_text().strip()
     except OSError:

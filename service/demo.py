@@ -1,4 +1,4 @@
-"""Shows the whole way in seconds: starts a server with the shipped model, classifies images through gRPC, stops it.
+"""Starts a server with the shipped model, classifies images over gRPC, prints the answers and stops the server.
 
 python -m service.demo [IMAGE…]
 """

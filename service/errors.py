@@ -9,7 +9,7 @@ class RequestError(Exception):
     """A request cannot be answered.
 
     Attributes:
-        message: For the client.
+        message: Text that is sent to the client.
         retry_after: Seconds after which the same request may succeed; None if repeating it would not help.
     """
 
@@ -20,7 +20,7 @@ class RequestError(Exception):
 
 
 class InvalidRequest(RequestError):
-    """The request breaks a rule or a limit; it would be refused at any time."""
+    """The request breaks a rule or a limit; sending it again does not help."""
 
 
 class NotFound(RequestError):
@@ -32,7 +32,7 @@ class Unsupported(RequestError):
 
 
 class Overloaded(RequestError):
-    """The server already holds as much as it may."""
+    """A limit on the load of the server is reached; the same request may succeed later."""
 
 
 class DeadlineExpired(RequestError):
@@ -40,7 +40,7 @@ class DeadlineExpired(RequestError):
 
 
 class ShuttingDown(RequestError):
-    """The server accepts no new requests because it stops."""
+    """The server is stopping and accepts no new requests."""
 
 
 class EngineFailed(RequestError):

@@ -29,7 +29,7 @@ STOP_SECONDS = 60.0
 # With one process the server itself says that it serves; with several the supervisor says it for all workers.
 _SERVES = r'"all \d+ workers serve"|"serving (?!.*"worker")'
 _METRICS_AT = "metrics at "
-# The server listens on the loopback interface, which no proxy stands in front of, whatever the environment says.
+# The server listens on the loopback interface, so a proxy that the environment names must not be used.
 _DIRECTLY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
@@ -42,10 +42,10 @@ class ServerProcess:
     Args:
         arguments: Further command-line options of the server.
         environment: Variables to set in addition to the inherited ones; PYTHONPATH among them selects another checkout.
-        folder: Working directory; Python imports `service` from it if it is a checkout. None: that of this process.
+        folder: Working directory. Python imports `service` from it if it is a checkout. None: the current directory.
         python: Interpreter that runs the server.
-        prefix: A command that runs the server, with its own arguments, such as `("taskset", "-c", "0")`. It must
-            replace itself by the server, because signals are sent to the process that it was started as.
+        prefix: A command that starts the server, with its own arguments, such as `("taskset", "-c", "0")`. It must
+            replace itself with the server (exec), because signals are sent to its process.
 
     Attributes:
         process: The child process.
@@ -109,7 +109,7 @@ class ServerProcess:
             The fields of that line.
 
         Raises:
-            StartError: The server ended before.
+            StartError: The server ended before it logged such a line.
             TimeoutError: No such line arrived in time.
         """
         end = time.monotonic() + seconds
@@ -146,7 +146,7 @@ class ServerProcess:
 
     @property
     def port(self) -> int:
-        """The port that it listens on; waits until the log names it."""
+        """The port that the server listens on; waits until the log names it."""
         return int(self.wait_for('"port"')["port"])
 
     @property
@@ -155,7 +155,7 @@ class ServerProcess:
         return f"127.0.0.1:{self.port}"
 
     def metrics(self) -> dict[str, float]:
-        """What Prometheus reads from it now: values by name with labels. Needs the option --metrics-port."""
+        """The current metrics: values by name with labels. The server needs the option --metrics-port."""
         address = str(self.wait_for(_METRICS_AT)["message"]).removeprefix(_METRICS_AT)
         with _DIRECTLY.open(address, timeout=10) as answer:
             lines = answer.read().decode().splitlines()

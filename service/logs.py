@@ -31,7 +31,7 @@ _MAX_LINE_BYTES = 65536
 _at_exit = contextlib.ExitStack()
 atexit.register(_at_exit.close)
 _END = b"\0end of the pipe\n"
-_GRPC = "grpc.core"  # the library itself, beside the loggers of its Python package
+_GRPC = "grpc.core"  # for lines of gRPC's C library; its Python package has loggers of its own
 
 
 class _HumanFormatter(logging.Formatter):
@@ -53,7 +53,7 @@ _ExceptionInfo = tuple[type[BaseException], BaseException, TracebackType | None]
 def _escape(text: str) -> str:
     r"""The text with control characters as escapes such as `\n` and `\x1b`.
 
-    Texts of clients are part of messages; they must neither begin a new line nor control a terminal.
+    Messages can contain text from clients, which must neither begin a new line nor control a terminal.
     """
     if text.isprintable():
         return text
@@ -71,14 +71,14 @@ def configure(
         level: "debug", "info", "warning" or "error".
         style: Format of a line. "json" also turns lines that native libraries write to standard error into records.
         worker: Number of the worker process, if there are several; becomes part of each line.
-        descriptor: File descriptor that the log goes to, from `log_descriptor` of the parent process; that process then
-            takes care of the native libraries' lines of this one too. None: standard error.
+        descriptor: File descriptor to log to, as `log_descriptor` of the parent process returns it. The parent process
+            then also handles the lines of this process's native libraries. None: standard error.
     """
     if style == "json" and descriptor is None:
         stream = _redirect_native_lines()
     else:
         stream = _open(_STDERR if descriptor is None else descriptor)
-    # Python's own messages must not take the way through the pipe either: it does not survive a crash.
+    # Python's own messages do not go through the pipe, because lines in the pipe are lost in a crash.
     sys.stderr = stream
     faulthandler.enable(stream)
     handler = logging.StreamHandler(stream)
@@ -99,7 +99,7 @@ def log_descriptor() -> int:
 
 
 def close() -> None:
-    """Completes the log. Needed only before `os._exit`, which skips what Python does at the end of a process."""
+    """Writes out the rest of the log. Needed only before `os._exit`, which skips Python's normal shutdown."""
     _at_exit.close()
     logging.shutdown()
 
@@ -131,7 +131,8 @@ def _redirect_native_lines() -> TextIO:
     """Replaces file descriptor 2 by a pipe and starts the thread that reads it; returns the true standard error."""
     standard_error = os.dup(_STDERR)
     reading, writing = os.pipe()
-    # A thread that holds Python's lock may write while the reader waits for that lock: rather lose a line than wait.
+    # A thread may write while it holds Python's global lock, for which the reader waits. Losing a line is better than a
+    # deadlock.
     os.set_blocking(writing, False)
     os.dup2(writing, _STDERR)
     os.close(writing)
@@ -139,7 +140,7 @@ def _redirect_native_lines() -> TextIO:
     reader.start()
 
     def restore() -> None:
-        """Lets the thread log what is still in the pipe, and ends it; child processes may keep the pipe open."""
+        """Ends the thread after it has logged the rest of the pipe, which child processes may keep open."""
         with contextlib.suppress(BlockingIOError):
             os.write(_STDERR, b"\n" + _END)
             os.dup2(standard_error, _STDERR)

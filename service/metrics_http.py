@@ -1,8 +1,8 @@
 """Shows metrics over HTTP, for the single server process and for the supervisor of several.
 
 Runs in the event loop of the process, without threads, because some of its clients may be hostile or broken: each
-connection has a time limit, the number of connections is limited, and computing metrics takes only a small part of the
-processor however many scrapes are asked for.
+connection has a time limit, the number of connections is limited, and computing the metrics uses only a small share of
+CPU time, however many scrapes arrive.
 """
 
 import asyncio
@@ -26,7 +26,7 @@ MAX_CONNECTIONS = 64
 # From the acceptance of a connection to the end of its answer; Prometheus itself waits 10 seconds.
 CONNECTION_SECONDS = 10.0
 _MAX_REQUEST_BYTES = 8192
-# Computing the metrics occupies the event loop for a few milliseconds; the pause after it is so many times as long.
+# Computing the metrics occupies the event loop for a few milliseconds. The pause after it is this many times as long.
 _PAUSE_FACTOR = 4
 
 
@@ -35,9 +35,9 @@ async def show(registry: CollectorRegistry, host: str, port: int | None) -> Asyn
     """Serves the metrics of `registry` at http://HOST:PORT/metrics until the `async with` block ends.
 
     Args:
-        registry: What to show.
+        registry: The metrics to show.
         host: Name or address to listen on.
-        port: Port to listen on; 0 selects a free one; None shows nothing.
+        port: Port to listen on; 0 selects a free port; None turns the page off.
 
     Yields:
         The port, or None.
@@ -74,8 +74,8 @@ def _listen(host: str, port: int) -> socket.socket:
 class _MetricsPage:
     """Answers requests for the metrics, one per connection.
 
-    While as many connections are open as are allowed, a new one takes the place of the one that has waited longest for
-    its client to send or to read something: silent clients cannot lock others out.
+    If the largest number of connections is open, a new connection replaces the one that has waited longest for its
+    client to send or to read, so that silent clients cannot lock others out.
     """
 
     def __init__(self, registry: CollectorRegistry) -> None:
@@ -83,7 +83,7 @@ class _MetricsPage:
         self._turn = asyncio.Lock()
         self._earliest = 0.0  # time of the next scrape
         self._connections: set[asyncio.Task[None]] = set()
-        # Those that wait for their client, longest first.
+        # Connections that wait for their client, the longest wait first.
         self._idle: dict[asyncio.Task[None], None] = {}
 
     async def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -149,7 +149,7 @@ class _MetricsPage:
 
 
 def _parse(head: bytes) -> dict[str, str] | None:
-    """What a WSGI application needs to know about a request; None if it is not an HTTP request."""
+    """The WSGI environment of a request; None if it is not an HTTP request."""
     line, _, rest = head.partition(b"\r\n")
     try:
         method, target, protocol = line.decode("ascii").split(" ")

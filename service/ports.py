@@ -31,10 +31,10 @@ def is_loopback(host: str) -> bool:
 
 
 def check_free(host: str, port: int) -> None:
-    """Checks that nobody listens on the port. gRPC itself would print several lines, or silently share the port.
+    """Checks that no process listens on the port. gRPC itself would print several lines, or share the port silently.
 
     Raises:
-        StartError: Somebody listens there, the port needs privileges, or the host is not an address of this machine.
+        StartError: The port is in use or needs privileges, or the host is not an address of this machine.
     """
     with contextlib.ExitStack() as stack:
         _bind_all(stack, host, port)
@@ -45,7 +45,7 @@ def reserve(host: str, port: int) -> Iterator[int]:
     """Binds a port without listening, for processes that share it by SO_REUSEPORT; yields its number.
 
     Raises:
-        StartError: As `check_free`.
+        StartError: The port cannot be bound; see `check_free`.
     """
     check_free(host, port)
     with contextlib.ExitStack() as stack:

@@ -19,11 +19,11 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
+from service import ENVIRONMENT_PREFIX
 from service.cpu_quota import usable_cpus
 from service.errors import StartError
 from service.ports import is_loopback
 
-ENVIRONMENT_PREFIX = "CIFAR_SERVICE_"
 MIB = 2**20
 # gRPC's options are 32-bit numbers.
 INT32_MAX = 2**31 - 1
@@ -34,14 +34,14 @@ Seconds = Annotated[float, Field(gt=0, le=INT32_MAX / 1000)]  # gRPC counts them
 
 
 def shipped(name: str) -> Path:
-    """A folder that came with the package: inside the package where it was installed, beside it in a checkout."""
+    """A folder that comes with the package: inside the package if it is installed, next to it in a checkout."""
     package = Path(__file__).parent
     installed = package / name
     return installed if installed.is_dir() else package.parent / name
 
 
 def shipped_model() -> Path:
-    """The export that came with the package."""
+    """The export that comes with the package."""
     return shipped("exported")
 
 
@@ -72,7 +72,7 @@ class Settings(BaseSettings):
         1, description="number of server processes that share the port; a supervisor replaces those that fail"
     )
     grace: NonNegativeFloat = Field(
-        30.0, description="after SIGTERM, seconds that accepted requests have to finish and their answers to be sent"
+        30.0, description="seconds after SIGTERM within which accepted requests must finish and be answered"
     )
 
     # Model
@@ -88,7 +88,7 @@ class Settings(BaseSettings):
         0, description="number of onnxruntime threads in each process; 0: the available cores divided by --workers"
     )
     max_batch_seconds: PositiveFloat = Field(
-        30.0, description="longest time that one batch may compute; beyond it the process ends so that it is replaced"
+        30.0, description="seconds that one batch may compute; a process that exceeds them ends, so that it is replaced"
     )
 
     # Queue
@@ -115,24 +115,24 @@ class Settings(BaseSettings):
         0, description="number of processes that decode images; 0: the available cores divided by --workers"
     )
     max_decode_seconds: PositiveFloat = Field(
-        1.0, description="CPU seconds that decoding one image may take; beyond them the image is rejected"
+        1.0, description="seconds of CPU time that decoding one image may take; an image that needs more is rejected"
     )
 
     # Connections
     max_connections: Int32 = Field(1000, description="largest number of open connections of each process")
     max_concurrent_streams: Int32 = Field(
-        512,
-        description="largest number of calls under way on one connection; clients should use half of it at most",
+        1024,
+        description="largest number of calls in progress on one connection; clients should use at most half of it",
     )
     max_connection_age: Seconds = Field(
         3600.0,
-        description="seconds after which a client has to reconnect; it then presents its certificate and token again",
+        description="seconds after which a client must reconnect and present its certificate and token again",
     )
     receive_timeout: Seconds = Field(
-        5.0, description="seconds within which a request message has to arrive once the server reads it"
+        5.0, description="seconds within which a request message must arrive once the server starts to read it"
     )
     max_receiving_bytes: PositiveInt = Field(
-        192 * MIB, description="largest number of bytes of messages that are being received at once, in each process"
+        192 * MIB, description="largest number of bytes of messages that each process receives at the same time"
     )
 
     # Security
@@ -142,7 +142,7 @@ class Settings(BaseSettings):
         None, description="PEM file with the authority that signs client certificates; turns on mutual TLS"
     )
     token_file: Path | None = Field(
-        None, description="file with bearer tokens, one per line; calls need one of them; changes are picked up"
+        None, description="file with bearer tokens, one per line; each call needs one; a changed file is read again"
     )
     health_without_token: bool = Field(False, description="answer health checks without a token")
     insecure: bool = Field(False, description="allow unencrypted traffic on addresses other than loopback")
@@ -209,10 +209,10 @@ class Settings(BaseSettings):
 
 
 def parse(arguments: list[str]) -> Settings:
-    """Settings from flags and environment variables.
+    """The settings from flags and environment variables.
 
     Raises:
-        StartError: An option is unknown or its value is not allowed; one line that names it.
+        StartError: An option is unknown or its value is not allowed. The message is one line and names the option.
         SystemExit: 0, after --help.
     """
     try:

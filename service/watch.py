@@ -44,10 +44,10 @@ class Watcher:
     The first signature is taken here, so create the watcher before the files are first loaded.
 
     Args:
-        paths: Returns the files to watch. Called in a thread at each poll, since which files matter can change.
+        paths: Returns the files to watch. Called in a thread at each poll, because the set of files can change.
         reload: Loads the files. Raises `NotReady` if the attempt should be repeated, any other `StartError` if the
-            content is refused; the same content is then not loaded again. Other errors are repeated like `NotReady`.
-        on_failure: Called with the error of a failed reload, once for each different reason in a row.
+            content is refused; the same content is then not loaded again. After other errors it is called again, too.
+        on_failure: Called with the error of a failed reload. A reason that repeats is reported once.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Watcher:
     ) -> None:
         self._paths, self._reload, self._on_failure = paths, reload, on_failure
         self._lock = asyncio.Lock()
-        self._settled = signature(paths())  # of the files that were last loaded, or refused for good
+        self._settled = signature(paths())  # of the files that were last loaded or refused
         self._failed: Signature | None = None
         self._reason: str | None = None
         self._retry_seconds, self._retry_at = 0.0, 0.0
@@ -69,7 +69,7 @@ class Watcher:
             await asyncio.sleep(POLL_SECONDS)
             try:
                 await self.check()
-            except Exception:  # the watcher must outlive any defect, or later revocations would be missed
+            except Exception:  # the watcher must survive any bug, or later revocations would be missed
                 logger.exception("a check for changed files failed; the next one follows in %g s", POLL_SECONDS)
 
     async def check(self) -> None:
@@ -83,16 +83,16 @@ class Watcher:
                 await self._try(current)
 
     async def force(self) -> bool:
-        """Reloads whether or not the files have changed. Returns whether that succeeded; a failure is reported."""
+        """Reloads even if the files have not changed. Returns whether that succeeded; reports a failure."""
         async with self._lock:
             self._reason = None
             return await self._try(await asyncio.to_thread(lambda: signature(self._paths())))
 
     async def _try(self, current: Signature) -> bool:
-        """Reloads. `current` was taken before, so that a change during the reload is noticed by the next check."""
+        """Reloads once. `current` was taken before, so that the next check notices a change during the reload."""
         try:
             await self._reload()
-        except Exception as error:  # noqa: BLE001 -- reported below, whatever it is: the old files stay in use
+        except Exception as error:  # noqa: BLE001 -- any error is reported, and the old files stay in use
             self._report(error)
             if isinstance(error, StartError) and not isinstance(error, NotReady):
                 self._settled, self._reason = current, None

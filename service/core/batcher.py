@@ -24,16 +24,16 @@ DEADLINE_SLACK = 0.05
 
 
 class Observer(Protocol):
-    """Receives what happens to images. Called in the event loop's thread."""
+    """Is notified of batches and of requests without an answer. Called in the event loop's thread."""
 
     def on_batch(self, images: int, queued_seconds: Sequence[float], seconds: float, failed: bool) -> None:
-        """A batch was computed. `queued_seconds`: how long each request that it began had waited."""
+        """A batch was computed. `queued_seconds`: how long each request waited whose first images it holds."""
 
     def on_rejected(self, images: int) -> None:
         """A request was not admitted."""
 
     def on_expired(self, images: int) -> None:
-        """The deadline of a request passed. `images`: how many of its images never reached the engine."""
+        """The deadline of a request passed. `images`: how many of its images were not computed."""
 
     def on_cancelled(self, images: int) -> None:
         """A request was cancelled. `images`: as for `on_expired`."""
@@ -46,13 +46,13 @@ class _Submitted(Request):
 
 @dataclass(slots=True, frozen=True)
 class _Computed:
-    """Figures of a batch that was computed, or failed."""
+    """Measurements of a batch that was computed or failed."""
 
     images: int
     queued_seconds: list[float]
     seconds: float
     error: Exception | None
-    parallel: int  # number of batches that were being computed when this one began, itself included
+    parallel: int  # number of batches that were being computed when this one began, including this one
 
 
 class Admission:
@@ -76,16 +76,17 @@ class Admission:
 class Batcher:
     """Computes images in batches, for many requests at once.
 
-    An idle engine takes whatever waits, without delay unless `max_queue_delay` says otherwise. Use it from one event
-    loop, and call `close` at the end.
+    An idle engine takes all waiting images at once, up to the size of a batch; only if `max_queue_delay` is set does it
+    wait for a batch to fill. Use the batcher from one event loop, and call `close` at the end.
 
     Args:
         max_batch_size: Largest number of images given to `compute` at once.
         max_queue_delay: Seconds that an idle engine may wait for a batch to fill, counted from its oldest request.
-        max_images: Images admitted at once, over all requests, from `admit` to the end of its `with` block.
-        max_bytes: Bytes of these requests, likewise.
-        observer: Is informed of every batch and of every request that got no answer.
-        threads: Number of batches computed at once while there is a backlog; otherwise one at a time.
+        max_images: Largest number of images in all admitted requests. A request is admitted from `admit` to the end of
+            its `with` block.
+        max_bytes: Largest number of bytes of all admitted requests.
+        observer: Is notified of every batch and of every request that gets no answer.
+        threads: Largest number of batches computed at the same time. Without a backlog one batch at a time is computed.
     """
 
     def __init__(
@@ -125,10 +126,10 @@ class Batcher:
         return time.monotonic() - min(self._running.copy().values(), default=time.monotonic())
 
     def admit(self, images: int, size: int) -> Admission:
-        """Reserves space for one request, `size` bytes in all: `with batcher.admit(…): …`.
+        """Reserves space for one request of `size` bytes: `with batcher.admit(…): …`.
 
         Raises:
-            Overloaded: There is not enough space; `retry_after` estimates when there may be.
+            Overloaded: There is not enough space; `retry_after` estimates when there will be.
         """
         if self.admitted_images + images > self.max_images or self.admitted_bytes + size > self.max_bytes:
             self._observer.on_rejected(images)
@@ -146,10 +147,10 @@ class Batcher:
         """The outputs of `compute` for the images, in their order.
 
         Args:
-            images: uint8 [n, 32, 32, 3], n at least 1; must not change until the answer is there.
+            images: uint8 [n, 32, 32, 3], n at least 1; must not change before this method returns.
             compute: Called in a thread of the engine with at most `max_batch_size` images, possibly of several
                 requests.
-            deadline: On time.monotonic(). When it passes, no more images are computed and the caller is informed.
+            deadline: Time on time.monotonic() at which the call fails and after which none of its images is computed.
 
         Raises:
             DeadlineExpired: The deadline passed first.
@@ -214,7 +215,7 @@ class Batcher:
             error: Exception | None = None
             try:
                 outputs = compute_pieces(pieces, alone=parallel == 1)
-            except Exception as raised:  # whatever it is, these requests fail with it and the next batch goes on
+            except Exception as raised:  # any error fails these requests only; the next batch is computed
                 logger.exception("a batch of %d images failed", count_images(pieces))
                 error = raised
             computed = _Computed(count_images(pieces), queued, time.monotonic() - started, error, parallel)
@@ -222,12 +223,12 @@ class Batcher:
             self._loop.call_soon_threadsafe(self._settle, pieces, outputs, computed)
 
     def _next(self, number: int) -> tuple[list[Piece], int] | None:
-        """Waits for the next batch of a thread, whose last one is done; None when the batcher is closed.
+        """Waits for the next batch of a thread that has finished its last one; None when the batcher is closed.
 
         Returns:
-            The batch, and the number of batches that run now, itself included. A second batch runs at the same time
-            only while there is a backlog: one batch on all cores is done sooner than two on half of them each, and what
-            arrives in the meantime makes the next batch larger.
+            The batch, and the number of batches that run now, including this one. A second batch starts only while
+            there is a backlog: one batch on all cores finishes sooner than two batches that share the cores, and images
+            that arrive meanwhile make the next batch larger.
         """
         with self._changed:
             self._running.pop(number, None)

@@ -1,7 +1,7 @@
 """Refuses image files that would cost far more than their size suggests, and estimates the memory that decoding needs.
 
-All of this happens before any pixel is decoded, and in the decode process: the files come from outside. Limits of CPU
-time and memory, which the kernel enforces, cover what is not recognised here.
+The checks run in the decode process, because the files come from outside, and before any pixel is decoded. The limits
+on CPU time and memory that the kernel enforces cover costs that these checks do not recognise.
 """
 
 import math
@@ -13,16 +13,16 @@ from PIL import Image, JpegImagePlugin
 from cifar_core.images import ImageLimits, ImageRejected, check_size
 
 MAX_DIMENSION = 65_535
-"""Largest width or height in pixels: that of JPEG. Pillow needs memory for each row, however short it is."""
+"""Largest width or height in pixels, as in JPEG. Pillow needs memory for each row, however short it is."""
 MAX_SCANS = 64
-"""Scans in a JPEG file. Encoders write about 10; libjpeg goes through the whole image for each."""
+"""Largest number of scans in a JPEG file. Encoders write about 10; libjpeg reads the whole image for each."""
 MAX_JPEG_SEGMENTS = 1_000
-"""Marker segments before the first scan. A large colour profile takes up to 255."""
+"""Largest number of marker segments before the first scan. A large colour profile takes up to 255."""
 MAX_PNG_CHUNKS = 16_384
 MAX_PNG_METADATA_CHUNKS = 256
-"""Chunks of a PNG file that hold neither pixels nor frame headers. Text and colour profiles are inflated."""
+"""Largest number of PNG chunks without pixels or frame headers. Text and colour profiles are decompressed."""
 MAX_GIF_BLOCKS = 4_096
-"""Data blocks of comments and other extensions before the first picture of a GIF file."""
+"""Largest number of blocks of comments and other extensions before the first picture of a GIF file."""
 MAX_WEBP_CHUNKS = 4_096
 
 _MIB = 2**20
@@ -30,7 +30,7 @@ _MIB = 2**20
 _BYTES_PER_PIXEL = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2}
 # Two canvases of Pillow's WebP decoder, the copy that it returns and the image itself, 4 bytes per pixel each.
 _WEBP_BYTES_PER_PIXEL = 16
-# The first frame, and what Pillow prepares to put in its place when the second one is read.
+# The first frame, and a buffer that Pillow prepares to replace it when the second frame is read.
 _GIF_BYTES_PER_PIXEL = 2
 _JPEG_COEFFICIENT_BYTES = 2
 _BMP_RUN_LENGTH = (1, 2)
@@ -40,11 +40,11 @@ _SOS, _EOI = 0xDA, 0xD9
 
 @dataclass(frozen=True)
 class Demand:
-    """What decoding a file needs.
+    """The resources that decoding a file needs.
 
     Attributes:
-        pixels: Width times height.
-        memory: Estimate in bytes, which includes the file itself.
+        pixels: Number of pixels, width times height.
+        memory: Estimated memory in bytes, including the file itself.
     """
 
     pixels: int
@@ -55,7 +55,7 @@ def check_structure(data: bytes) -> None:
     """Refuses files whose structure makes them expensive to read. Damaged files pass: the decoder names the damage.
 
     Raises:
-        ImageRejected: With what is wrong, the limit and the way out.
+        ImageRejected: The file is too expensive. The message names the problem, the limit and the way out.
     """
     if data.startswith(b"\xff\xd8"):
         _check_jpeg(data)
@@ -122,7 +122,7 @@ def check_memory(demand: Demand, limit: int) -> None:
 
 
 def _check_jpeg(data: bytes) -> None:
-    # Inside compressed data FF is followed by 00 or a restart marker, so each FF DA begins a scan, if not one of a
+    # Inside compressed data FF is followed by 00 or a restart marker, so each FF DA begins a scan of the image, or of a
     # thumbnail in the metadata.
     scans = data.count(b"\xff\xda")
     if scans > MAX_SCANS:
@@ -167,7 +167,7 @@ def _check_gif(data: bytes) -> None:
 
 
 def _first_gif_picture(data: bytes) -> int:
-    """Where the first picture begins, after comments and other extensions; or where the file is damaged or ends."""
+    """Offset of the first picture, after comments and other extensions; or of the end or damage of the file."""
     if len(data) < 13:
         return len(data)
     place, blocks = 13 + _colour_table_bytes(data[10]), 0

@@ -17,10 +17,11 @@ from service.core.fair_queue import FairQueue, Job
 
 logger = logging.getLogger(__name__)
 
-# After a process of this lane was ended, processes get one file at a time: others would wait behind an expensive one.
+# For this long after a process exceeded a limit, processes get one file at a time, so that none waits behind an
+# expensive one.
 _CAUTIOUS_SECONDS = 2.0
 _SENT_AHEAD_BYTES = 2**18
-# A lane none of whose processes starts rejects its files instead of letting them wait.
+# If no process of a lane starts, the lane rejects its files instead of letting them wait.
 _FAILED_STARTS = 3
 _START_SECONDS = 15.0
 _MAX_PAUSE_SECONDS = 5.0
@@ -28,18 +29,19 @@ _MAX_PAUSE_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class LaneOptions:
-    """How a lane works.
+    """Options of a lane.
 
     Attributes:
-        name: For the log.
-        limits: What a process may spend on one file.
-        processes: Their number.
-        on_demand: Start them when files wait, instead of at once.
-        files_ahead: Files that a process may have at a time, so that it need not wait for the event loop after each.
-        max_seconds: Wall time; a process that has not answered by then is killed. Far above the limit of CPU time, so
-            that only a process that is stopped or gets no CPU reaches it.
-        common_memory: Estimate in bytes up to which files are decoded at the same time in all processes. Of those that
-            need more, as many are decoded at a time as fit into the limit of one file.
+        name: Name of the lane in the log.
+        limits: Limits of a process for one file.
+        processes: Number of processes.
+        on_demand: Whether processes are started only when files wait.
+        files_ahead: Largest number of files that are sent to a process at a time. More than one spares the process from
+            waiting for the event loop after each file.
+        max_seconds: Seconds of wall time after which a process that has not answered is killed. Far above the limit of
+            CPU time, so that only a process that is stopped or gets no CPU reaches it.
+        common_memory: Files with an estimated memory of up to this many bytes are decoded in all processes at the same
+            time. Files that need more share the memory that one file may need.
     """
 
     name: str
@@ -55,11 +57,11 @@ class Lane:
     """Sends files to processes, fairly, and replaces processes that end.
 
     Args:
-        options: How it works.
-        image_limits: What an image file may be.
-        starter: A single thread that starts processes.
+        options: Options of this lane.
+        image_limits: Limits on one image file.
+        starter: Executor with a single thread, which starts the processes.
         on_large: Called with a job that needs more memory than `job.memory`, which is updated, or has too many pixels.
-        on_limit: Called with a job whose process exceeded the CPU time, or (True) the wall time.
+        on_limit: Called with a job whose process exceeded a limit: that of CPU time (False) or of wall time (True).
         on_ended: Called with "limit" or "crash" when a process that had started ends.
     """
 
@@ -87,7 +89,7 @@ class Lane:
 
     @property
     def pids(self) -> list[int]:
-        """Process ids."""
+        """Ids of the running processes."""
         return [process.pid for process in self._processes if process.pid is not None]
 
     def add(self, jobs: Iterable[Job]) -> None:
@@ -101,7 +103,7 @@ class Lane:
         return self._queue.remove_client(client)
 
     def watch(self) -> None:
-        """Kills processes that have had a file for too long; to be called regularly."""
+        """Kills processes that have had a file for too long. Call it regularly."""
         now = time.monotonic()
         for process in self._processes:
             patience = self._options.max_seconds if process.is_ready else _START_SECONDS
@@ -111,7 +113,7 @@ class Lane:
         self._dispatch()
 
     def close(self) -> None:
-        """Kills the processes and rejects what waits."""
+        """Kills the processes and rejects the waiting jobs."""
         for process in self._processes:
             process.kill()
         for task in self._tasks:
@@ -148,7 +150,7 @@ class Lane:
         return min(free, key=lambda process: len(process.jobs), default=None)
 
     def _next(self) -> Job | None:
-        """The next job. Those that need much memory alternate with the others, and wait until there is memory."""
+        """The next job. Jobs that need much memory alternate with the others, and wait until memory is free."""
         large, common = self._large.peek(), self._queue.peek()
         if large and self._memory_in_use + large.memory > self._options.limits.max_memory:
             large = None
@@ -160,7 +162,7 @@ class Lane:
 
     @property
     def _memory_in_use(self) -> int:
-        """What the jobs under way that need much memory take, in bytes."""
+        """Estimated memory of the running jobs that need much of it, in bytes."""
         jobs = (job for process in self._processes for job in process.jobs)
         return sum(job.memory for job in jobs if job.memory > self._options.common_memory)
 
@@ -170,7 +172,7 @@ class Lane:
         self._tasks.append(asyncio.get_running_loop().create_task(self._keep_process()))
 
     async def _keep_process(self) -> None:
-        """Runs a process, and another when it has ended, until it is cancelled."""
+        """Runs a process and replaces it whenever it ends, until cancelled."""
         while True:
             reason = await self._run_process()
             if reason is None:
@@ -182,7 +184,7 @@ class Lane:
             await asyncio.sleep(pause)
 
     async def _run_process(self) -> str | None:
-        """Runs one process until it ends; returns why it did not get ready, or None if it did."""
+        """Runs one process until it ends; returns the reason if it never became ready, otherwise None."""
         starting = self._starter.submit(start_process, self._options.limits, self._image_limits)
         try:
             started = await asyncio.wrap_future(starting)
@@ -224,7 +226,7 @@ class Lane:
         self._dispatch()
 
     def _replace(self, process: DecodeProcess, code: int | None) -> None:
-        """Deals with the jobs of a process that has ended. The first was being decoded, the others have not begun."""
+        """Handles the jobs of a process that has ended: the first was being decoded, the others had not begun."""
         self._last_ready = time.monotonic()
         exceeded = process.is_stuck or code == -signal.SIGPROF
         self._on_ended("limit" if exceeded else "crash")
@@ -241,7 +243,7 @@ class Lane:
         if job and exceeded:
             self._on_limit(job, process.is_stuck)
         elif job:
-            message = "the decode process ended while it decoded this image; the server's log says more"
+            message = "the decode process ended while it decoded this image; the server's log gives the reason"
             job.request.finish(job.index, ImageRejected(message, internal=True))
         self._dispatch()
 

@@ -1,4 +1,4 @@
-"""Imported by the fork server of the decode processes, and by nothing else: what they share.
+"""Loads what all decode processes share. Only their fork server imports this module.
 
 SIGTERM sent to all processes of a service (a terminal, systemd's control group) must not end the fork server while the
 server drains; it ends when the server does.

@@ -26,12 +26,12 @@ _context.set_forkserver_preload(["service.core.decode_preload"])
 
 
 def start_process(limits: ProcessLimits, image_limits: ImageLimits) -> tuple[ForkServerProcess, socket.socket]:
-    """Starts a process and returns it with the server's end of its socket. Blocks until it was forked.
+    """Starts a process and returns it with the server's end of its socket. Blocks until it is forked.
 
-    Must always be called in the same thread, as must all methods of the process: `multiprocessing` is not thread-safe.
+    Call this function and all methods of the process in one thread, because `multiprocessing` is not thread-safe.
 
     Raises:
-        OSError, EOFError: It cannot be started.
+        OSError, EOFError: The process cannot be started.
     """
     ours, theirs = socket.socketpair()
     with theirs:
@@ -45,7 +45,7 @@ def start_process(limits: ProcessLimits, image_limits: ImageLimits) -> tuple[For
 
 
 def discard_process(starting: "Future[tuple[ForkServerProcess, socket.socket]]") -> None:
-    """Ends a process that nobody waits for any more. At its end Python would wait for the process for ever."""
+    """Kills a process that is no longer needed. Otherwise Python would wait for it for ever at exit."""
     if starting.cancelled() or starting.exception() is not None:
         return
     process, connection = starting.result()
@@ -60,10 +60,10 @@ class DecodeProcess:
 
     Args:
         process: The process; used in the thread of `starter` only.
-        connection: Its socket.
-        starter: The thread that started it.
+        connection: The server's end of its socket.
+        starter: Executor whose single thread started it.
         on_ready: Called when files can be sent.
-        on_reply: Called with the oldest job, and kind and content of the reply to it.
+        on_reply: Called with the oldest job, and the kind and content of its reply.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class DecodeProcess:
         return None if self._ended.is_set() else self._process.pid
 
     async def run(self) -> int | None:
-        """Handles replies until the process ends; returns its exit code: negative, the signal; None, unknown."""
+        """Handles replies until the process ends. Returns its exit code: negative for a signal, None if unknown."""
         self._loop.add_reader(self._socket, self._read)
         self._loop.add_reader(self._process.sentinel, self._ended.set)
         try:
@@ -108,7 +108,7 @@ class DecodeProcess:
         return await self._loop.run_in_executor(self._starter, self._exit_code)
 
     def send(self, job: Job) -> None:
-        """Sends a file; `on_reply` gets the answer."""
+        """Sends the file of a job; `on_reply` receives the reply."""
         data = job.data
         if not self.jobs:
             self.busy_since = time.monotonic()
@@ -122,7 +122,7 @@ class DecodeProcess:
             sent = self._socket.sendmsg(parts)
         except BlockingIOError:
             sent = 0
-        except OSError:  # it has ended; `run` will say so
+        except OSError:  # the process has ended, which `run` notices
             return
         if sent < REQUEST.size + len(data):
             for part in parts:
@@ -132,14 +132,14 @@ class DecodeProcess:
             self._loop.add_writer(self._socket, self._write)
 
     def kill(self) -> None:
-        """Ends the process at once; `run` returns."""
+        """Kills the process; `run` then returns."""
         pid = self.pid
         if pid is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
     def _exit_code(self) -> int | None:
-        self._process.join(_EXIT_CODE_SECONDS)  # it has ended: the fork server tells the code within moments
+        self._process.join(_EXIT_CODE_SECONDS)  # it has ended, so the fork server reports the code soon
         return self._process.exitcode
 
     def _write(self) -> None:
@@ -157,14 +157,14 @@ class DecodeProcess:
         self._loop.remove_writer(self._socket)
 
     def _read(self) -> bool:
-        """Reads once; returns whether there may be more."""
+        """Reads once; returns whether more data may be waiting."""
         try:
             content = self._socket.recv(_RECEIVE_BYTES)
         except BlockingIOError:
             return False
         except OSError:
             content = b""
-        if not content:  # it has ended; `run` goes on when its sentinel says so
+        if not content:  # the process has ended; its sentinel ends the wait in `run`
             self._loop.remove_reader(self._socket)
             return False
         self._received += content
@@ -176,7 +176,7 @@ class DecodeProcess:
         while len(self._received) - place >= REPLY.size:
             number, size = REPLY.unpack_from(self._received, place)
             if size > MAX_REPLY_BYTES or number > max(Kind):
-                self.kill()  # it no longer follows the protocol
+                self.kill()  # the process no longer follows the protocol
                 return
             end = place + REPLY.size + size
             if len(self._received) < end:

@@ -1,10 +1,12 @@
 """A decode process: reads image files from a socket and answers with pixels, under limits that the kernel enforces.
 
-Of the server it may import only `decode_checks`, and never gRPC: the fork server of `multiprocessing` imports this
-module once, and each process starts as a copy of it. Nothing that comes from outside is unpickled.
+The only module of the server that it may import is `decode_checks`; it must never import gRPC. The fork server of
+`multiprocessing` imports this module once, and each process starts as a copy of it. Data from outside is never
+unpickled.
 
-The parent sends per file a `REQUEST` header (bytes of the file, bytes of memory that it may take) and the file. The
-process answers per file, in order, with a `REPLY` header (kind, bytes of what follows) and pixels or a message.
+For each file the parent sends a `REQUEST` header (size of the file and memory for decoding it, both in bytes) and the
+file. For each file, in order, the process sends a `REPLY` header (kind, size of the content) and the content: pixels or
+a message.
 """
 
 import contextlib
@@ -31,7 +33,7 @@ _PR_SET_PDEATHSIG = 1
 _PR_SET_NO_NEW_PRIVS = 38
 _M_MMAP_THRESHOLD = -3
 _MIB = 2**20
-# What the process itself may take beyond the estimate of a file: buffers, tables, and errors of the estimate.
+# Allowance beyond the estimate of a file, for buffers, tables and errors of the estimate.
 _MARGIN_BYTES = 32 * _MIB
 _OPEN_FILES = 64
 _OOM_SCORE = "500"
@@ -40,7 +42,7 @@ _OOM_SCORE = "500"
 class Kind(enum.IntEnum):
     """What a reply holds."""
 
-    READY = 0  # nothing: the process has started
+    READY = 0  # no content: the process has started
     PIXELS = 1  # 3,072 bytes
     REJECTED = 2  # message for the sender of the image
     FAULT = 3  # traceback for the log
@@ -49,13 +51,13 @@ class Kind(enum.IntEnum):
 
 @dataclass(frozen=True)
 class ProcessLimits:
-    """What a process may spend on one file.
+    """Limits of a process for one file.
 
     Attributes:
-        cpu_seconds: CPU time; the kernel ends the process with SIGPROF beyond it.
-        max_pixels: A larger image is answered with `LARGE`.
-        max_memory: An image that needs more bytes is rejected.
-        niceness: Added to that of the server.
+        cpu_seconds: Seconds of CPU time, after which the kernel ends the process with SIGPROF.
+        max_pixels: Largest number of pixels. The reply to a larger image is `LARGE`.
+        max_memory: Largest memory in bytes. An image that needs more is rejected.
+        niceness: Number that is added to the niceness of the server.
     """
 
     cpu_seconds: float
@@ -65,7 +67,7 @@ class ProcessLimits:
 
 
 def main(connection: socket.socket, limits: ProcessLimits, image_limits: ImageLimits) -> None:
-    """Answers until the socket closes; then ends the process at once."""
+    """Answers requests until the socket closes; then ends the process at once."""
     _confine(connection, limits)
     address_space = _address_space()
     hard_limit = address_space + limits.max_memory + image_limits.max_bytes + _MARGIN_BYTES
@@ -87,7 +89,7 @@ def main(connection: socket.socket, limits: ProcessLimits, image_limits: ImageLi
 
 
 def answer(data: bytes, memory: int, limits: ProcessLimits, image_limits: ImageLimits) -> tuple[Kind, bytes]:
-    """Decodes one file that may take `memory` bytes: kind and content of the reply."""
+    """Decodes one file within `memory` bytes; returns the kind and content of the reply."""
     try:
         check_structure(data)
         demand = demand_by_header(data, image_limits)
@@ -110,7 +112,7 @@ def _too_large(demand: Demand, memory: int, limits: ProcessLimits) -> bool:
 
 
 def _confine(connection: socket.socket, limits: ProcessLimits) -> None:
-    """Takes from this process what decoding does not need."""
+    """Removes the rights and resources of this process that decoding does not need."""
     libc = ctypes.CDLL(None)
     # The parent is the fork server, which ends with the server.
     libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
@@ -119,8 +121,8 @@ def _confine(connection: socket.socket, limits: ProcessLimits) -> None:
     libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     # Large blocks go back to the system when they are freed.
     libc.mallopt(_M_MMAP_THRESHOLD, _MIB)
-    # The server drains when it gets these signals, and closes the socket at the end; a terminal or a service manager
-    # sends them to all processes of a group.
+    # A terminal or a service manager sends these signals to all processes of a group. The server needs this process to
+    # finish its requests, and then closes the socket.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
@@ -130,7 +132,7 @@ def _confine(connection: socket.socket, limits: ProcessLimits) -> None:
     os.closerange(connection.fileno() + 1, 1024)
     for limit, value in ((resource.RLIMIT_CORE, 0), (resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_NOFILE, _OPEN_FILES)):
         resource.setrlimit(limit, (value, value))
-    # The system is to end this process before the server when memory runs out. Not permitted everywhere.
+    # When memory runs out, the kernel should end this process before the server. Some systems do not permit this.
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text(_OOM_SCORE)
 

@@ -1,8 +1,8 @@
 """Decodes the image files of many requests in processes of their own, which are replaced when a file ends them.
 
-There are two lanes. The fast lane decodes what takes a few milliseconds. What is larger, or takes longer than that lane
-allows, goes to the slow lane, whose processes have a lower priority. So files that are expensive to decode delay each
-other, and not the small images of other clients.
+There are two lanes. The fast lane decodes files that take a few milliseconds. Files that are larger, or that take
+longer than the fast lane allows, go to the slow lane, whose processes have a lower priority. Expensive files therefore
+delay each other, but not the small images of other clients.
 """
 
 import asyncio
@@ -24,7 +24,7 @@ FAST_PIXELS = 2**20
 """About a picture of 1024 x 1024, which takes 2 to 15 ms of CPU time, depending on the format."""
 FAST_MEMORY = 48 * 2**20
 MAX_MEMORY = 224 * 2**20
-"""Bytes of memory that one image may need; those that need more than `FAST_MEMORY` share this much."""
+"""Bytes of memory that one image may need. Images that need more than `FAST_MEMORY` share this amount."""
 FILES_AHEAD = 8
 _FAST_WALL_SECONDS = 2.0
 _SLOW_NICENESS = 10
@@ -41,8 +41,8 @@ class Decoder:
 
     Args:
         processes: Number of processes of each lane.
-        image_limits: What an image file may be.
-        max_decode_seconds: CPU time that one image may take.
+        image_limits: Limits on one image file.
+        max_decode_seconds: Seconds of CPU time that one image may take.
         on_ended: Called with "limit" or "crash" when a process ended and is replaced.
     """
 
@@ -90,8 +90,8 @@ class Decoder:
 
         Args:
             files: Contents of image files.
-            deadline: On time.monotonic(); after it no further file is decoded.
-            client: Clients take turns. None: this request counts as a client of its own.
+            deadline: Time on time.monotonic() after which no file is decoded; None for no deadline.
+            client: Key of the client; clients take turns. None: this request counts as a client of its own.
 
         Returns:
             Per file, in order: uint8 [32, 32, 3], or the reason why it cannot be decoded.
@@ -117,7 +117,7 @@ class Decoder:
         self._slow.add([job])
 
     def _on_fast_limit(self, job: Job, stuck: bool) -> None:
-        """Moves the job to the slow lane, and all that its client has in the queue if it took too much CPU time."""
+        """Moves a job to the slow lane, and if it took too much CPU time also the waiting jobs of its client."""
         jobs = [job]
         if not stuck:
             jobs += self._fast.remove_client(job.request.client)

@@ -28,7 +28,7 @@ class Engine:
     Args:
         graph: Content of an ONNX file with the contract of the export: input `images`, uint8 [batch, 32, 32, 3];
             outputs `logits` and `probabilities`, float32 [batch, classes].
-        device: "cuda" uses CUDA or fails; "auto" uses CUDA where onnxruntime has it and it works, and logs the choice.
+        device: "cuda" uses CUDA or fails; "auto" uses CUDA if it works, otherwise the CPU, and logs the choice.
         threads: Number of intra-op threads. A batch running alone uses all of them; while several batches run at once,
             each extra batch uses one thread so that batches do not contend.
 
@@ -49,14 +49,14 @@ class Engine:
 
         Args:
             images: The batch.
-            alone: No other batch is being computed now: use all threads.
+            alone: Whether no other batch is being computed, so that this one uses all threads.
         """
         session = self._session if alone else self._single
         logits, probabilities = session.run(OUTPUTS, {"images": images})
         return logits, probabilities
 
     def warm_up(self, max_batch_size: int) -> None:
-        """Computes batches of sizes from 1 to the largest, so that no request has to wait for first allocations."""
+        """Computes batches of several sizes up to the largest, so that no request waits for first allocations."""
         sizes = [2**power for power in range(max_batch_size.bit_length()) if 2**power < max_batch_size]
         for session in dict.fromkeys((self._session, self._single)):
             for size in (*sizes, max_batch_size):

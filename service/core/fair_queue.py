@@ -1,6 +1,6 @@
-"""A queue of image files that is fair to clients: they take turns, and so do the requests of each client.
+"""A queue of image files in which clients take turns, and the requests of each client take turns.
 
-Has neither threads nor locks.
+It has neither threads nor locks: use it in one event loop.
 """
 
 import asyncio
@@ -24,10 +24,10 @@ class Request:
 
     Attributes:
         files: Their contents.
-        client: Whom turns are shared out to.
-        deadline: On time.monotonic(); None if there is none.
-        future: Set to all results in order when the last is there. Once it is done, or cancelled, files that remain are
-            not decoded.
+        client: Key of the client; clients take turns.
+        deadline: Time on time.monotonic() after which no file is decoded; None for no deadline.
+        future: Receives all results, in order, together with the last one. Once it is done or cancelled, the remaining
+            files are not decoded.
     """
 
     files: Sequence[bytes]
@@ -38,21 +38,21 @@ class Request:
 
     @property
     def waits(self) -> bool:
-        """Somebody still waits for the results. Ends the request if its deadline has passed."""
+        """Whether the caller still waits for the results. Fails the request if its deadline has passed."""
         if self.deadline is not None and not self.future.done() and time.monotonic() > self.deadline:
             self.future.set_exception(DeadlineExpired("the deadline passed before all images were decoded"))
         return not self.future.done()
 
     def finish(self, index: int, result: Decoded) -> None:
-        """Notes the result of one file."""
+        """Records the result of one file."""
         self.results[index] = result
         if len(self.results) == len(self.files) and not self.future.done():
-            self.future.set_result([self.results[place] for place in range(len(self.files))])
+            self.future.set_result([self.results[number] for number in range(len(self.files))])
 
 
 @dataclass(eq=False)
 class Job:
-    """One file of a request. `memory` is the estimate of what decoding it needs, in bytes."""
+    """One file of a request. `memory` is the estimated memory for decoding it, in bytes."""
 
     request: Request
     index: int
@@ -65,13 +65,13 @@ class Job:
 
 
 class FairQueue:
-    """Jobs of clients, of requests; those that nobody waits for any longer are dropped."""
+    """Jobs by client and request. Jobs whose request no longer waits are dropped."""
 
     def __init__(self) -> None:
         self._clients: OrderedDict[Hashable, OrderedDict[Request, deque[Job]]] = OrderedDict()
 
     def push(self, job: Job, *, first: bool = False) -> None:
-        """Adds a job behind those of its request, or before them."""
+        """Adds a job after the other jobs of its request; before them if `first`."""
         requests = self._clients.setdefault(job.request.client, OrderedDict())
         jobs = requests.setdefault(job.request, deque())
         if first:
@@ -80,7 +80,7 @@ class FairQueue:
             jobs.append(job)
 
     def peek(self) -> Job | None:
-        """The job whose turn it is."""
+        """The next job; None if there is none."""
         while self._clients:
             client, requests = next(iter(self._clients.items()))
             request, jobs = next(iter(requests.items()))
@@ -92,7 +92,7 @@ class FairQueue:
         return None
 
     def pop(self) -> Job:
-        """Removes the job that `peek` returned; it is then the turn of another client."""
+        """Removes and returns the job that `peek` returned. The next turn belongs to another client."""
         client, requests = next(iter(self._clients.items()))
         request, jobs = next(iter(requests.items()))
         job = jobs.popleft()

@@ -1,6 +1,6 @@
-"""The one way of images through the server, shared by all transports: admit, decode, compute.
+"""The path of every request through the server, shared by all transports: admit, decode, compute.
 
-Transports call `Inference` and nothing behind it. Knows no protocol's messages.
+Transports call only `Inference`. This module does not know the messages of any protocol.
 """
 
 from collections.abc import Sequence
@@ -19,13 +19,13 @@ from service.errors import InvalidRequest
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request may hold, and all requests in the server at once.
+    """Limits on one request, and on all requests that the server holds.
 
     Attributes:
-        image: Limits of one encoded image.
-        max_images: Images in one request.
-        max_message_bytes: Bytes of one request.
-        max_queued_images: Images of all requests that the server holds.
+        image: Limits on one encoded image.
+        max_images: Largest number of images in one request.
+        max_message_bytes: Largest size of one request in bytes.
+        max_queued_images: Largest number of images in all requests that the server holds.
     """
 
     image: ImageLimits
@@ -64,15 +64,19 @@ class Inference:
 
     @property
     def statistics(self) -> Statistics:
-        """Where the time of the requests to the current model went, in this process."""
+        """How requests to the current model spent their time, in this process."""
         return self._metrics.statistics
 
     def admit(self, images: int, size: int) -> Admission:
-        """Reserves space for a request of so many images and `size` bytes, for the length of a `with` block.
+        """Reserves space for a request until the end of a `with` block.
+
+        Args:
+            images: Number of images in the request.
+            size: Size of the request in bytes.
 
         Raises:
-            InvalidRequest: The request holds no images, or more than a request may.
-            Overloaded: The server already holds as much as it may.
+            InvalidRequest: The request holds no images, or more than `max_images`.
+            Overloaded: The server is full.
         """
         if not images:
             raise InvalidRequest("the request holds no images")
@@ -88,8 +92,8 @@ class Inference:
 
         Args:
             files: Contents of image files.
-            client: Clients take turns, so that one with many large files does not delay the others.
-            deadline: On time.monotonic().
+            client: Key of the client. Clients take turns, so that one with many large files does not delay the others.
+            deadline: Time on time.monotonic() after which no file is decoded; None for no deadline.
         """
         return await self._decoder.decode(files, deadline, client)
 

@@ -1,6 +1,6 @@
 """Gives memory that was freed back to the operating system.
 
-glibc keeps what a burst of large requests has freed. A server that runs for months would stay at its peak.
+glibc keeps memory that was freed after a burst of large requests. A server that runs for months would stay at its peak.
 """
 
 import asyncio
@@ -14,7 +14,7 @@ _IDLE_GROWTH = 8 * 2**20
 _BUSY_GROWTH = 192 * 2**20
 
 
-# Of glibc's malloc.h.
+# Options of mallopt, from glibc's malloc.h.
 _M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8
 # Blocks of this size go back to the operating system as soon as they are freed.
 _RETURNED_BYTES = 2**18
@@ -41,7 +41,8 @@ async def trim_regularly(is_busy: Callable[[], bool]) -> None:
     Does nothing where the C library has no malloc_trim, such as musl or macOS.
 
     Args:
-        is_busy: While requests are being answered, only large growth is worth the page faults that follow.
+        is_busy: Returns whether requests are being answered. Then only large growth is worth the page faults that
+            follow a trim.
     """
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "malloc_trim") or not Path("/proc/self/statm").exists():

@@ -57,7 +57,7 @@ class Statistics:
 
 
 class Metrics:
-    """All metrics of one process. `registry` is what the metrics page shows."""
+    """All metrics of one process. The metrics page shows `registry`."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -199,7 +199,7 @@ class Processes(Collector):
     """CPU time, memory, open files and start time of processes: Prometheus' names with the additional label `process`.
 
     Args:
-        pids: Returns the process id by name; called at every scrape.
+        pids: Returns the process ids by name of the process; called at every scrape.
     """
 
     def __init__(self, pids: Callable[[], Mapping[str, int]]) -> None:

@@ -25,11 +25,11 @@ MODEL_NAME = "cifar10"
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """A verified model that can compute, with what its manifest says about it.
+    """A verified model, with the information of its manifest.
 
     Attributes:
         version: Recipe, seed and the beginning of a digest of the weights.
-        variant: The form that is served, such as fp32 or int8.
+        variant: Name of the variant, such as fp32 or int8.
         classes: Class names in the order of the outputs.
         test_accuracy: Share of the test images classified correctly, 0 to 1.
         trained_on: Fingerprint of the training data, in hexadecimal; empty if unknown.
@@ -57,9 +57,9 @@ def load(folder: Path, variant: str, *, device: Device, threads: int, max_batch_
     Args:
         folder: Folder with manifest.json and the files that it names.
         variant: Name of the variant in the manifest.
-        device: As for `Engine`.
-        threads: Number of intra-op threads, as for `Engine`.
-        max_batch_size: Largest batch to warm up with.
+        device: Device to compute on; see `Engine`.
+        threads: Number of intra-op threads; see `Engine`.
+        max_batch_size: Size of the largest batch to warm up with.
 
     Raises:
         NotReady: A file is missing or unreadable, or the ONNX file is not the one that the manifest describes: the
@@ -149,13 +149,13 @@ class ModelStore:
     Args:
         folder: Folder of the export.
         variant: Name of the variant in the manifest.
-        device: As for `Engine`. A reload stays on the device that was chosen at the start, even if it is "auto".
-        threads: Number of intra-op threads, as for `Engine`.
-        max_batch_size: Largest batch to warm up with.
+        device: Device to compute on; see `Engine`. Reloads stay on the device that "auto" chose at the start.
+        threads: Number of intra-op threads; see `Engine`.
+        max_batch_size: Size of the largest batch to warm up with.
         on_reload: Called after each reload with the new model, or with None if the new export was refused.
 
     Raises:
-        StartError: As `load`.
+        StartError: The export cannot be used; see `load`.
     """
 
     def __init__(
@@ -199,7 +199,7 @@ class ModelStore:
         # no memory for two models.
         model = await asyncio.to_thread(self._load, self.current.engine.device)
         old, self.current = self.current, model
-        logger.info("model %s (%s) takes the place of %s", model.version, model.variant, old.version)
+        logger.info("model %s (%s) replaces %s", model.version, model.variant, old.version)
         self._on_reload(model)
 
     def _keep_old(self, error: Exception) -> None:

@@ -25,7 +25,7 @@ class Compute(Protocol):
 
         Args:
             images: uint8 [n, 32, 32, 3].
-            alone: No other batch is being computed now, so this one may use all cores.
+            alone: Whether no other batch is being computed, so that this one may use all cores.
         """
 
 
@@ -36,12 +36,12 @@ class Request:
     Attributes:
         images: uint8 [n, 32, 32, 3].
         compute: Called with batches that hold images of this request.
-        deadline: On the clock of the caller of `Queue.take`; None for no deadline.
-        queued_at: On the same clock.
+        deadline: Time, on the clock used for `Queue.take`, after which no image is computed; None for no deadline.
+        queued_at: Time of arrival, on the same clock.
         taken: Number of images already handed to the engine.
         finished: Number of images already computed.
         outputs: One row per image; complete when `finished` equals the number of images.
-        dropped: Nobody waits for the answer any more.
+        dropped: Whether the caller no longer waits for the answer.
     """
 
     images: Images
@@ -69,12 +69,12 @@ class Piece:
 
     @property
     def images(self) -> Images:
-        """The images themselves; a view."""
+        """The images of this piece; a view."""
         return self.request.images[self.start : self.stop]
 
 
 class Queue:
-    """Requests in turn.
+    """The waiting requests, which take turns.
 
     Each batch takes as many images as fit from the request at the front. A request with images left then goes to the
     back: small requests behind a large one pass between its pieces, and several large ones share the engine.
@@ -102,7 +102,7 @@ class Queue:
         self.images += request.waiting
 
     def drop(self, request: Request) -> int:
-        """Removes a request, wherever it stands; returns the number of its images that the engine never saw."""
+        """Removes a request; returns the number of its images that were not handed to the engine."""
         request.dropped = True
         if request not in self._requests:
             return 0
@@ -151,7 +151,7 @@ def count_images(pieces: Sequence[Piece]) -> int:
 
 
 def compute_pieces(pieces: Sequence[Piece], *, alone: bool) -> Outputs:
-    """Computes a batch."""
+    """The outputs of a batch that consists of these pieces."""
     parts = [piece.images for piece in pieces]
     return pieces[0].request.compute(parts[0] if len(parts) == 1 else np.concatenate(parts), alone=alone)
 

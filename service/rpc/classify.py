@@ -18,7 +18,7 @@ SERVICE = messages.DESCRIPTOR.services_by_name["ImageClassifier"].full_name
 CLASSIFY_STREAM = f"{SERVICE}/ClassifyStream"
 MAX_ID_BYTES = 1024
 
-# Which field of an image is set, and its value.
+# The name of the field of an image that is set, and its value.
 _Content = tuple[str | None, bytes]
 
 
@@ -111,7 +111,7 @@ def stream_failure(request: messages.ClassifyRequest | None, failure: Failure) -
 def _packed(data: bytes) -> NDArray[np.uint8]:
     try:
         return packed_images(data)
-    except ImageRejected as rejection:  # where an image begins is not known, so none can be answered
+    except ImageRejected as rejection:  # it is unknown where each image begins, so none can be classified
         raise InvalidRequest(str(rejection)) from rejection
 
 
@@ -131,7 +131,7 @@ def _raw(kind: str | None, data: bytes) -> Decoded:
 
 
 def _ranked(probabilities: NDArray[np.float32], classes: Sequence[str], top_k: int) -> list[messages.ImageResult]:
-    """A result per row: the classes by falling probability; of equal ones the lower index first."""
+    """One result per row: classes by decreasing probability; if two are equal, the lower index comes first."""
     results = []
     for row in probabilities.tolist():
         result = messages.ImageResult()

@@ -1,4 +1,4 @@
-"""What is known of each connection: when it called last, and the answers that it has not read.
+"""Records for each connection when it last called, and the answers that it has not read.
 
 gRPC keeps an answer in memory until the client's flow control lets it be sent, which a client can delay for as long as
 its connection lives. Calls of a connection that does not read its answers are refused.
@@ -12,12 +12,12 @@ from dataclasses import dataclass
 
 from service.errors import Overloaded
 
-# Without an answer having been sent on a connection in the meantime: in general, and once gRPC holds many bytes.
+# Longest time for which a connection may read none of its answers: in general, and while gRPC holds many bytes.
 MAX_UNREAD_SECONDS = 10.0
 MAX_UNREAD_SECONDS_WHEN_FULL = 1.0
 MAX_UNREAD_BYTES = 64 * 2**20
 RETRY_SECONDS = 1.0
-# Connections whose last call is remembered.
+# Number of connections whose last call is remembered.
 MAX_REMEMBERED = 4096
 
 
@@ -55,7 +55,7 @@ class Connections:
             )
 
     def sending(self, connection: str, size: int) -> None:
-        """An answer of `size` bytes was given to gRPC."""
+        """Records that an answer of `size` bytes was given to gRPC."""
         unread = self._unread.get(connection)
         if unread is None:
             unread = self._unread[connection] = _Unread(progress=time.monotonic())
@@ -63,7 +63,7 @@ class Connections:
         self._bytes += size
 
     def sent(self, connection: str, size: int) -> None:
-        """It was sent, or its call ended without."""
+        """Records that an answer of `size` bytes was sent, or that its call ended without it."""
         self._bytes -= size
         unread = self._unread[connection]
         unread.answers -= 1

@@ -1,4 +1,4 @@
-"""The standard health service. Its Watch streams end with the server instead of holding it up."""
+"""The standard health service. Its Watch streams end when the server stops, and do not delay it."""
 
 import asyncio
 
@@ -28,12 +28,12 @@ class Health(health_pb2_grpc.HealthServicer):
         self._ended = False
 
     def set_serving(self, serving: bool) -> None:
-        """Changes the status and informs those who watch."""
+        """Changes the status and notifies the watching clients."""
         self._serving = serving
         self._wake()
 
     def end_watches(self) -> None:
-        """Ends all Watch streams, after they have sent the present status."""
+        """Ends all Watch streams after they have sent the current status."""
         self._ended = True
         self._wake()
 

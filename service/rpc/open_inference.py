@@ -1,7 +1,7 @@
 """Servicer of the Open Inference Protocol: translates its tensors to and from `Inference`.
 
 The model's name is fixed and its version is the export's; the tensors are those of the ONNX graph. The Triton Inference
-Server adds to the protocol. The parts that its clients and load generators use are implemented: configuration,
+Server extends the protocol. The extensions that its clients and load generators use are implemented: configuration,
 statistics, the "classification" of an output and the "timeout" of a request.
 """
 
@@ -29,9 +29,9 @@ EXTENSIONS = ("classification", "model_configuration", "statistics")
 PLATFORM = "onnxruntime_onnx"
 INPUT = "images"
 OUTPUTS = ("logits", "probabilities")
-# The parser holds Python's global lock: so many bytes of numbers take about 10 ms.
+# The parser holds Python's global lock, for about 10 ms while it parses this many bytes of numbers.
 MAX_NUMBER_BYTES = 2**20
-# Of a message, besides its pixels.
+# Largest size of the parts of a message that are not pixels.
 MAX_OTHER_BYTES = 2**16
 _VALUES_AT_ONCE = 16 * IMAGE_BYTES
 
@@ -52,8 +52,8 @@ class OpenInference:
 
     Args:
         inference: Answers the requests.
-        draining: Whether the server stops.
-        server_version: Of this package.
+        draining: Returns whether the server is stopping.
+        server_version: Version of this package.
     """
 
     def __init__(self, inference: Inference, draining: Callable[[], bool], server_version: str) -> None:
@@ -105,7 +105,7 @@ class OpenInference:
     async def ServerReady(  # noqa: N802
         self, request: messages.ServerReadyRequest, call: Call
     ) -> messages.ServerReadyResponse:
-        """Whether the server accepts requests; it does not while it stops."""
+        """Whether the server accepts requests; a server that is stopping does not."""
         del request, call
         return messages.ServerReadyResponse(ready=not self._draining())
 
@@ -171,7 +171,7 @@ class OpenInference:
     async def ModelStatistics(  # noqa: N802
         self, request: messages.ModelStatisticsRequest, call: Call
     ) -> messages.ModelStatisticsResponse:
-        """Where the time of requests went, since the model was loaded, in this process."""
+        """How requests spent their time since the model was loaded, in this process."""
         del call
         model = self._model(request.name or self._inference.model.name, request.version)
         statistics = self._inference.statistics
@@ -270,14 +270,14 @@ async def _pixels(request: messages.ModelInferRequest, shape: tuple[int, int, in
             f"input '{INPUT}' holds {len(values)} elements in uint_contents; shape {list(shape)} needs {size}, "
             "there or as bytes in raw_input_contents"
         )
-    # Millions of Python numbers: in parts and in a thread, so that other requests go on.
+    # Millions of Python numbers are converted in parts and in a thread, so that other requests proceed.
     parts = [
         await asyncio.to_thread(np.array, values[start : start + _VALUES_AT_ONCE], np.uint32)
         for start in range(0, size, _VALUES_AT_ONCE)
     ]
     array = np.concatenate(parts) if parts else np.empty(0, np.uint32)
     if array.max(initial=0) > 255:
-        raise InvalidRequest(f"uint_contents of input '{INPUT}' holds {array.max()}; UINT8 ends at 255")
+        raise InvalidRequest(f"uint_contents of input '{INPUT}' holds {array.max()}; the largest UINT8 is 255")
     return array.astype(np.uint8).reshape(shape)
 
 

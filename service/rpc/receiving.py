@@ -3,8 +3,8 @@
 gRPC allocates space for a message as soon as somebody reads it, long before it has arrived. Clients that stall in the
 middle of their messages could therefore make the server hold a full message for every stream. Until a message is read,
 a stream can hold no more than gRPC's initial window. So a message is read only while its call has one of a fixed number
-of slots. While calls wait for a slot, connections whose last message arrived in time are served before new ones, and
-these before connections that stalled; among equals, the one with the fewest slots.
+of slots. If calls wait for a slot, connections whose last message arrived in time are served first, then new
+connections, then connections that stalled; among equals, the connection with the fewest slots is served first.
 """
 
 import asyncio
@@ -24,9 +24,9 @@ Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 CONTENDED_SECONDS = 1.0
 CONTENDED_STREAM_SECONDS = 5.0
 RETRY_SECONDS = 0.5
-# How often overdue messages are looked for.
+# Seconds between two checks for overdue messages.
 CHECK_SECONDS = 0.1
-# Connections whose behaviour is remembered.
+# Number of connections whose behaviour is remembered.
 MAX_REMEMBERED = 4096
 _IN_TIME, _UNKNOWN, _STALLED = 0, 1, 2
 
@@ -38,7 +38,7 @@ class _Slot:
 
     def __init__(self, connection: str, contended_seconds: float) -> None:
         self.connection, self.contended_seconds = connection, contended_seconds
-        # Of the read under way: its task, when it began, how many seconds it may take, whether it took longer.
+        # About the current read: its task, when it began, its limit in seconds, and whether it has exceeded the limit.
         self.task: asyncio.Task[Any] | None = None
         self.since = 0.0
         self.limit: float | None = None
@@ -49,7 +49,7 @@ class Receiver:
     """Hands out the slots.
 
     Args:
-        slots: Number of messages that may be received at once. Open streams hold a slot each, at most half of them.
+        slots: Number of messages that may be received at once. Each open stream holds one; all streams hold at most half.
         per_connection: Largest number of slots of one connection.
         max_waiting: Largest number of calls that wait for a slot.
         seconds: Time limit for one message of a unary call to arrive.
@@ -98,11 +98,11 @@ class Receiver:
         """A slot for a stream, for the length of an `async with` block; pass it to `read_stream`.
 
         Raises:
-            Overloaded: As many streams are open as may be, on this connection or in all.
+            Overloaded: The largest number of streams is open already, on this connection or in total.
         """
         if not self._free_streams or not self._take(connection):
             self._refused_stream = True
-            raise Overloaded("the server has as many open streams as it may: use Classify, or retry", RETRY_SECONDS)
+            raise Overloaded("the largest number of streams is open already: use Classify, or retry", RETRY_SECONDS)
         self._free_streams -= 1
         try:
             yield _Slot(connection, CONTENDED_STREAM_SECONDS)
@@ -141,7 +141,7 @@ class Receiver:
         return message
 
     def _check_later(self) -> None:
-        # One timer for all reads: a timer for each would cost every call.
+        # One timer serves all reads, because a timer for each read would slow down every call.
         self._check = asyncio.get_running_loop().call_later(CHECK_SECONDS, self._end_overdue)
 
     def _end_overdue(self) -> None:

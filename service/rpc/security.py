@@ -1,6 +1,6 @@
 """Who may send requests: TLS certificates and bearer tokens, read from files and reloaded when the files change.
 
-No secret is logged, shown by repr, or part of an error message: of tokens only SHA-256 digests are kept.
+No secret is logged, shown by repr, or part of an error message: only SHA-256 digests of tokens are kept.
 """
 
 import asyncio
@@ -25,7 +25,7 @@ _UNAUTHENTICATED = "a valid token is needed: send the metadata 'authorization: B
 _REVOKED = "the token of this call was revoked: call again with a valid one"
 # A client that reads nothing cannot be sent a status. After this time its call is ended without one.
 _STATUS_SECONDS = 1.0
-# OpenSSL's reasons for a key that is not the certificate's: of the same type, and of another type.
+# OpenSSL's reasons if the key does not belong to the certificate: of the same type, and of another type.
 _MISMATCHES = ("KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH", "NO_CERTIFICATE_ASSIGNED")
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
@@ -49,7 +49,7 @@ class Certificates:
     Args:
         certificate: PEM file of the certificate chain of the server.
         key: PEM file of its private key, without a passphrase.
-        client_ca: PEM file of the authority; given: clients must present a certificate that it signed (mutual TLS).
+        client_ca: PEM file of the authority. If given, clients must present a certificate that it signed (mutual TLS).
 
     Raises:
         StartError: A file cannot be read or used, or certificate and key do not belong together.
@@ -87,7 +87,7 @@ class Certificates:
     def _load(self) -> grpc.ServerCertificateConfiguration:
         content = self._read_all()
         self._check()
-        # ssl read the files by itself: that the check is of the same content, it must not have changed.
+        # ssl reads the files itself. It has checked this content only if the files have not changed meanwhile.
         if self._read_all() != content:
             raise NotReady(f"{self._certificate} and {self._key} changed while they were read")
         certificate, key, client_ca = content

@@ -47,10 +47,10 @@ METHODS = frozenset(
     )
     for method in service.methods
 )
-# Of the slots for receiving messages, what one connection may use.
+# Largest number of slots for receiving messages that one connection may hold.
 _SLOTS_PER_CONNECTION = 8
 _MAX_WAITING_TO_BE_RECEIVED = 1024
-# For gRPC to close its connections once every answer has been sent.
+# Time that gRPC has to close its connections once every answer has been sent.
 _CLOSE_SECONDS = 1.0
 _GAUGE_SECONDS = 0.2
 _WATCHDOG_SECONDS = 0.5
@@ -64,7 +64,7 @@ def run(
 
     Args:
         settings: All options.
-        shares_port: Other processes listen on the same port.
+        shares_port: Whether other processes listen on the same port.
         on_ready: Called in the event loop when requests are answered, with a function that says whether the engine is
             healthy.
 
@@ -82,7 +82,7 @@ async def _run(settings: Settings, shares_port: bool, on_ready: Callable[[Callab
     logging.getLogger("grpc._cython.cygrpc").addFilter(_VanishedClients())
     metrics = Metrics()
     async with contextlib.AsyncExitStack() as stack:
-        # Its processes start while the model is loaded.
+        # Created first, so that its processes start while the model is loaded.
         decoder = Decoder(
             settings.decoder_processes,
             ImageLimits(settings.max_image_bytes, settings.max_image_pixels),
@@ -140,7 +140,7 @@ async def _run(settings: Settings, shares_port: bool, on_ready: Callable[[Callab
         for task in tasks:
             task.cancel()
     logger.info("stopped", extra={"answered": calls.answered, "unanswered": left})
-    # `os._exit` skips what Python does at its end: threads may still compute or load a model, and would delay it.
+    # `os._exit` skips Python's normal shutdown, which waits for threads that may still compute or load a model.
     shutil.rmtree(get_temp_dir(), ignore_errors=True)
     logs.close()
     os._exit(lifecycle.exit_code)
@@ -160,14 +160,14 @@ async def _close(server: grpc.aio.Server, calls: Calls, *, at_once: bool) -> Non
 def freeze_gc() -> None:
     """Exempts all objects that exist now from garbage collection, which would otherwise scan them again and again.
 
-    While it scans no thread runs Python code, which shows in the slowest requests (docs/performance.md).
+    No thread runs Python code during a scan, which delays the slowest requests (docs/performance.md).
     """
     gc.collect()
     gc.freeze()
 
 
 class _VanishedClients(logging.Filter):
-    """Leaves out what gRPC logs, with a traceback, for every client that vanishes while its answer is being sent."""
+    """Drops the record that gRPC logs, with a traceback, for each client that vanishes while it is being answered."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         """False for such a record."""
@@ -295,10 +295,10 @@ def _server(settings: Settings, metrics: Metrics, tokens: Tokens | None, shares_
             ("grpc.max_connection_age_ms", int(settings.max_connection_age * 1000)),
             ("grpc.max_connection_age_grace_ms", int(settings.grace * 1000)),
             ("grpc.server_handshake_timeout_ms", 10_000),
-            # What a stream may hold before its message is read; see service.rpc.receiving.
+            # These limit what a stream may hold before its message is read; see service.rpc.receiving.
             ("grpc.http2.bdp_probe", 0),
             ("grpc.http2.lookahead_bytes", 65_536),
-            # Connections whose other end has vanished are found and closed; clients may ping as often.
+            # These find and close connections whose other end has vanished. Clients may ping, too, every ten seconds.
             ("grpc.keepalive_time_ms", 60_000),
             ("grpc.keepalive_timeout_ms", 20_000),
             ("grpc.http2.min_ping_interval_without_data_ms", 10_000),

@@ -16,10 +16,10 @@ from service.errors import Overloaded, RequestError
 from service.rpc.calls import Behaviour, Call, Calls, Failure, Parse, Request, Response, Serialize, abort, deadline_of
 from service.rpc.receiving import Context
 
-# Requests of one stream whose answers have not been sent. Further requests stay in the connection, and gRPC's flow
-# control slows the client down.
+# Largest number of requests of one stream whose answers have not been sent. Further requests stay in the connection,
+# and gRPC's flow control slows the client down.
 STREAM_WINDOW = 32
-# Health watches and reflection, which cost little but last long.
+# Largest number of open health watches and reflection calls, which cost little but last long.
 MAX_LONG_CALLS = 256
 MAX_LONG_CALLS_PER_CONNECTION = 8
 _RETRY_SECONDS = 1.0
@@ -30,13 +30,13 @@ Handler = Callable[[Parse, Serialize], "grpc.RpcMethodHandler[Any, Any]"]
 def request_stream(
     calls: Calls, method: str, behaviour: Behaviour, on_failure: Callable[[Request, Failure], Response]
 ) -> Handler:
-    """A stream of requests, each of which is answered as soon as it can be, not necessarily in order.
+    """A stream of requests. Each is answered as soon as possible, which may be out of order.
 
     Args:
         calls: Counts the requests and reads them.
-        method: Service and method.
+        method: Full name of the method, SERVICE/METHOD.
         behaviour: Answers one request.
-        on_failure: The response in place of an answer.
+        on_failure: Returns the response to a request that failed.
     """
 
     def make(parse: Parse, serialize: Serialize) -> "grpc.RpcMethodHandler[Any, Any]":
@@ -151,10 +151,10 @@ class LongCalls:
         """Counts a call for the length of a `with` block.
 
         Raises:
-            Overloaded: There are as many as may be.
+            Overloaded: The largest number of long calls is open already.
         """
         if self._open.total() >= MAX_LONG_CALLS or self._open[connection] >= MAX_LONG_CALLS_PER_CONNECTION:
-            raise Overloaded("the server has as many health watches and reflection calls as it may", _RETRY_SECONDS)
+            raise Overloaded("the largest number of health watches and reflection calls is open: retry", _RETRY_SECONDS)
         self._open[connection] += 1
         try:
             yield

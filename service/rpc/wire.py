@@ -19,8 +19,8 @@ _MAX_DEPTH = 16
 
 _COUNTED: Final = -1
 _Kinds = dict[int, Any]
-"""By field number: the kinds of a submessage; for packed values their limit in bytes, or _COUNTED to count each value.
-Fields without parts are left out."""
+"""What has to be counted, by field number: for a submessage its own kinds; for packed values their limit in bytes, or
+_COUNTED to count each value. Other fields are left out."""
 
 
 class FieldCounter:
@@ -29,7 +29,7 @@ class FieldCounter:
     Args:
         message_type: A generated class.
         max_fields: Largest number of fields and values that a message may have.
-        max_bytes: By full name of a packed field, the number of bytes that its values may have instead.
+        max_bytes: Limits in bytes, by full name, of packed fields whose values are not counted.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class FieldCounter:
             raise _malformed("it is cut off") from None
 
     def _walk(self, data: bytes, place: int, end: int, kinds: _Kinds, count: int, depth: int) -> int:
-        """Counts the fields between two places, after `count` before them; returns the new count."""
+        """Counts the fields from offset `place` to `end` and adds them to `count`; returns the new count."""
         if depth > _MAX_DEPTH:
             raise _malformed(f"it is nested more than {_MAX_DEPTH} levels deep")
         while place < end:
@@ -66,7 +66,7 @@ class FieldCounter:
             if wire_type == _LENGTH:
                 length, place = _varint(data, place)
                 if place + length > end:
-                    raise _malformed("a field ends behind its message")
+                    raise _malformed("a field extends beyond its message")
                 kind = kinds.get(tag >> 3)
                 if isinstance(kind, int):
                     if kind == _COUNTED:

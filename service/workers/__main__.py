@@ -23,7 +23,7 @@ def main() -> int:
     """Serves on the shared port; returns the exit code."""
     settings = Settings.model_validate_json(sys.argv[1])
     number, pipe, log, supervisor = map(int, sys.argv[2:6])
-    # A supervisor that is killed cannot pass a signal on; this makes the kernel send one when it ends.
+    # A supervisor that is killed cannot forward a signal, so the kernel sends one when the supervisor ends.
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != supervisor:
         return 1
@@ -38,7 +38,7 @@ def main() -> int:
 
     def on_ready(healthy: Callable[[], bool]) -> None:
         sender.send(Kind.READY)
-        beating.add(asyncio.get_running_loop().create_task(sender.beat(healthy)))  # a task needs a reference to live
+        beating.add(asyncio.get_running_loop().create_task(sender.beat(healthy)))  # the event loop keeps only weak references
 
     try:
         return run(settings, shares_port=True, on_ready=on_ready)

@@ -1,4 +1,4 @@
-"""Tells a worker that hangs from one that merely gets little of a busy machine.
+"""Distinguishes a worker that hangs from one that gets little CPU time on a busy machine.
 
 A worker sends a heartbeat twice a second from its event loop. Silence alone proves nothing: where other programs use
 all CPUs, the worker may wait for its turn. Therefore silence counts as a hang soon only if the kernel shows that the
@@ -30,11 +30,11 @@ _TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
 
 @dataclass(frozen=True)
 class Activity:
-    """What the kernel shows of a process.
+    """What the kernel reports about a process.
 
     Attributes:
-        stopped: It is stopped by a signal or a debugger.
-        waiting: At least one thread is ready to run, or waits for a disk.
+        stopped: Whether it is stopped by a signal or a debugger.
+        waiting: Whether at least one thread is ready to run, or waits for a disk.
         cpu_seconds: CPU time that its threads have used in total.
     """
 
@@ -60,14 +60,14 @@ def _read_stat(path: Path) -> tuple[str, float]:
 
 
 class HangDetector:
-    """Judges one worker.
+    """Decides whether one worker hangs.
 
-    The time of silence is counted in checks: a check that comes late, because the supervisor itself was suspended or
-    got no CPU, adds no more than a check in time does twice. The whole machine may have been asleep.
+    The time of silence is the sum of the times between checks. A late check adds at most two check intervals, because
+    the supervisor itself may have been suspended or got no CPU, or the whole machine may have been asleep.
 
     Args:
         read: Reads the worker's activity.
-        clock: Seconds that never go backwards.
+        clock: Returns seconds and never goes backwards.
     """
 
     def __init__(self, read: Callable[[], Activity | None], clock: Callable[[], float] = time.monotonic) -> None:
@@ -94,7 +94,7 @@ class HangDetector:
         self._start_silence()
 
     def check(self) -> str | None:
-        """The reason why the worker hangs, or None if it does not. To be called every CHECK_SECONDS."""
+        """The reason why the worker hangs, or None if it does not. Call it every CHECK_SECONDS."""
         now = self._clock()
         passed = min(now - self._last_check, 2 * CHECK_SECONDS)
         self._last_check = now

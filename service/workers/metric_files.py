@@ -16,17 +16,17 @@ from prometheus_client.mmap_dict import MmapedDict
 logger = logging.getLogger(__name__)
 
 _SUMMED = ("counter", "histogram")
-# In the place of a process id, in names of files with the sums.
+# Used in place of a process id in the names of the files that hold the sums.
 _ENDED = "ended"
 
 
 class MetricFiles:
     """Files of all workers of one supervisor.
 
-    A scrape must not run at the same time as `remove`: both belong into the same thread.
+    A scrape must not run at the same time as `remove`, so do both in the same thread.
 
     Args:
-        folder: Where the workers write their files.
+        folder: Folder to which the workers write their files.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -36,8 +36,8 @@ class MetricFiles:
     def remove(self, pid: int) -> None:
         """Adds the values of an ended worker to the sums and removes its files.
 
-        What fails, for example because no file descriptor is free, is tried again when the next worker has ended. Until
-        then a scrape still reads the files of this one.
+        If that fails, for example because no file descriptor is free, it is tried again when another worker ends. Until
+        then, scrapes read the files of this worker.
         """
         self._ended.add(pid)
         for each in sorted(self._ended):

@@ -1,7 +1,7 @@
 """Messages from a worker to its supervisor, through a pipe: each is one line.
 
-First comes either READY or REFUSED with the reason. After READY follow heartbeats, sent from the worker's event loop:
-HEALTHY, or STUCK if the engine does not return from a batch.
+The first message is READY, or REFUSED with the reason. After READY the worker's event loop sends heartbeats: HEALTHY, or
+STUCK if the engine does not return from a batch.
 """
 
 import asyncio
@@ -55,7 +55,7 @@ class Sender:
         """Sends heartbeats for ever.
 
         Args:
-            healthy: Whether the engine is able to answer.
+            healthy: Returns whether the engine works.
         """
         while True:
             self.send(Kind.HEALTHY if healthy() else Kind.STUCK)

@@ -18,7 +18,7 @@ from service.workers.pipe import Kind, Receiver
 
 logger = logging.getLogger(__name__)
 
-# For a worker that reports a stuck engine to answer its other requests.
+# Time that a worker with a stuck engine has to answer its other requests.
 STUCK_SECONDS = 2.0
 
 
@@ -29,11 +29,11 @@ class WorkerProcess:
     the worker started are ended together with it.
 
     Args:
-        number: Of the worker, from 1.
-        settings: Of the worker.
-        metrics_folder: Where it writes its metrics.
-        temporary_folder: Where it writes its other temporary files.
-        on_ready: Called when it serves.
+        number: Number of the worker, from 1.
+        settings: Settings of the worker.
+        metrics_folder: Folder to which the worker writes its metrics.
+        temporary_folder: Folder to which the worker writes its other temporary files.
+        on_ready: Called when the worker starts to serve.
 
     Raises:
         OSError: The process cannot be started, for example because no file descriptor or no memory is free.
@@ -84,7 +84,7 @@ class WorkerProcess:
     def signal(self, number: signal.Signals) -> None:
         """Sends a signal to the worker, not to the processes that it started."""
         if self._process.returncode is None:
-            # Not Popen.send_signal, which would take note of the process' end in place of `reap`.
+            # Not Popen.send_signal, which would collect the exit code that `reap` waits for.
             os.kill(self.pid, number)
 
     def kill(self) -> None:
@@ -94,7 +94,7 @@ class WorkerProcess:
                 os.killpg(self.pid, signal.SIGKILL)
 
     def kill_if_hanging(self) -> None:
-        """Kills the worker if it hangs or reports that its engine is stuck. To be called every CHECK_SECONDS."""
+        """Kills the worker if it hangs or reports that its engine is stuck. Call it every CHECK_SECONDS."""
         if self._hung:
             return
         reason = self._hang.check()
@@ -107,7 +107,7 @@ class WorkerProcess:
             self.kill()
 
     def why_it_ended(self, code: int) -> tuple[str, str]:
-        """Why it ended with this exit code: a word for the metrics, and a phrase for the log."""
+        """The reason why it ended with this exit code, as a word for the metrics and as a phrase for the log."""
         if self.refusal:
             return "start", self.refusal
         if code >= 0:
@@ -128,9 +128,9 @@ class WorkerProcess:
             return
         if os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
             return
-        self.kill()  # processes that it left behind; before its process id can be given to another process
+        self.kill()  # ends processes that it left behind, while its process id cannot yet belong to another process
         code = self._process.wait()
-        self._receive()  # its last words
+        self._receive()  # messages that it sent before its end
         self._loop.remove_reader(self._receiver.fileno())
         self._receiver.close()
         self.ended.set_result(code)

@@ -1,6 +1,7 @@
 """Starts several server processes on one port, watches, replaces and stops them, and shows their metrics together.
 
-This module does not use gRPC, and no failure of a worker or of the system while it starts one ends it.
+This module does not use gRPC. The supervisor survives the failure of a worker, and of the system that should start one;
+it gives up only if a worker refuses to start before it has ever served.
 """
 
 import asyncio
@@ -28,9 +29,9 @@ logger = logging.getLogger(__name__)
 
 FIRST_DELAY = 0.1
 LAST_DELAY = 30.0
-# A worker that served for so long was healthy: the next pause is the first one again.
+# A worker that served for longer than this was healthy, and the pauses begin with the first one again.
 STABLE_SECONDS = 10.0
-# Time beyond the grace period for the interpreter to end.
+# Time after the grace period that a worker has to exit.
 KILL_SECONDS = 5.0
 
 
@@ -60,15 +61,15 @@ def _temporary_folder(workers: int) -> Iterator[Path]:
 class Backoff:
     """Pauses before a worker is started again: they double until one has served for a while.
 
-    The time that a worker spends loading is no proof of health. A model that loads for ten seconds and then crashes is
-    started again after growing pauses too.
+    The time that a worker spends loading does not count: a worker that loads for ten seconds and then crashes is also
+    started again after growing pauses.
     """
 
     def __init__(self) -> None:
         self._next = FIRST_DELAY
 
     def delay(self, served_seconds: float) -> float:
-        """Seconds to wait after a worker that served for so long has ended."""
+        """Seconds to wait after the end of a worker that served for `served_seconds`."""
         if served_seconds > STABLE_SECONDS:
             self._next = FIRST_DELAY
         delay = self._next
@@ -80,9 +81,9 @@ class Supervisor:
     """Keeps the workers running.
 
     Args:
-        settings: Of the server as a whole.
+        settings: Settings of the server as a whole.
         port: Port that is reserved for the workers.
-        folder: Where the workers write their metrics.
+        folder: Folder to which the workers write their metrics.
     """
 
     def __init__(self, settings: Settings, port: int, folder: Path) -> None:
@@ -179,7 +180,7 @@ class Supervisor:
     # Watching
 
     def _reap(self) -> None:
-        """Takes note of ended children; as process 1 also of those that other processes left behind."""
+        """Collects the exit codes of ended children, and as process 1 those of processes without a parent."""
         for worker in list(self._workers.values()):
             worker.reap()
         if os.getpid() != 1:
@@ -187,7 +188,7 @@ class Supervisor:
         workers = {worker.pid for worker in self._workers.values()}
         with contextlib.suppress(ChildProcessError):
             while ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT):
-                if ended.si_pid in workers:  # it ended a moment ago, and is taken note of by the next signal
+                if ended.si_pid in workers:  # it ended a moment ago; the next signal collects it
                     return
                 os.waitpid(ended.si_pid, 0)
 
@@ -238,7 +239,7 @@ class Supervisor:
         # whose paths have at most 107 bytes.
         temporary_folder = self._folder / str(number)
         try:
-            # Programs that tidy up may have removed the outer folder.
+            # A program that cleans up temporary files may have removed the outer folder.
             temporary_folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             worker = WorkerProcess(number, settings, self._folder, temporary_folder, self._on_ready)
         except OSError as error:
@@ -249,7 +250,7 @@ class Supervisor:
         finally:
             del self._workers[number]
             self._metric_files.remove(worker.pid)
-            shutil.rmtree(temporary_folder, ignore_errors=True)  # what is in use still is removed at the end
+            shutil.rmtree(temporary_folder, ignore_errors=True)  # files that are still in use are removed at the end
         served = worker.ready_seconds()
         if code and served is not None and self._stopping.is_set():  # a worker that was still starting loses nothing
             self._exit_code = 1
