@@ -19,11 +19,11 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
-from service import ENVIRONMENT_PREFIX
 from service.cpu_quota import usable_cpus
 from service.errors import StartError
 from service.ports import is_loopback
 
+ENVIRONMENT_PREFIX = "CIFAR_SERVICE_"
 MIB = 2**20
 # gRPC's options are 32-bit numbers.
 INT32_MAX = 2**31 - 1
@@ -121,7 +121,7 @@ class Settings(BaseSettings):
     # Connections
     max_connections: Int32 = Field(1000, description="largest number of open connections of each process")
     max_concurrent_streams: Int32 = Field(
-        1024,
+        512,
         description="largest number of calls in progress on one connection; clients should use at most half of it",
     )
     max_connection_age: Seconds = Field(

@@ -1,4 +1,4 @@
-"""Every kind of bad input with its code and message, against one server that answers afterwards as it did before."""
+"""Every kind of bad input gets its code and message, and does not change how the server answers afterwards."""
 
 import socket
 import time
@@ -27,7 +27,7 @@ INVALID, NOT_FOUND, EXHAUSTED, UNIMPLEMENTED = (
 
 @pytest.fixture(scope="module")
 def channel(server: Server) -> Iterator[grpc.Channel]:
-    # The client's own limit must not stop what the server has to refuse.
+    # Without a limit in the client, so that the server has to refuse large messages.
     with grpc.insecure_channel(server.target, [("grpc.max_send_message_length", -1)]) as channel:
         yield channel
 
@@ -43,7 +43,7 @@ def _answers_as_before(channel: grpc.Channel) -> Iterator[None]:
 PNG = saved(gradient(64, 48))
 JPEG = saved(gradient(64, 48), "JPEG")
 
-# What one image can be; it costs its own answer only.
+# Bad images, which fail alone.
 BAD_IMAGES = {
     "an empty file": (b"", "the image is empty"),
     "a PNG cut short": (PNG[:-40], "damaged"),
@@ -92,7 +92,7 @@ def test_raw_pixels_of_another_length_have_their_own_error(channel, length):
     assert good.classes
 
 
-# What a whole request can be.
+# Bad requests, which fail as a whole.
 BAD_REQUESTS: dict[str, tuple[cifar.ClassifyRequest, grpc.StatusCode, str]] = {
     "no images": (cifar.ClassifyRequest(), INVALID, "the request holds no images"),
     "too many files": (cifar.ClassifyRequest(images=[cifar.Image()] * 401), INVALID, "401 images; at most 400"),
@@ -158,7 +158,7 @@ BAD_INFERENCES: dict[str, tuple[inference.ModelInferRequest, grpc.StatusCode, st
     "typed elements above 255": (
         infer(
             tensor={"contents": inference.InferTensorContents(uint_contents=[256] * 3072)}, raw_input_contents=[],
-        ), INVALID, "holds 256; UINT8 ends at 255",
+        ), INVALID, "holds 256; the largest UINT8 is 255",
     ),
     "an unknown output": (infer(outputs=[output("labels")]), INVALID, "no output 'labels'; the outputs are logits"),
     "an output twice": (infer(outputs=[output("logits")] * 2), INVALID, "requested twice"),
@@ -191,7 +191,7 @@ def test_a_bad_inference_request_has_its_status(channel, kind):
         ("/nothing", b"", UNIMPLEMENTED),
     ],
 )
-def test_bytes_that_are_no_message_and_methods_that_are_none(channel, method, message, code):
+def test_invalid_messages_and_unknown_methods_have_their_status(channel, method, message, code):
     with pytest.raises(grpc.RpcError) as caught:
         channel.unary_unary(method)(message, timeout=20)
     assert caught.value.code() is code
@@ -207,7 +207,7 @@ GARBAGE: dict[str, Callable[[], bytes]] = {
 
 
 @pytest.mark.parametrize("kind", GARBAGE)
-def test_garbage_on_the_port_harms_nobody(server, kind):
+def test_garbage_on_the_port_does_not_affect_other_clients(server, kind):
     with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
         try:
             connection.sendall(GARBAGE[kind]())
@@ -217,7 +217,7 @@ def test_garbage_on_the_port_harms_nobody(server, kind):
             return
 
 
-def test_a_client_that_vanishes_in_the_middle_of_its_message_harms_nobody(server):
+def test_a_client_that_vanishes_in_the_middle_of_its_message_does_not_affect_others(server):
     for _ in range(20):
         channel = grpc.insecure_channel(server.target)
         call = cifar_rpc.ImageClassifierStub(channel).Classify.future(
@@ -227,7 +227,7 @@ def test_a_client_that_vanishes_in_the_middle_of_its_message_harms_nobody(server
         assert call.done()
 
 
-def test_a_bomb_is_answered_quickly(channel):
+def test_a_decompression_bomb_is_refused_quickly(channel):
     request = cifar.ClassifyRequest(images=[cifar.Image(encoded=png_of_few_bytes(30_000, 30_000))])
     stub = cifar_rpc.ImageClassifierStub(channel)
     fastest = min(timed(lambda: stub.Classify(request)) for _ in range(10))

@@ -22,7 +22,7 @@ def close(response: messages.ClassifyResponse, images: np.ndarray) -> bool:
     return bool(np.abs(np.array(table(response)) - expected(0, images)).max() < 1e-5)
 
 
-def test_files_raw_pixels_and_packed_pixels_get_the_answers_of_the_model_in_their_order(stub):
+def test_files_raw_pixels_and_packed_pixels_are_answered_in_order(stub):
     images = pictures(7)
     request = messages.ClassifyRequest(
         request_id="mine",
@@ -45,7 +45,7 @@ def test_a_request_of_any_allowed_size_is_answered_in_order(stub, count):
     assert close(stub.Classify(messages.ClassifyRequest(packed_rgb=images.tobytes())), images)
 
 
-def test_classes_come_by_falling_probability_with_their_names_and_places(stub):
+def test_classes_are_ordered_by_decreasing_probability_with_names_and_indices(stub):
     images = pictures(20)
     for result, row in zip(
         stub.Classify(messages.ClassifyRequest(packed_rgb=images.tobytes())).results, expected(0, images), strict=True
@@ -58,19 +58,19 @@ def test_classes_come_by_falling_probability_with_their_names_and_places(stub):
 
 
 @pytest.mark.parametrize(("top_k", "count"), [(0, 10), (1, 1), (3, 3), (10, 10), (99, 10)])
-def test_top_k_says_how_many_classes(stub, top_k, count):
+def test_top_k_is_the_number_of_classes(stub, top_k, count):
     response = stub.Classify(messages.ClassifyRequest(packed_rgb=bytes(2 * 3072), top_k=top_k))
     assert [len(result.classes) for result in response.results] == [count, count]
 
 
-def test_of_equal_probabilities_the_lower_index_comes_first():
+def test_if_two_probabilities_are_equal_the_lower_index_comes_first():
     from service.rpc.classify import _ranked
 
     result = _ranked(np.full((1, 4), 0.25, np.float32), ["a", "b", "c", "d"], 2)[0]
     assert [ranked.name for ranked in result.classes] == ["a", "b"]
 
 
-def test_an_unreadable_image_never_costs_the_others_their_answer(stub):
+def test_an_unreadable_image_does_not_affect_the_others(stub):
     images = pictures(3)
     request = messages.ClassifyRequest(
         images=[
@@ -92,13 +92,13 @@ def test_an_unreadable_image_never_costs_the_others_their_answer(stub):
     assert close(good, images)
 
 
-def test_a_request_of_unreadable_images_only_is_answered_too(stub):
+def test_a_request_with_only_unreadable_images_is_answered_too(stub):
     response = stub.Classify(messages.ClassifyRequest(images=[messages.Image(encoded=b"no image")] * 2))
     assert [result.error.code for result in response.results] == [3, 3]
     assert response.model_version == "linear-0"
 
 
-def test_get_model_tells_what_is_served_and_the_limits(stub):
+def test_get_model_returns_the_model_and_the_limits(stub):
     model = stub.GetModel(messages.GetModelRequest())
     assert (model.name, model.version, model.variant, model.device) == ("cifar10", "linear-0", "fp32", "cpu")
     assert tuple(model.classes) == CLASSES
@@ -112,7 +112,7 @@ def test_get_model_tells_what_is_served_and_the_limits(stub):
     )
 
 
-def test_an_engine_error_costs_its_own_batch_and_no_other(stub, server):
+def test_an_engine_error_fails_only_its_own_batch(stub, server):
     poisoned = pictures(1)
     poisoned[0, 0, 0, 0] = 255
     before = server.metrics()["cifar_service_engine_failures_total"]
@@ -179,7 +179,7 @@ def test_a_stream_can_be_a_conversation(stub):
 
     def requests():
         for number in range(5):
-            assert asked.acquire(timeout=30)  # only after the answer to the one before
+            assert asked.acquire(timeout=30)  # only after the previous answer
             yield messages.ClassifyRequest(request_id=str(number), packed_rgb=bytes(3072))
         last.set()
 
@@ -191,7 +191,7 @@ def test_a_stream_can_be_a_conversation(stub):
     assert last.is_set()
 
 
-def test_a_client_that_reads_no_answers_is_held_back(server):
+def test_a_client_that_reads_no_answers_is_slowed_down(server):
     sent = 0
 
     def requests():
@@ -203,15 +203,15 @@ def test_a_client_that_reads_no_answers_is_held_back(server):
     with grpc.insecure_channel(server.target) as channel:
         call = rpc.ImageClassifierStub(channel).ClassifyStream(requests())
         previous = -1
-        while sent != previous:  # until nothing more is taken
+        while sent != previous:  # until the server takes no more
             previous = sent
             threading.Event().wait(1.5)
         assert sent < 1000
         call.cancel()
 
 
-def test_cancelled_streams_free_their_places_and_the_server_lives(linear, start_server):
-    # At debug, where the log names the client of each request: asked for once the call has ended, gRPC crashes.
+def test_cancelled_streams_free_their_slots_and_the_server_survives(linear, start_server):
+    # At debug level the log names the client of each request; gRPC crashes if it is asked for the client too late.
     server = start_server("--model", linear, "--metrics-port", "0", "--log-level", "debug").ready()
     with grpc.insecure_channel(server.target) as channel:
         stub = rpc.ImageClassifierStub(channel)

@@ -48,7 +48,7 @@ def test_while_many_bytes_are_unread_a_connection_has_less_time(clock):
     known.check("c")
 
 
-def test_all_connections_are_held_when_each_that_called_lately_has_a_call_waiting(clock):
+def test_all_connections_are_held_if_each_recent_caller_has_a_waiting_call(clock):
     known = Connections()
     known.check("long ago")
     clock[0] += 100

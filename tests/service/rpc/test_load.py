@@ -32,7 +32,7 @@ SIZES = (1, 1, 1, 1, 2, 3, 7, 31, 32, 33, 64, 100, 300)
 
 
 class Load:
-    """Clients that ask until they are stopped, each a thread with its own connection; they check every answer.
+    """Clients that send requests until stopped. Each is a thread with its own connection and checks every answer.
 
     A call is "right", "wrong", "refused" (UNAVAILABLE: the server did not accept it) or failed with another status.
 
@@ -141,7 +141,7 @@ def stopped_under_load(start_server, folder, clients: int, seconds: float) -> Lo
 
 @contextmanager
 def busy_cores(count: int) -> Iterator[None]:
-    """Processes that compete with the server for the processor until the end of a `with`."""
+    """Processes that compete with the server for CPU time until the end of a `with` block."""
     with ExitStack() as stack:
         for _ in range(count):
             process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
@@ -176,7 +176,7 @@ def model_changed_under_load(start_server, folder, clients: int, changes: int) -
     for change in range(changes):
         version = ("second", "first")[change % 2]
         exports.write_export(folder, exports.graph(1 - change % 2), version)
-        server.wait_for(f"model {version} .* takes the place", count=change // 2 + 1)
+        server.wait_for(f"model {version} .* replaces", count=change // 2 + 1)
         time.sleep(0.3)
     load.stop.set()
     load.end()

@@ -36,7 +36,7 @@ def array(response: messages.ModelInferResponse, place: int) -> np.ndarray:
     return np.frombuffer(response.raw_output_contents[place], "<f4").reshape(response.outputs[place].shape)
 
 
-def test_nvidias_client_does_all_its_calls_unchanged(server, tmp_path):
+def test_nvidias_client_works_unchanged(server, tmp_path):
     descriptor = tmp_path / "descriptor"
     descriptor.write_bytes(messages.DESCRIPTOR.serialized_pb)
     done = subprocess.run(
@@ -83,7 +83,7 @@ def test_nvidias_client_does_all_its_calls_unchanged(server, tmp_path):
     )
 
 
-def test_elements_as_bytes_give_elements_as_bytes(inference):
+def test_raw_inputs_get_raw_outputs(inference):
     images = pictures(4)
     response = inference.ModelInfer(infer_request(images, id="7"))
     assert (response.model_name, response.model_version, response.id) == ("cifar10", "linear-0", "7")
@@ -93,7 +93,7 @@ def test_elements_as_bytes_give_elements_as_bytes(inference):
     assert np.abs(softmax - expected(0, images)).max() < 1e-5
 
 
-def test_typed_elements_give_typed_elements(inference):
+def test_typed_inputs_get_typed_outputs(inference):
     images = pictures(2)
     request = infer_request(images, raw_input_contents=[])
     request.inputs[0].contents.uint_contents.extend(images.ravel().tolist())
@@ -103,7 +103,7 @@ def test_typed_elements_give_typed_elements(inference):
     assert np.abs(probabilities - expected(0, images)).max() < 1e-5
 
 
-def test_outputs_come_in_the_order_asked_for_and_only_those(inference):
+def test_only_the_requested_outputs_are_returned_in_the_requested_order(inference):
     wanted = messages.ModelInferRequest.InferRequestedOutputTensor
     response = inference.ModelInfer(infer_request(pictures(1), outputs=[wanted(name="probabilities")]))
     assert [output.name for output in response.outputs] == ["probabilities"]
@@ -112,7 +112,7 @@ def test_outputs_come_in_the_order_asked_for_and_only_those(inference):
     assert [output.name for output in response.outputs] == ["probabilities", "logits"]
 
 
-def test_a_classification_is_texts_of_value_index_and_label(inference):
+def test_a_classification_is_a_list_of_texts_with_value_index_and_label(inference):
     output = messages.ModelInferRequest.InferRequestedOutputTensor(name="logits")
     output.parameters["classification"].int64_param = 3
     response = inference.ModelInfer(infer_request(pictures(2), outputs=[output]))
@@ -125,13 +125,13 @@ def test_a_classification_is_texts_of_value_index_and_label(inference):
     float(value)
 
 
-def test_the_version_that_is_served_can_be_named(inference):
+def test_a_request_may_name_the_version_that_is_served(inference):
     assert inference.ModelInfer(infer_request(pictures(1), model_version="linear-0")).model_version == "linear-0"
     assert inference.ModelReady(messages.ModelReadyRequest(name="cifar10", version="linear-0")).ready
     assert not inference.ModelReady(messages.ModelReadyRequest(name="cifar10", version="linear-1")).ready
 
 
-def test_a_timeout_of_zero_is_none_and_a_short_one_is_a_deadline(inference, start_server, slow):
+def test_a_timeout_of_zero_means_no_limit_and_a_short_one_is_a_deadline(inference, start_server, slow):
     request = infer_request(pictures(1))
     request.parameters["timeout"].int64_param = 0
     assert inference.ModelInfer(request).outputs

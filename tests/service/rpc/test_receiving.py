@@ -1,4 +1,4 @@
-"""Slots for receiving messages, with contexts that deliver a message when the test lets them."""
+"""Slots for receiving messages, with contexts whose messages arrive when the test says so."""
 
 import asyncio
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from service.rpc.receiving import Receiver
 
 
 class Sender:
-    """What `Receiver` needs of gRPC's context; the message arrives when `arrive` is called."""
+    """The part of gRPC's context that `Receiver` uses. The message arrives when `arrive` is called."""
 
     def __init__(self) -> None:
         self.reading = asyncio.Event()
@@ -73,7 +73,7 @@ def test_one_connection_cannot_take_all_slots():
         reads = [asyncio.create_task(slots.read(sender, "greedy")) for sender in greedy]
         await asyncio.sleep(0.05)
         assert sum(sender.reading.is_set() for sender in greedy) == 2
-        # A call of another connection passes those that wait only because of their own limit.
+        # A call of another connection passes calls that wait only because of the limit of their connection.
         other = asyncio.create_task(slots.read(Sender().arrive(), "other"))
         assert await other == b"message"
         for read in reads:
@@ -108,7 +108,7 @@ def test_stalled_messages_are_ended_sooner_while_others_wait(monkeypatch):
     running(test)
 
 
-def test_connections_whose_messages_arrived_are_served_before_new_ones_and_those_that_stalled(monkeypatch):
+def test_proven_connections_are_served_before_new_ones_and_new_ones_before_those_that_stalled(monkeypatch):
     monkeypatch.setattr(receiving, "CONTENDED_SECONDS", 0.2)
 
     async def test():
@@ -148,7 +148,7 @@ def test_a_cancelled_call_gives_its_place_in_the_queue_to_the_next():
         cancelled.cancel()
         occupying.arrive()
         assert await next_one == b"message"
-        # Cancelled in the moment in which its turn came:
+        # Cancelled at the moment at which it got the slot:
         occupying = Sender()
         first = asyncio.create_task(slots.read(occupying, "a"))
         await begin(first, occupying)
@@ -162,7 +162,7 @@ def test_a_cancelled_call_gives_its_place_in_the_queue_to_the_next():
     running(test)
 
 
-def test_calls_beyond_the_largest_number_that_may_wait_are_refused_with_a_time_to_retry():
+def test_calls_beyond_the_largest_waiting_number_are_refused_with_a_retry_hint():
     async def test():
         slots = receiver(slots=1, max_waiting=2)
         reads = [asyncio.create_task(slots.read(Sender(), name)) for name in "abc"]

@@ -216,7 +216,7 @@ def test_revoking_a_token_ends_the_call_of_a_client_that_reads_nothing(token_fil
         ("Bearer first-secret,second-secret", False),
     ],
 )
-def test_only_a_bearer_token_of_the_file_is_valid(token_file, authorization, allowed):
+def test_only_a_bearer_token_in_the_file_is_valid(token_file, authorization, allowed):
     assert (Tokens(token_file).find(authorization) is not None) is allowed
 
 

@@ -33,14 +33,14 @@ def packed(count: int = 1, seed: int = 0) -> messages.ClassifyRequest:
 
 
 def stalled(count: int) -> messages.ClassifyRequest:
-    """Images that the slow model computes one after another, in about a second each."""
+    """Images of which the slow model computes one in about a second."""
     return messages.ClassifyRequest(packed_rgb=stalling(count).tobytes())
 
 
 # Start
 
 
-def test_the_server_knows_neither_torch_nor_the_training_library():
+def test_the_server_imports_neither_torch_nor_the_training_library():
     script = (
         "import sys, service.rpc.server, service.workers.supervisor, service.workers, service.client\n"
         "print([name for name in ('torch', 'cifar_core.data', 'onnx', 'scipy', 'matplotlib') if name in sys.modules])"
@@ -60,7 +60,7 @@ def run_to_end(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_what_keeps_it_from_starting_is_one_line_and_exit_code_2(tmp_path, linear, workers):
+def test_a_server_that_cannot_start_prints_one_line_and_exits_with_2(tmp_path, linear, workers):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         cases = [
@@ -79,7 +79,7 @@ def test_what_keeps_it_from_starting_is_one_line_and_exit_code_2(tmp_path, linea
             assert done.stderr.count("\n") == 1, done.stderr
 
 
-def test_a_port_that_another_server_of_ours_has_is_taken_too(server, linear):
+def test_a_port_of_another_server_of_ours_is_reported_as_taken(server, linear):
     done = run_to_end("--port", str(server.port), "--model", linear)
     assert done.returncode == 2
     assert "is already in use" in done.stderr
@@ -88,7 +88,7 @@ def test_a_port_that_another_server_of_ours_has_is_taken_too(server, linear):
 # Health and reflection
 
 
-def test_health_is_told_overall_and_by_service(server):
+def test_health_is_reported_for_the_server_and_for_each_service(server):
     with grpc.insecure_channel(server.target) as channel:
         health = health_pb2_grpc.HealthStub(channel)
         for service in SERVICES:
@@ -130,18 +130,18 @@ def test_sigterm_lets_requests_in_flight_finish_refuses_new_ones_and_ends_with_0
         assert dict(caught.value.trailing_metadata())["grpc-retry-pushback-ms"] == "100"
         assert health.Check(health_pb2.HealthCheckRequest()).status == NOT_SERVING
         assert np.abs(np.array(table(in_flight.result())) - expected(0, stalling(2))).max() < 1e-5
-        assert list(watch) == []  # it ended, and did not hold the server up
+        assert list(watch) == []  # it ended and did not delay the server
     assert server.wait() == 0
     assert server.wait_for('"stopped"')["unanswered"] == 0
 
 
 def server_is_busy(channel: grpc.Channel) -> bool:
-    """Whether the slow server computes: a request with a short deadline then gets no answer."""
+    """Whether the slow server is computing: then a request with a short deadline gets no answer."""
     call = rpc.ImageClassifierStub(channel).Classify.future(packed(), timeout=0.05)
     return call.code() is grpc.StatusCode.DEADLINE_EXCEEDED
 
 
-def test_beyond_the_grace_period_it_stops_and_says_what_it_left(start_server, slow):
+def test_after_the_grace_period_it_stops_and_logs_how_many_requests_it_left(start_server, slow):
     server = start_server("--model", slow, "--threads", "1", "--max-batch-size", "1", "--grace", "0.2").ready()
     with grpc.insecure_channel(server.target) as channel:
         in_flight = rpc.ImageClassifierStub(channel).Classify.future(stalled(100))
@@ -198,13 +198,13 @@ def test_an_expired_or_cancelled_request_never_reaches_the_engine(start_server, 
         cancelled.cancel()
         until(lambda: server.metrics()["cifar_service_cancelled_total"] == 1)
         spared = server.metrics()["cifar_service_spared_images_total"]
-        assert spared >= 6  # one may have been in its turn
+        assert spared >= 6  # one may have been computed already
         with pytest.raises(grpc.RpcError) as caught:
             stub.Classify(packed(5), timeout=1)
         assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
 
         def given_up():
-            # The cancellation at the deadline may come first, and on a busy machine too early to be told apart.
+            # On a busy machine the cancellation at the deadline may come so early that it counts as an ordinary one.
             counted = server.metrics()
             return counted["cifar_service_expired_total"] + counted["cifar_service_cancelled_total"] - 1
 
@@ -212,13 +212,13 @@ def test_an_expired_or_cancelled_request_never_reaches_the_engine(start_server, 
         assert occupying.result().results
         metrics = server.metrics()
         assert metrics["cifar_service_spared_images_total"] >= spared + 4
-        # Every image was either computed or spared, none both.
+        # Every image was either computed or spared, and none was both.
         computed = metrics["cifar_service_engine_images_total"]
         assert computed + metrics["cifar_service_spared_images_total"] == 6 + 7 + 5
         assert stub.Classify(packed()).results
 
 
-def test_a_full_queue_refuses_at_once_with_a_hint_and_serves_on(start_server, slow):
+def test_a_full_queue_refuses_at_once_with_a_hint_and_keeps_serving(start_server, slow):
     server = start_server(
         "--model",
         slow,
@@ -267,7 +267,7 @@ def test_a_new_export_is_served_without_losing_a_request_and_a_bad_one_is_refuse
             while not stop.is_set():
                 response = stub.Classify(messages.ClassifyRequest(packed_rgb=images.tobytes()))
                 seed = {"first": 0, "second": 1, "third": 2}[response.model_version]
-                # All images of one answer are of one model, the one that it names.
+                # One model computed all images of an answer, the one that it names.
                 assert np.abs(np.array(table(response)) - expected(seed, images)).max() < 1e-5
                 versions.add(response.model_version)
         return versions
@@ -275,13 +275,13 @@ def test_a_new_export_is_served_without_losing_a_request_and_a_bad_one_is_refuse
     with ThreadPoolExecutor(4) as pool:
         asking = [pool.submit(ask) for _ in range(4)]
         try:
-            exports.write_export(folder, exports.graph(1), "second")  # found by itself
-            server.wait_for("model second .* takes the place of first")
+            exports.write_export(folder, exports.graph(1), "second")  # without a signal
+            server.wait_for("model second .* replaces first")
             (folder / "model.onnx").write_bytes(b"damaged")
             server.wait_for("the new export is refused, second stays in use: .*is not the file that was exported")
             exports.write_export(folder, exports.graph(2), "third")
             server.process.send_signal(signal.SIGHUP)
-            server.wait_for("model third .* takes the place of second")
+            server.wait_for("model third .* replaces second")
         finally:
             time.sleep(0.3)
             stop.set()

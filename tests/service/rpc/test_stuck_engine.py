@@ -1,4 +1,4 @@
-"""An engine that never returns from a batch: health says so, and the process ends instead of lasting for ever."""
+"""An engine that never returns from a batch: health reports it, and the process ends instead of hanging for ever."""
 
 import signal
 import time
@@ -21,7 +21,7 @@ NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 @pytest.fixture(scope="module")
 def endless(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that computes for days on a batch that begins with the byte 255."""
+    """A model that needs days for a batch that begins with the byte 255."""
     return exports.write_export(tmp_path_factory.mktemp("endless"), exports.graph(0, loops=10**8))
 
 

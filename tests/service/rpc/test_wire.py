@@ -31,7 +31,7 @@ images = st.lists(
 
 
 @given(images, st.binary(max_size=300), st.integers(0, 100))
-def test_a_message_is_accepted_exactly_if_it_has_no_more_fields_than_allowed(pictures, packed, limit):
+def test_a_message_is_accepted_if_and_only_if_it_has_no_more_fields_than_allowed(pictures, packed, limit):
     message = cifar.ClassifyRequest(images=pictures, packed_rgb=packed, top_k=3)
     fields = 1 + bool(packed) + sum(1 + (picture.WhichOneof("content") is not None) for picture in pictures)
     counter = FieldCounter(cifar.ClassifyRequest, limit)
@@ -40,13 +40,13 @@ def test_a_message_is_accepted_exactly_if_it_has_no_more_fields_than_allowed(pic
 
 
 @given(st.binary(max_size=500))
-def test_any_bytes_are_accepted_or_refused_without_another_error(data):
+def test_any_bytes_are_either_accepted_or_refused(data):
     for message_type in (cifar.ClassifyRequest, inference.ModelInferRequest):
         accepted(FieldCounter(message_type, 20), data)
 
 
 @given(st.integers(0, 10**9))
-def test_what_the_parser_accepts_is_not_called_malformed(seed):
+def test_messages_that_the_parser_accepts_are_not_refused_as_malformed(seed):
     generator = random.Random(seed)
     message = inference.ModelInferRequest(model_name="cifar10", id=str(seed))
     tensor = message.inputs.add(name="images", datatype="UINT8", shape=[generator.randrange(2**60) for _ in range(4)])
@@ -81,7 +81,7 @@ MANY = 200_000
         ),
     ],
 )
-def test_a_message_of_many_small_parts_is_refused_before_it_is_parsed(counter, message):
+def test_a_message_of_many_small_fields_is_refused_before_it_is_parsed(counter, message):
     with pytest.raises(InvalidRequest, match="more than 4160 fields"):
         counter.check(message)
 
@@ -114,6 +114,6 @@ def test_pixels_as_single_numbers_are_limited_by_their_bytes():
         (b"\x0a\x08" + bytes(8) + b"\x0a\xff", "cut off"),
     ],
 )
-def test_what_is_no_message_is_named(message, reason):
+def test_bytes_that_are_not_a_message_are_refused_with_the_reason(message, reason):
     with pytest.raises(InvalidRequest, match=f"not a message of its type: .*{reason}"):
         FieldCounter(cifar.ClassifyRequest, 5).check(message)
