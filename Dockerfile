@@ -6,12 +6,12 @@
 # Another model: -v /path/to/exported:/exported:ro -e CIFAR_SERVICE_MODEL=/exported
 # TLS:           -v /path/to/tls:/tls:ro -e CIFAR_SERVICE_TLS_CERT=/tls/server.pem -e CIFAR_SERVICE_TLS_KEY=/tls/key.pem
 # Hardened:      --read-only --tmpfs /tmp --cap-drop ALL --security-opt no-new-privileges
-#                The server writes nowhere but to /tmp.
+#                The server writes only to /tmp.
 #
 # Set options by environment variables, as here, rather than by arguments: the health check reads the same variables, and
 # so finds the port, trusts the server's certificate (CIFAR_SERVICE_TLS_CERT) and sends a token (CIFAR_SERVICE_TOKEN_FILE).
-# With mutual TLS (CIFAR_SERVICE_TLS_CLIENT_CA) it shows the server's own certificate; if your authority for clients did
-# not sign that, give it another with CIFAR_PROBE_CERTIFICATE and CIFAR_PROBE_KEY.
+# With mutual TLS (CIFAR_SERVICE_TLS_CLIENT_CA) it presents the server's own certificate. If your client authority did not
+# sign that certificate, set CIFAR_PROBE_CERTIFICATE and CIFAR_PROBE_KEY to another one.
 
 FROM python:3.11-slim AS build
 WORKDIR /source

@@ -35,7 +35,7 @@ help: ## list the targets and the variables that can be set
 	@echo "  OPTIONS='--port 50051 …'                options of the server"
 	@echo "  PROCESSOR=cpu|cuda                      which build of onnxruntime to install"
 
-demo: $(SERVE) ## serve the shipped model, classify the pictures in samples/, stop; installs no PyTorch
+demo: $(SERVE) ## serve the shipped model, classify the pictures in samples/, and stop; does not install PyTorch
 	$(PY) -m service.demo
 
 serve: $(SERVE) ## serve exported/ on 127.0.0.1:50051 until Ctrl-C; OPTIONS='--help' lists its options
@@ -99,25 +99,25 @@ bench-training: $(READY) ## compare training throughput with a plain PyTorch loo
 	$(PY) benchmarks/training.py $(DATA_OPTION)
 	$(PY) benchmarks/training_ceiling.py $(DATA_OPTION)
 
-bench-recipes: $(READY) ## measure accuracy and time of our own recipes, under an hour; SCRIPT=FILE also runs airbench's script
+bench-recipes: $(READY) ## measure accuracy and time of our own recipes; under an hour; SCRIPT=FILE also runs airbench's script
 	$(PY) benchmarks/time_to_accuracy.py $(if $(SCRIPT),--script $(SCRIPT)) $(DATA_OPTION)
 
 bench-dependability: $(READY) ## measure start, deadlines, refusals and memory of the server
 	$(PY) benchmarks/dependability.py
 
-bench-serving: $(READY) ## compare serving speed with Triton, MLServer, Ray Serve and LitServe (installed for it); half an hour
+bench-serving: $(READY) ## install Triton, MLServer, Ray Serve and LitServe and compare serving speed with theirs; half an hour
 	$(PY) benchmarks/serving.py
 
 soak: $(READY) ## send two million images at full load; print throughput and memory by quarter; half an hour
 	$(PY) benchmarks/soak.py
 
-attacks: $(READY) ## attack a server with default options and compare the measurements with limits; ATTACKS='--all'
+attacks: $(READY) ## attack a server with default options and compare the measurements with limits; ATTACKS=--all runs all
 	$(PY) -m tests.attacks $(ATTACKS)
 
 chaos: $(READY) ## run a server under full load while workers, files and clients fail; SECONDS=600 SEED=0
 	$(PY) -m tests.chaos --seconds $(SECONDS) --seed $(SEED)
 
-fuzz: $(READY) ## fuzz the decoder of each image format and both request parsers, SECONDS=60 for each of 7 targets
+fuzz: $(READY) ## fuzz the decoder of each image format and both request parsers; SECONDS=600 for each of 7 targets
 	$(PY) -m tests.fuzz --seconds $(SECONDS)
 
 clean: ## remove caches and build files; keeps .venv, data, runs and exports

@@ -18,7 +18,7 @@ class DeviceError(CifarError):
 
 
 def choose_device(name: str) -> torch.device:
-    """The device with this name; `auto` stands for CUDA if available, otherwise the CPU.
+    """The device with this name; `auto` means CUDA if it is available, otherwise the CPU.
 
     Raises:
         DeviceError: `cuda` was requested, and torch finds no CUDA device.

@@ -94,7 +94,7 @@ def to_onnx(network: Network, metadata: Mapping[str, str], temperature: float = 
 
 
 def _remove_source_paths(model: onnx.ModelProto) -> None:
-    """The exporter records where in the source each node comes from, with paths of this machine."""
+    """Removes the source locations that the exporter records for each node, with paths of this machine."""
     for node in model.graph.node:
         node.ClearField("metadata_props")
         node.ClearField("doc_string")

@@ -43,10 +43,10 @@ EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
 DECODER_VERSION = 2
 """Part of the key of caches of decoded images: raise it whenever the pixels of any file change."""
 
-# libjpeg can decode a JPEG file at half, a quarter or an eighth of its size. The smallest of these is taken that is at
-# least this many times the size needed.
+# libjpeg can decode a JPEG file at half, a quarter or an eighth of its size. It decodes at the smallest of these sizes
+# that is at least this many times the size of the result.
 _DRAFT_FACTOR = 2
-# A larger image is reduced by an integer factor to about this many times the size needed, and then resized.
+# A larger image is reduced by an integer factor to about this many times the size of the result, and then resized.
 _REDUCED_FACTOR = 3
 # Large images are converted in strips of about this many pixels, so that no second copy of the whole image is needed.
 _STRIP_PIXELS = 2**18
@@ -73,10 +73,10 @@ _DAMAGED = (
 
 
 class ImageRejected(ValueError):
-    """One image cannot be read. The message is for whoever sent it: what is wrong, the limit, the way out.
+    """One image cannot be read. The message, for its sender, says what is wrong, the limit and the way out.
 
     Attributes:
-        internal: The fault is the decoder's and not the image's.
+        internal: Whether the decoder is at fault and not the image.
     """
 
     def __init__(self, message: str, internal: bool = False) -> None:
@@ -86,11 +86,11 @@ class ImageRejected(ValueError):
 
 @dataclass(frozen=True)
 class ImageLimits:
-    """What one image file may be.
+    """Limits on one image file.
 
     Attributes:
-        max_bytes: Size of the file in bytes.
-        max_pixels: Width times height.
+        max_bytes: Largest size of the file in bytes.
+        max_pixels: Largest number of pixels, width times height.
     """
 
     max_bytes: int
@@ -102,13 +102,13 @@ def decode(data: bytes, limits: ImageLimits | None = None) -> NDArray[np.uint8]:
 
     Args:
         data: The content of a file in one of `FORMATS`.
-        limits: What the file may be; None for a trusted file of any size.
+        limits: Limits on the file; None for a trusted file of any size.
 
     Returns:
         uint8 [32, 32, 3], RGB.
 
     Raises:
-        ImageRejected: The file is empty, too large, of no supported format, or damaged.
+        ImageRejected: The file is empty, too large, damaged, or its format is not supported.
     """
     with opened(data, limits) as image:
         return pixels_of(image)
@@ -146,7 +146,7 @@ def check_size(width: int, height: int, limits: ImageLimits) -> None:
     """Checks the number of pixels of an image.
 
     Raises:
-        ImageRejected: There are too many.
+        ImageRejected: The image has too many pixels.
     """
     if width * height > limits.max_pixels:
         raise ImageRejected(
@@ -167,8 +167,8 @@ def pixels_of(image: Image.Image) -> NDArray[np.uint8]:
     pixels = np.asarray(small)
     if small.mode == "RGB":
         return pixels
-    # Colours are multiplied by their opacity already, so that white is added where they are transparent. Resizing
-    # overshoots at edges: a colour may be larger than its opacity.
+    # The colours are already multiplied by their opacity, so the missing part is added in white. Resizing overshoots at
+    # edges, where a colour may exceed its opacity.
     white = 255 - pixels[..., 3:].astype(np.int16)
     return (pixels[..., :3] + white).clip(0, 255).astype(np.uint8)
 

@@ -1,6 +1,6 @@
 """Every experiment as plain values that never change: the rows of the study first, then our own recipes.
 
-A recipe is printed, saved in the run folder and compared when a run is resumed. Two runs differ in nothing but their
+A recipe is printed, saved in the run folder and compared when a run is resumed. Two runs can differ only in their
 recipe, seed, data and precision. The accuracies quoted next to the study's rows are the study's own, on the official
 archive; our results are in docs/results.md.
 """

@@ -1,4 +1,4 @@
-"""The run folder, `runs/<recipe>/<seed>/`: everything that a training run leaves, and all that other code reads of it.
+"""The run folder, `runs/<recipe>/<seed>/`: all files that a training run writes and that other code reads.
 
     recipe.json     values of the recipe, seed, precision, data and machine
     history.jsonl   one line per epoch

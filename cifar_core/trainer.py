@@ -139,7 +139,7 @@ class Trainer:
         if not resume:
             raise RunError(
                 f"{self.folder.path}: this folder holds a run already; continue it with --resume, or train anew after "
-                "removing the folder or with another --seed or --runs DIR"
+                "removing the folder, or with another --seed or --runs DIR"
             )
         self._check_same_run(self.folder.description())
         if self.folder.last.exists():

@@ -67,7 +67,7 @@ def load_dataset(data: str | None = None) -> Dataset:
     Args:
         data: `cifar10` for the official archive, which is downloaded into `data/` if necessary; `synthetic` or
             `synthetic:N` for N generated training images; otherwise a folder that holds the official archive, or
-            train/<class>/* and test/<class>/*. None stands for the environment variable CIFAR10_DATA, or for
+            train/<class>/* and test/<class>/*. None means the value of the environment variable CIFAR10_DATA, or
             `cifar10` if that is not set.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The error that reading a data set ends with, and the advice that every such error closes with."""
+"""The error of this package, and the advice at the end of each of its messages."""
 
 from cifar_core.errors import CifarError
 
@@ -6,7 +6,7 @@ OTHER_DATA = (
     "; or use other data: --data cifar10 (the official archive), --data FOLDER (with train/<class>/* and "
     "test/<class>/*), or --data synthetic (generated images, no download)"
 )
-"""Closes the message of every error of this package: the ways to go on without the data that failed."""
+"""The end of the message of every error of this package: how to continue with other data."""
 
 
 class DataError(CifarError):

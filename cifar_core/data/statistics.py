@@ -1,4 +1,4 @@
-"""Channel statistics of a data set beside the published ones, and a summary as text."""
+"""Channel statistics of a data set next to the published ones, and a summary as text."""
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, 
 
 
 def summary(dataset: Dataset) -> str:
-    """Sizes and classes of both sets, and the statistics of the training images beside the published ones, as text."""
+    """Sizes and classes of both sets, and the statistics of the training images next to the published ones, as text."""
     lines = [f"{dataset.name} (fingerprint {dataset.fingerprint[:12]})"]
     train_indices, validation_indices = split(len(dataset.train))
     for name, part in (("train", dataset.train), ("test", dataset.test)):

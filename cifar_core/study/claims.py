@@ -95,5 +95,5 @@ CLAIMS = (
     Claim("With p = 0.2 training loss is higher and validation loss lower", ("baseline", "dropout-0.2"), _losses),
     Claim("60 epochs at p = 0.8 bring about 5 points (3 to 7)", ("dropout-0.8", "dropout-0.8-60"), _sixty_epochs),
     Claim("The deep model exceeds 80 % on the test set", ("deep",), _eighty_percent),
-    Claim("Ours: the deep recipe wants no momentum", ("deep", DEEP_WITH_MOMENTUM), _momentum),
+    Claim("Ours: the deep recipe trains better without momentum", ("deep", DEEP_WITH_MOMENTUM), _momentum),
 )

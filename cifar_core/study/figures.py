@@ -127,7 +127,7 @@ def plot_comparison(file: Path, panels: Sequence[tuple[str, Sequence[Curve]]]) -
 
 
 def plot_reliability(file: Path, title: str, lines: Sequence[tuple[str, str, Sequence[Bin]]]) -> None:
-    """Draws accuracy over confidence, beside the diagonal of perfect calibration.
+    """Draws accuracy over confidence, with the diagonal of perfect calibration.
 
     Args:
         file: the PNG to write.
@@ -168,7 +168,7 @@ def plot_probabilities(
     classes: Sequence[str],
     model: str,
 ) -> None:
-    """Draws figure 10: images, each beside its probabilities in class order, with the greatest one highlighted.
+    """Draws figure 10: images, each next to its probabilities in class order, with the greatest one highlighted.
 
     Args:
         file: the PNG to write. It shows images, so git must ignore it.

@@ -1,4 +1,4 @@
-"""Writes the report on finished runs: the study's table beside ours, its claims, and its figures.
+"""Writes the report on finished runs: the study's table next to ours, its claims, and its figures.
 
     python -m cifar_core.report [--runs runs --output reports]
 
@@ -188,8 +188,13 @@ def figure_block(rows: Rows, names: FigureNames, dropout_rates: bool, reliabilit
     for row in rows.values():
         loss, accuracy = names[row.name]
         numbers = row.published.figures if row.published else None
-        title = f"Figures {numbers[0]} and {numbers[1]}: {row.name}" if numbers else f"Besides: {row.name}"
-        lines += [title, "", f"![loss of {row.name}]({prefix}/{loss}) ![accuracy]({prefix}/{accuracy})", ""]
+        origin = f"Figures {numbers[0]} and {numbers[1]}" if numbers else "Not shown in the study"
+        lines += [
+            f"{origin}: {row.name}",
+            "",
+            f"![loss of {row.name}]({prefix}/{loss}) ![accuracy]({prefix}/{accuracy})",
+            "",
+        ]
     if reliability:
         lines += ["Calibration of the exported model", "", f"![reliability diagram]({prefix}/{reliability})"]
     return "\n".join(lines).rstrip()
@@ -213,7 +218,7 @@ def _model_of_figure_10(runs: Iterable[Run], exported: Path) -> Path | None:
 
 NEW_DOCUMENT = """# Results
 
-Published results beside our own. `make report` writes every block between markers.
+Published results next to our own. `make report` writes every block between markers.
 
 ## The study, row by row
 

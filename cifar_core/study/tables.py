@@ -18,13 +18,13 @@ _STUDY_HEADER = (
     "points",
     "seeds",
     "precision",
-    "minutes a run",
+    "minutes per run",
     "command: `python -m cifar_core.` and",
 )
 
 
 def study_table(rows: Rows) -> str:
-    """The study's rows beside ours, and the circumstances of our runs."""
+    """The study's rows next to ours, and the data, machine, versions and dates of our runs."""
     lines = [_study_line(row, row.published) for row in rows.values() if row.published is not None]
     described = [run for row in rows.values() if row.published for run in row.runs]
     described = described or [run for row in rows.values() for run in row.runs]
@@ -69,7 +69,7 @@ def _circumstances(runs: Sequence[Run]) -> str:
     """Data, machines, versions and dates of runs, as a paragraph."""
     machines = sorted(
         {
-            f"{run.environment.get('device', 'unknown')}, {run.environment.get('threads', '?')} thread(s) a run"
+            f"{run.environment.get('device', 'unknown')}, {run.environment.get('threads', '?')} thread(s) per run"
             for run in runs
         }
     )
@@ -81,7 +81,7 @@ def _circumstances(runs: Sequence[Run]) -> str:
         f"{', '.join(torch_versions)}. Date: {dates[0] if dates else 'unknown'}"
         + (f" to {dates[-1]}" if len(dates) > 1 else "")
         + ". Mean ± standard deviation over seeds; the test accuracy is that of the weights of the best validation "
-        "epoch, looked at once a run."
+        "epoch, measured once per run."
     )
 
 

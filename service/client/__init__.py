@@ -4,9 +4,9 @@
         for image in client.classify(["cat.jpg", "ship.png"]):
             print(image.best.name, image.best.probability)
 
-Long lists are sent in as few requests as the server's limits allow, small calls that are made at the same time share
-requests, and a request is sent again, with growing pauses, when the server could not take it (UNAVAILABLE,
-RESOURCE_EXHAUSTED with a hint, CANCELLED by a server that stops).
+Long lists are sent in as few requests as the server's limits allow. Small calls that are made at the same time share
+requests. A request that the server could not accept (UNAVAILABLE, RESOURCE_EXHAUSTED with a hint, CANCELLED by a server
+that stops) is sent again, after pauses that grow.
 """
 
 from service.client.aio import AsyncClient

@@ -27,7 +27,7 @@ class AsyncClient(BaseClient):
     Use it in one event loop. Small calls that are awaited at the same time travel in shared requests; each keeps its
     own deadline, errors and retries, and cancelling one does not affect the others.
 
-    Args and errors as for `Client`.
+    Arguments and errors are those of `Client`.
     """
 
     def __init__(self, target: str = DEFAULT_TARGET, options: Options | None = None) -> None:
@@ -52,17 +52,17 @@ class AsyncClient(BaseClient):
         await self._channel.close()
 
     async def model(self) -> messages.GetModelResponse:
-        """As `Client.model`."""
+        """Asks the server which model it serves and for its limits; see `Client.model`."""
         return await self._fetch_model(self._deadline(None))
 
     async def classify(self, images: Images, top_k: int = 0, timeout: float | None = None) -> list[Classification]:
-        """As `Client.classify`."""
+        """Classifies images; see `Client.classify`."""
         check_top_k(top_k)
         parts = await self._results(images, top_k, self._deadline(timeout))
         return [answer for part in parts for answer in classifications(part, top_k)]
 
     async def probabilities(self, images: NDArray[np.uint8], timeout: float | None = None) -> NDArray[np.float32]:
-        """As `Client.probabilities`."""
+        """Classifies raw images, uint8 [n, 32, 32, 3]; see `Client.probabilities`."""
         return probability_table(await self._results(images, 0, self._deadline(timeout)))
 
     async def _results(self, images: Images, top_k: int, deadline: Deadline) -> list[Results]:
@@ -70,7 +70,7 @@ class AsyncClient(BaseClient):
             await self._fetch_model(deadline)
         remaining = contents(images, self._capacity)
         results: list[Results] = []
-        # No more contents are made than are sent at once, so that a long list of files is read as it is sent.
+        # Contents are made as they are sent, so that a long list of files is never in memory as a whole.
         while window := list(itertools.islice(remaining, self._WINDOW)):
             if len(window) == 1:
                 results += await self._send(window[0], top_k, deadline)

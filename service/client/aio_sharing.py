@@ -1,4 +1,4 @@
-"""Sends the shared requests of an `AsyncClient`; which calls travel together is decided by `packing`."""
+"""Sends the shared requests of an `AsyncClient`. `packing` decides which calls share a request."""
 
 import asyncio
 import functools
@@ -25,7 +25,7 @@ class _Entry(Entry):
 
 @dataclass(eq=False)
 class _Sending:
-    """A shared request that is under way, and the task that waits for its response."""
+    """A shared request in progress, and the task that waits for its response."""
 
     group: list[_Entry]
     task: "asyncio.Task[list[Results]]"
@@ -35,9 +35,9 @@ class AsyncSharing:
     """Lets calls that run in one event loop share requests.
 
     Args:
-        slots: How many shared requests may be under way at once.
+        slots: Largest number of shared requests in progress at once.
         send: Sends a request once; raises RequestFailed.
-        capacity: What one request may hold now.
+        capacity: Returns how much one request may hold now.
     """
 
     def __init__(self, slots: int, send: Send, capacity: Callable[[], Capacity]) -> None:
@@ -65,8 +65,8 @@ class AsyncSharing:
         return entry.result()
 
     def _schedule_start(self) -> None:
-        # Not at once: when a response arrives, its callers run one after another and often make their next calls,
-        # which shall travel together. A lone call is sent in the next turn of the event loop, microseconds later.
+        # Not at once: when a response arrives, its callers run one after another and often make their next calls, which
+        # should share a request. A single call is sent in the next turn of the event loop, microseconds later.
         if not self._start_is_scheduled:
             self._start_is_scheduled = True
             asyncio.get_running_loop().call_soon(self._start)

@@ -12,12 +12,12 @@ from service.generated.cifar.v1 import image_classifier_pb2 as messages
 
 @dataclass(frozen=True)
 class RankedClass:
-    """A class and the probability, from 0 to 1, that the image shows it.
+    """A class, with the probability that the image shows it.
 
     Attributes:
         name: Name of the class.
-        index: Its place in the model's order of classes, from 0.
-        probability: From 0 to 1.
+        index: Index of the class in the outputs of the model, from 0.
+        probability: Probability of the class, from 0 to 1.
     """
 
     name: str

@@ -11,7 +11,7 @@ class BaseClient:
     """The options of a client and what it knows about its server.
 
     Args:
-        target: HOST:PORT.
+        target: Address of the server, HOST:PORT.
         options: Security, time limits and coalescing.
 
     Raises:
@@ -19,7 +19,7 @@ class BaseClient:
         ValueError: A file is not a PEM file, or the token would be sent to another machine without TLS.
     """
 
-    # Requests of one large call that are under way at once: the server computes one while the next is sent.
+    # Largest number of requests of one call in progress: the server computes one while the next is sent.
     _WINDOW = 4
 
     def __init__(self, target: str = DEFAULT_TARGET, options: Options | None = None) -> None:

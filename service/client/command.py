@@ -40,7 +40,7 @@ def add_connection_options(parser: argparse.ArgumentParser, timeout: float) -> N
     """Adds the options that say how to reach a server; `options_of` reads them.
 
     Args:
-        parser: What they are added to.
+        parser: Parser to which they are added.
         timeout: Default of --timeout in seconds.
     """
     parser.add_argument(
@@ -112,7 +112,7 @@ def check_readable(paths: Sequence[Path]) -> None:
     """Checks that image files can be read, before a server is asked.
 
     Raises:
-        OSError: Some cannot; the message names all of them.
+        OSError: Some images cannot be read; the message names all of them.
     """
     problems = []
     for path in paths:

@@ -1,4 +1,4 @@
-"""From a caller's images to contents that fit into requests. Knows the messages, but neither channels nor threads."""
+"""Turns a caller's images into contents that fit into requests. Knows the messages, but no channels or threads."""
 
 import functools
 import io
@@ -67,7 +67,7 @@ class Content:
         return self.count <= capacity.images and self.size <= capacity.size
 
     def split(self, capacity: Capacity) -> "list[Content]":
-        """The same images in the same order, in contents that fit; an image that fits nowhere is alone in one."""
+        """The same images in the same order, in contents that fit; an image that is too large gets its own content."""
         if self.pixels:
             length = _count_of_pixels(capacity) * IMAGE_BYTES
             return [Content(pixels=self.pixels[at : at + length]) for at in range(0, len(self.pixels), length)]
@@ -79,7 +79,7 @@ def contents(images: Images, capacity: Callable[[], Capacity]) -> Iterator[Conte
 
     Args:
         images: A list of images, or uint8 [n, 32, 32, 3].
-        capacity: Asked again for each content, since the server's limits can change.
+        capacity: Called for each content, because the server's limits can change.
 
     Raises:
         OSError: A path cannot be read.

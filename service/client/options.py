@@ -30,11 +30,12 @@ class Options:
         key: PEM file of the private key of `certificate`.
         token: Bearer token that is sent with every call.
         timeout: Seconds for a whole call, including all its requests and retries; None for no limit.
-        attempts: How often a request is sent at most.
+        attempts: Largest number of times that a request is sent.
         coalesce: Pack small calls that are made at the same time into shared requests.
-        max_shared_requests: How many shared requests may be under way at once. Calls wait, and gather, only while all
-            of these are under way.
-        allow_plaintext_token: Send the token without TLS to other machines too, where anybody on the way can read it.
+        max_shared_requests: Largest number of shared requests in progress at once. Calls wait, and gather, only while
+            this many are in progress.
+        allow_plaintext_token: Send the token without TLS to other machines too. Anybody on the network path can then
+            read it.
 
     Raises:
         ValueError: The options contradict each other.

@@ -1,8 +1,8 @@
 """Packs small calls that are made at the same time into shared requests. Pure logic: no I/O, threads or event loop.
 
-A call is sent at once while fewer than `slots` shared requests are under way. Otherwise it waits, together with all
-calls that arrive meanwhile, until a slot is free; then they travel together. So a single caller never waits, and the
-more callers there are, the more images share the price of a request.
+A call is sent at once if fewer than `slots` shared requests are in progress. Otherwise it waits, together with all
+calls that arrive meanwhile, until a slot is free; then they share a request. So a single caller never waits, and the
+more callers there are, the more images share the cost of a request.
 """
 
 from collections import deque
@@ -17,7 +17,7 @@ from service.client.contents import Capacity, Content
 from service.client.retrying import Deadline, RequestFailed
 from service.generated.cifar.v1 import image_classifier_pb2 as messages
 
-# Larger calls gain nothing by sharing, and would make small ones wait: they get requests of their own.
+# Larger calls gain nothing by sharing and would make small calls wait, so they get requests of their own.
 SMALL_IMAGES, SMALL_BYTES = 32, 2**18
 
 
@@ -32,10 +32,10 @@ class Entry:
 
     Attributes:
         content: Its images.
-        top_k: How many classes per image the call wants; 0 for all.
+        top_k: Number of classes per image that the call asks for; 0 for all.
         deadline: When the call gives up.
-        abandoned: Nobody waits for the outcome any more.
-        outcome: Its results, or why it has none; None as long as neither is known.
+        abandoned: Whether the caller no longer waits for the outcome.
+        outcome: Its results, or the error instead of them; None until one of them is known.
     """
 
     content: Content
@@ -45,7 +45,7 @@ class Entry:
     outcome: Results | BaseException | None = None
 
     def result(self) -> Results:
-        """The results, or the exception that is the outcome. To be called once the outcome is known."""
+        """The results, or the exception that is the outcome. Call it once the outcome is known."""
         if isinstance(self.outcome, Results):
             return self.outcome
         raise self.outcome or RuntimeError("the outcome is not known yet")
@@ -55,10 +55,10 @@ E = TypeVar("E", bound=Entry)
 
 
 class SharedRequests(Generic[E]):
-    """Which entries wait and which are under way.
+    """The entries that wait and the entries in progress.
 
     Args:
-        slots: How many requests may be under way at once.
+        slots: Largest number of requests in progress at once.
     """
 
     def __init__(self, slots: int) -> None:
@@ -68,16 +68,16 @@ class SharedRequests(Generic[E]):
         self._under_way: list[list[E]] = []
 
     def add(self, entry: E) -> None:
-        """Lets an entry wait for a slot."""
+        """Adds an entry that waits for a slot."""
         self._waiting[entry] = None
 
     def abandon(self, entry: E) -> None:
-        """Notes that nobody waits for this entry any more; if it has not been sent, it never will be."""
+        """Records that the caller no longer waits for this entry; if it has not been sent, it never will be."""
         entry.abandoned = True
         self._waiting.pop(entry, None)
 
     def next_group(self, capacity: Capacity) -> list[E] | None:
-        """Takes a slot for the entries that are to be sent next, in one request; None if there is no slot or no entry.
+        """Takes a slot and returns the entries of the next request; None if there is no slot or no entry.
 
         The entries fit into the capacity, except that a single entry may exceed it.
         """

@@ -1,4 +1,4 @@
-"""Asks a server for its health once; for the health checks of containers.
+"""Asks a server once for its health, as the health check of a container does.
 
     python -m service.probe [HOST:PORT]
 
@@ -32,10 +32,10 @@ class _Place:
     """A server to ask.
 
     Attributes:
-        host: Its name or IP address.
-        port: Its port.
+        host: Name or IP address.
+        port: Port.
         options: TLS, token and timeout.
-        pinned: `options.ca` is the server's own certificate, which need not name `host`.
+        pinned: Whether `options.ca` is the server's own certificate, which need not name `host`.
     """
 
     host: str
@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def own_server(environment: Mapping[str, str], options: Options) -> _Place:
-    """The server that these environment variables configure; what `options` sets is not replaced.
+    """The server that these environment variables configure. Values that `options` sets take precedence.
 
     The server's own certificate serves as certificate authority. With mutual TLS, the client's certificate is that of
     CIFAR_PROBE_CERTIFICATE and CIFAR_PROBE_KEY, or else the server's own, which its client authority may not accept.
@@ -101,7 +101,7 @@ def own_server(environment: Mapping[str, str], options: Options) -> _Place:
             key=Path(environment.get("CIFAR_PROBE_KEY", str(key))),
         )
     if token_file and not options.token:
-        # It reaches no other machine: the server that it is for listens on this one.
+        # The token does not leave this machine, because its server listens here.
         options = replace(options, token=read_token(token_file), allow_plaintext_token=True)
     return _Place(_EVERY_ADDRESS.get(host, host), int(setting("PORT") or 50051), options, pinned)
 
@@ -140,7 +140,7 @@ def _status(place: _Place) -> str:
     else:
         channel = grpc.secure_channel(place.target, credentials, options)
     with channel:
-        health: Any = health_pb2_grpc.HealthStub(channel)  # its types know no methods
+        health: Any = health_pb2_grpc.HealthStub(channel)  # its type has no methods
         answer = health.Check(
             health_pb2.HealthCheckRequest(), timeout=place.options.timeout, metadata=place.options.metadata
         )

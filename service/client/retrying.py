@@ -1,4 +1,4 @@
-"""When a failed request is sent again: deadlines, the server's hints, and pauses that grow."""
+"""Decides when a failed request is sent again: deadlines, the server's hints, and pauses that grow."""
 
 import random
 import time
@@ -35,7 +35,7 @@ class RequestFailed(ClassificationError):
 
     @classmethod
     def of(cls, error: grpc.RpcError) -> "RequestFailed":
-        """From the error of a gRPC call."""
+        """The failure that the error of a gRPC call describes."""
         trailing: Any = error.trailing_metadata() or ()  # pairs, although its type says otherwise
         pushback = next((value for key, value in trailing if key == _PUSHBACK), None)
         return cls(error.code(), error.details() or "", pushback)
@@ -102,8 +102,8 @@ class Attempts:
     """Counts the attempts of one request and says how long to wait before the next.
 
     Args:
-        most: How often it is sent at most.
-        deadline: Of the call that it belongs to.
+        most: Largest number of attempts.
+        deadline: Deadline of the call that the request belongs to.
     """
 
     def __init__(self, most: int, deadline: Deadline) -> None:
@@ -120,7 +120,7 @@ class Attempts:
         hint = failure.hint
         if hint is None or not failure.temporary or self._made >= self._most:
             raise failure
-        # Doubling, and random, so that clients that were refused together do not return together.
+        # Pauses double and vary randomly, so that clients that were refused together do not return together.
         pause = hint + min(_LAST_PAUSE, _FIRST_PAUSE * 2.0 ** (self._made - 1)) * random.uniform(0.5, 1.5)
         remaining = self._deadline.remaining()
         if remaining is not None and remaining <= pause:

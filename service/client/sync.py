@@ -29,7 +29,7 @@ class Client(BaseClient):
     retries.
 
     Args:
-        target: HOST:PORT.
+        target: Address of the server, HOST:PORT.
         options: Security, time limits and coalescing.
 
     Raises:
@@ -74,7 +74,7 @@ class Client(BaseClient):
         Args:
             images: A list of images: paths, bytes of image files, PIL images, or uint8 arrays [height, width, 3]. Or
                 one uint8 array [n, 32, 32, 3], the fast way for many images.
-            top_k: How many classes to return per image, the most probable first; 0 for all.
+            top_k: Number of classes to return per image, the most probable first; 0 for all.
             timeout: Seconds for the whole call; None for the timeout of the options.
 
         Returns:
@@ -108,7 +108,7 @@ class Client(BaseClient):
             self._fetch_model(deadline)
         remaining = contents(images, self._capacity)
         results: list[Results] = []
-        # No more contents are made than are sent at once, so that a long list of files is read as it is sent.
+        # Contents are made as they are sent, so that a long list of files is never in memory as a whole.
         while window := list(itertools.islice(remaining, self._WINDOW)):
             if len(window) == 1:
                 results += self._send(window[0], top_k, deadline)

@@ -1,6 +1,6 @@
-"""Sends the shared requests of a `Client`; which calls travel together is decided by `packing`.
+"""Sends the shared requests of a `Client`. `packing` decides which calls share a request.
 
-No thread of its own: one of the calling threads sends the request of its group, and hands the results to the others.
+It has no thread: one of the calling threads sends the request of its group and hands the results to the others.
 """
 
 import threading
@@ -21,7 +21,7 @@ Send: TypeAlias = "Callable[[messages.ClassifyRequest, Deadline], messages.Class
 
 @dataclass(eq=False)
 class _Entry(Entry):
-    """An entry whose thread waits for `wake`: then it has its outcome, or shall send the request of a group."""
+    """An entry whose thread waits for `wake`, until it has its outcome or has to send the request of a group."""
 
     wake: threading.Event = field(default_factory=threading.Event)
     leads: "list[_Entry] | None" = None
@@ -31,9 +31,9 @@ class SyncSharing:
     """Lets calls from several threads share requests.
 
     Args:
-        slots: How many shared requests may be under way at once.
+        slots: Largest number of shared requests in progress at once.
         send: Sends a request once; raises RequestFailed.
-        capacity: What one request may hold now.
+        capacity: Returns how much one request may hold now.
     """
 
     def __init__(self, slots: int, send: Send, capacity: Callable[[], Capacity]) -> None:
@@ -61,7 +61,7 @@ class SyncSharing:
         return entry.result()
 
     def _wait(self, entry: _Entry) -> list[_Entry] | None:
-        """The group whose request this thread shall send, if any."""
+        """The group whose request this thread has to send, if any."""
         in_time = entry.wake.wait(entry.deadline.remaining())
         with self._lock:
             entry.wake.clear()
@@ -79,7 +79,7 @@ class SyncSharing:
         except RequestFailed as failure:
             self._finish(group, failure)
         except BaseException:
-            # This thread was interrupted, or the client closed: the other threads try again by themselves.
+            # This thread was interrupted, or the client was closed: the other threads try again.
             self._finish(group, _interrupted())
             raise
         else:
@@ -98,13 +98,13 @@ class SyncSharing:
 
     def _choose_leaders(self) -> None:
         while group := self._requests.next_group(self._capacity()):
-            # The one that waits longest: it can still hand out the results when the others have given up.
+            # The entry with the latest deadline leads, because it can hand out the results when others have given up.
             leader = max(group, key=lambda entry: entry.deadline.at)
             leader.leads = group
             leader.wake.set()
 
     def _give_up(self, entry: _Entry) -> None:
-        """Leaves, after an interruption or at the deadline; a group that was to be led is led by somebody else."""
+        """Abandons an entry, interrupted or at its deadline. If its thread leads a group, another thread takes over."""
         with self._lock:
             self._requests.abandon(entry)
             if entry.leads:

@@ -10,7 +10,7 @@ def print_table(names: Sequence[Path], answers: Sequence[Classification]) -> Non
     """Prints one row per image and class, with a bar for each probability.
 
     Args:
-        names: The images' files.
+        names: Paths of the image files.
         answers: One answer per image, in the same order.
     """
     # Imported here because only commands print tables, while every user of the client imports this module.

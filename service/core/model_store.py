@@ -50,6 +50,11 @@ class Model:
         """The name by which clients of the Open Inference Protocol address the model."""
         return MODEL_NAME
 
+    @property
+    def device(self) -> str:
+        """The device that computes the graph, "cpu" or "cuda"."""
+        return self.engine.device
+
 
 def load(folder: Path, variant: str, *, device: Device, threads: int, max_batch_size: int) -> Model:
     """Reads, verifies, self-tests and warms up one variant of an export.

@@ -1,7 +1,7 @@
-"""What surrounds every call: receiving, draining, counting, the log, and errors turned into gRPC statuses.
+"""Does what all calls have in common: receiving, draining, counting, logging, and turning errors into gRPC statuses.
 
-Handlers are wrapped once, where they are registered (`Calls.register`). Servicers receive a request and a `Call`,
-return a response or raise an error of service.errors, and know nothing of what is done here.
+Handlers are wrapped once, where they are registered (`Calls.register`). Servicers receive a request and a `Call`, and
+return a response or raise an error of service.errors. They know nothing of this module but `Call`.
 """
 
 import asyncio
@@ -14,27 +14,14 @@ from dataclasses import dataclass
 from typing import Any, NoReturn, TypeAlias
 
 import grpc
-from google.protobuf.any_pb2 import Any as AnyMessage
-from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import DecodeError, Message
-from google.rpc.error_details_pb2 import RetryInfo
-from google.rpc.status_pb2 import Status
 
 from service.core.batcher import DEADLINE_SLACK
 from service.core.metrics import Metrics
-from service.errors import (
-    DeadlineExpired,
-    EngineFailed,
-    InvalidRequest,
-    NotFound,
-    Overloaded,
-    RequestError,
-    ShuttingDown,
-    Unsupported,
-    quoted,
-)
+from service.errors import InvalidRequest, RequestError, ShuttingDown, quoted
 from service.rpc.connections import Connections
 from service.rpc.receiving import Context, Receiver
+from service.rpc.statuses import CODES, Failure, abort
 from service.rpc.wire import FieldCounter
 
 logger = logging.getLogger(__name__)
@@ -45,43 +32,26 @@ Behaviour: TypeAlias = "Callable[[Request, Call], Awaitable[Response]]"
 Parse: TypeAlias = Callable[[bytes], Request]
 Serialize: TypeAlias = Callable[[Response], bytes]
 
-CODES: dict[type[RequestError], grpc.StatusCode] = {
-    InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
-    NotFound: grpc.StatusCode.NOT_FOUND,
-    Unsupported: grpc.StatusCode.UNIMPLEMENTED,
-    Overloaded: grpc.StatusCode.RESOURCE_EXHAUSTED,
-    DeadlineExpired: grpc.StatusCode.DEADLINE_EXCEEDED,
-    ShuttingDown: grpc.StatusCode.UNAVAILABLE,
-    EngineFailed: grpc.StatusCode.INTERNAL,
-}
-# Another server may take the request at once.
+# The retry hint of a server that stops. It is short, because another server may accept the request at once.
 SHUTDOWN_RETRY_SECONDS = 0.1
-# While the server stops: clients that called within this time may call again,
+# A server that stops waits until each client that called within this time has a held call,
 ACTIVE_SECONDS = 2.0
-# have stopped calling if none calls for this time,
+# or until no client has called for this time,
 QUIET_SECONDS = 0.5
-# and are waited for no longer than this.
+# but no longer than this.
 MAX_HOLD_SECONDS = 5.0
-
-
-class Failure(Exception):
-    """A gRPC status that ends a call, or one request of a stream."""
-
-    def __init__(self, code: grpc.StatusCode, message: str, retry_after: float | None = None) -> None:
-        super().__init__(message)
-        self.code, self.message, self.retry_after = code, message, retry_after
 
 
 @dataclass(slots=True, eq=False)
 class Call:
-    """What a servicer may know of the call that it answers.
+    """The call that a servicer answers.
 
     Attributes:
-        method: Service and method, `cifar.v1.ImageClassifier/Classify`.
+        method: Full name of the method, such as `cifar.v1.ImageClassifier/Classify`.
         connection: Address of the client's end of the connection.
         deadline: When the client gives up, on time.monotonic(); None if never.
-        message_bytes: Size of the request.
-        context: gRPC's own object.
+        message_bytes: Size of the request message.
+        context: gRPC's context of the call.
     """
 
     method: str
@@ -95,9 +65,9 @@ class Calls:
     """The calls that are being answered.
 
     Args:
-        metrics: Counts them.
-        receiver: Reads their messages.
-        connections: Limits answers that clients do not read.
+        metrics: Counts the calls.
+        receiver: Reads the messages of the calls.
+        connections: Limits the number of answers that clients do not read.
     """
 
     def __init__(self, metrics: Metrics, receiver: Receiver, connections: Connections) -> None:
@@ -155,7 +125,7 @@ class Calls:
             await asyncio.sleep(0.01)
 
     def refuse_held_calls(self) -> None:
-        """Answers the calls that are held. Call it when the server accepts no more calls."""
+        """Refuses the calls that are held. Call it when the server accepts no more calls."""
         self._released.set()
 
     # Registration
@@ -170,16 +140,16 @@ class Calls:
         while_draining: frozenset[str] = frozenset(),
         streams: "Mapping[str, Callable[[Parse, Serialize], grpc.RpcMethodHandler[Any, Any]]] | None" = None,
     ) -> None:
-        """Adds a servicer to a server, with everything in this module around its methods.
+        """Adds a servicer to a server and wraps its methods.
 
         Args:
-            server: Not yet started.
+            server: Server that is not yet started.
             add_servicer: The generated function `add_…Servicer_to_server`.
-            servicer: Unary methods are `async def Name(request, call)` and return the response.
-            counters: By method name, what limits the number of fields of its requests.
+            servicer: Object whose unary methods are `async def Name(request, call)` and return the response.
+            counters: Limits on the number of fields of requests, by method name.
             while_draining: Names of methods that are answered while the server stops.
-            streams: By name of a method that streams, what makes its handler from the parser of its requests and the
-                serializer of its responses; see service.rpc.streams.
+            streams: Functions that make the handlers of streaming methods, by method name. They receive the parser of
+                requests and the serializer of responses; see service.rpc.streams.
         """
         add_servicer(servicer, _Registration(self, server, counters or {}, while_draining, streams or {}))
 
@@ -308,7 +278,7 @@ class Calls:
 class _Accepted:
     """A call that counts as in flight until gRPC has sent its answer, or it has ended without one.
 
-    Registered as the callback for that, so that a call needs one object for all that has to be undone.
+    It is itself the callback for the end of the call, so that a call needs only one object.
     """
 
     __slots__ = ("_calls", "_connection", "_size")
@@ -319,19 +289,19 @@ class _Accepted:
         calls.enter()
 
     def sending(self, size: int) -> None:
-        """The answer, of `size` bytes, is about to be sent."""
+        """Records that an answer of `size` bytes is about to be sent."""
         self._size = size
         self._calls.connections.sending(self._connection, size)
 
     def __call__(self, context: Context) -> None:
-        """The call is over."""
+        """Records that the call is over."""
         if self._size is not None:
             self._calls.connections.sent(self._connection, self._size)
         self._calls.leave()
 
 
 class _Registration:
-    """What generated code registers a servicer's methods with."""
+    """Stands in for the server when generated code registers the methods of a servicer."""
 
     def __init__(
         self,
@@ -369,7 +339,7 @@ def parse_message(deserialize: Parse, counter: FieldCounter | None, message: byt
     """A request from its bytes.
 
     Raises:
-        InvalidRequest: The bytes are no such message, or have more fields than `counter` allows.
+        InvalidRequest: The bytes are not such a message, or have more fields than `counter` allows.
     """
     if counter is not None:
         counter.check(message)
@@ -380,26 +350,9 @@ def parse_message(deserialize: Parse, counter: FieldCounter | None, message: byt
 
 
 def on_done(context: Context, callback: Callable[[Context], None]) -> None:
-    """Has `callback` called when a call is over: its answer was sent, or it ended without one."""
-    add_done_callback: Any = context.add_done_callback  # its published type is wrong
+    """Calls `callback` when a call is over: its answer was sent, or it ended without one."""
+    add_done_callback: Any = context.add_done_callback  # its type stub is wrong
     add_done_callback(callback)
-
-
-async def abort(context: Context, failure: Failure) -> NoReturn:
-    """Ends a call with a status. Trailing metadata says when to retry, in both of the forms that clients know."""
-    metadata: tuple[tuple[str, str | bytes], ...] = ()
-    if failure.retry_after is not None:
-        retry = RetryInfo(retry_delay=Duration(nanos=0))
-        retry.retry_delay.FromNanoseconds(int(failure.retry_after * 1e9))
-        detail = AnyMessage()
-        detail.Pack(retry)
-        status = Status(code=failure.code.value[0], message=failure.message, details=[detail])
-        metadata = (
-            ("grpc-retry-pushback-ms", str(int(failure.retry_after * 1000))),
-            ("grpc-status-details-bin", status.SerializeToString()),
-        )
-    await context.abort(failure.code, failure.message, trailing_metadata=metadata)
-    raise AssertionError("abort returned")
 
 
 def deadline_of(context: Context) -> float | None:

@@ -11,7 +11,8 @@ from service.core.decoding import Decoded
 from service.core.inference import Inference
 from service.errors import InvalidRequest
 from service.generated.cifar.v1 import image_classifier_pb2 as messages
-from service.rpc.calls import Call, Failure
+from service.rpc.calls import Call
+from service.rpc.statuses import Failure
 from service.rpc.wire import FieldCounter
 
 SERVICE = messages.DESCRIPTOR.services_by_name["ImageClassifier"].full_name
@@ -82,7 +83,7 @@ class ImageClassifier:
             input_height=IMAGE_SIZE,
             input_width=IMAGE_SIZE,
             variant=model.variant,
-            device=model.engine.device,
+            device=model.device,
             test_accuracy=model.test_accuracy,
             trained_on=model.trained_on,
             limits=messages.Limits(

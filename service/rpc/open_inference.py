@@ -149,7 +149,7 @@ class OpenInference:
         del call
         model = self._model(request.name, request.version)
         group = messages.ModelInstanceGroup
-        kind = group.KIND_GPU if model.engine.device == "cuda" else group.KIND_CPU
+        kind = group.KIND_GPU if model.device == "cuda" else group.KIND_CPU
         config = messages.ModelConfig(
             name=model.name,
             platform=PLATFORM,

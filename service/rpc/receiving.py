@@ -49,7 +49,7 @@ class Receiver:
     """Hands out the slots.
 
     Args:
-        slots: Number of messages that may be received at once. Each open stream holds one; all streams hold at most half.
+        slots: Number of messages that may be received at once. Each open stream holds a slot; streams get at most half.
         per_connection: Largest number of slots of one connection.
         max_waiting: Largest number of calls that wait for a slot.
         seconds: Time limit for one message of a unary call to arrive.

@@ -13,8 +13,9 @@ from typing import Any
 import grpc
 
 from service.errors import Overloaded, RequestError
-from service.rpc.calls import Behaviour, Call, Calls, Failure, Parse, Request, Response, Serialize, abort, deadline_of
+from service.rpc.calls import Behaviour, Call, Calls, Parse, Request, Response, Serialize, deadline_of
 from service.rpc.receiving import Context
+from service.rpc.statuses import Failure, abort
 
 # Largest number of requests of one stream whose answers have not been sent. Further requests stay in the connection,
 # and gRPC's flow control slows the client down.

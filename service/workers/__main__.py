@@ -38,7 +38,7 @@ def main() -> int:
 
     def on_ready(healthy: Callable[[], bool]) -> None:
         sender.send(Kind.READY)
-        beating.add(asyncio.get_running_loop().create_task(sender.beat(healthy)))  # the event loop keeps only weak references
+        beating.add(asyncio.get_running_loop().create_task(sender.beat(healthy)))  # keeps it alive
 
     try:
         return run(settings, shares_port=True, on_ready=on_ready)

@@ -1,7 +1,7 @@
 """Messages from a worker to its supervisor, through a pipe: each is one line.
 
-The first message is READY, or REFUSED with the reason. After READY the worker's event loop sends heartbeats: HEALTHY, or
-STUCK if the engine does not return from a batch.
+The first message is READY, or REFUSED with the reason. After READY the worker's event loop sends heartbeats: HEALTHY,
+or STUCK if the engine does not return from a batch.
 """
 
 import asyncio

@@ -1,4 +1,4 @@
-"""Attacks servers with their default options and prints what was measured beside the limits.
+"""Attacks servers with their default options and prints the measurements next to the limits.
 
     python -m tests.attacks [--checkout FOLDER ...] [--only TEXT] [--all]
 

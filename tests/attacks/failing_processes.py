@@ -91,7 +91,7 @@ class RetryingClients:
 
 
 def _replacement(server: AttackedServer, fail: Callable[[psutil.Process], object]) -> list[Measured]:
-    """Makes a worker fail beside clients that retry."""
+    """Makes a worker fail while clients that retry call."""
     clients = RetryingClients(server)
     time.sleep(1.0)
     failing, starts = workers(server)[0], serving_starts(server)

@@ -1,11 +1,11 @@
-"""A figure that was measured, beside the limit that must hold."""
+"""A measured figure with the limit that it must keep."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One figure of a row beside its limit."""
+    """One measured figure and its limit."""
 
     name: str
     value: float

@@ -92,7 +92,7 @@ def many_long_texts(server: AttackedServer, size: int = payloads.OLD_LIMIT, copi
 
 
 def rapid_reset(server: AttackedServer, streams: int = 100_000, seconds: float = 5.0) -> list[Measured]:
-    """Streams opened and reset over one connection beside four honest clients."""
+    """Streams are opened and reset over one connection while four honest clients call."""
     usual = HonestClients(server.victim, clients=4, image="pixels", pause=0.0)
     with usual:
         time.sleep(seconds)
@@ -127,7 +127,7 @@ def cancelled_streams(server: AttackedServer, count: int = 500) -> list[Measured
 
 
 def flood(server: AttackedServer, attack: Callable[[Target], object]) -> list[Measured]:
-    """Any attack of the catalogue beside honest clients that were connected before it."""
+    """Any attack of the catalogue while honest clients call that connected before it."""
     honest = HonestClients(server.victim, clients=2, image="pixels")
     with MemoryWatch(server.pid) as watch:
         with honest:

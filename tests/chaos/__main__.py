@@ -72,7 +72,7 @@ def run(server: ServerProcess, files: Files, clients: Clients, arguments: argpar
         ("memory at the beginning, MiB", f"{beginning:.0f}", "", True),
         ("memory at the peak, MiB", f"{watch.peak:.0f}", "", True),
         ("memory at the end, MiB", f"{end:.0f}", f"≤ {GROWTH * beginning:.0f}", end <= GROWTH * beginning),
-        # With the time that the new worker needs to start beside everything else; `make attacks` measures it alone.
+        # Includes the time that the new worker needs to start under this load; `make attacks` measures it without load.
         ("slowest replacement of a worker, s", f"{faults.slowest_replacement:.1f}", "", True),
         ("exit code after SIGTERM", code, "0", code == 0),
         ("other broken promises", "; ".join(faults.failures) or "none", "none", not faults.failures),

@@ -217,7 +217,7 @@ class Faults:
         return True
 
     def start_attack(self, name: str | None = None) -> bool:
-        """An attack with a valid token, beside what happens next."""
+        """An attack with a valid token, at the same time as the next fault."""
         for entry in list(self._attacks):
             if not entry[1].is_alive():
                 entry[1].join()

@@ -1,4 +1,4 @@
-"""The commands of a user in their order: train, evaluate, export, evaluate the exported file."""
+"""A user's commands in order: train, evaluate, export, evaluate the exported file."""
 
 import json
 

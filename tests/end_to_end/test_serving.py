@@ -37,7 +37,7 @@ def test_the_demo_classifies_the_sample_images_and_stops_its_server():
     assert "README.md" not in done.stdout
 
 
-def test_the_demo_says_which_image_cannot_be_read():
+def test_the_demo_names_an_image_that_cannot_be_read():
     done = subprocess.run(
         [sys.executable, "-m", "service.demo", "absent.png"], cwd=REPOSITORY, capture_output=True, text=True
     )
@@ -60,7 +60,7 @@ def test_the_class_of_every_sample_image_is_the_one_in_its_file_name(variant):
         server.kill()
 
 
-def test_a_wheel_installed_elsewhere_serves_the_shipped_model_without_a_checkout(tmp_path):
+def test_an_installed_wheel_serves_the_shipped_model_without_a_checkout(tmp_path):
     # Without isolation and dependencies, because only what the wheel itself holds is tested.
     subprocess.run(
         [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(REPOSITORY)],
@@ -119,7 +119,7 @@ def test_a_model_is_evaluated_through_a_server(server, small: Dataset, command):
         server_predictor("127.0.0.1:1")
 
 
-def test_accuracy_through_a_server_equals_that_of_the_file(real: Dataset, tmp_path):
+def test_the_accuracy_through_a_server_equals_that_of_the_file(real: Dataset, tmp_path):
     del real  # needed only because the test is skipped where there are no real images
     server = Server("--model", SHIPPED).ready()
     try:

@@ -1,4 +1,4 @@
-"""The metrics page beside clients that are silent, slow, talkative or not HTTP at all."""
+"""The metrics page while other clients are silent, slow, talkative or do not speak HTTP."""
 
 import asyncio
 import contextlib

@@ -1,4 +1,4 @@
-"""Decoders of the tests, and what the system says about their processes."""
+"""Decoders for tests, and measurements of their processes."""
 
 import asyncio
 import contextlib

@@ -1,4 +1,4 @@
-"""Files that cost a decoder far more than their size suggests. All are generated."""
+"""Generated files that are far more expensive to decode than their size suggests."""
 
 import struct
 import zlib
@@ -118,7 +118,7 @@ def webp_of_many_chunks(count: int) -> bytes:
 
 
 def noise_png(side: int, mode: str = "RGB") -> bytes:
-    """As slow as an honest PNG of this many pixels can be."""
+    """A PNG that is as slow to decode as an ordinary PNG of this many pixels can be."""
     pixels = np.random.default_rng(0).integers(0, 255, (side, side, len(mode)), np.uint8)
     return saved(Image.fromarray(pixels), compress_level=1)
 

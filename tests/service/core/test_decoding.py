@@ -27,7 +27,7 @@ EXPENSIVE = progressive_jpeg(5600, 60)
 MEDIUM = noise_png(1020)
 
 
-def test_many_files_are_decoded_in_order_and_a_bad_one_costs_only_itself():
+def test_many_files_are_decoded_in_order_and_a_bad_one_fails_alone():
     async def test():
         pixels = pictures(50)
         files = [saved(Image.fromarray(image)) for image in pixels]
@@ -43,7 +43,7 @@ def test_many_files_are_decoded_in_order_and_a_bad_one_costs_only_itself():
     asyncio.run(test())
 
 
-def test_a_decoder_gives_the_same_pixels_as_the_library_whatever_the_size_of_the_file():
+def test_the_decoder_gives_the_same_pixels_as_the_library_for_files_of_any_size():
     async def test():
         files = [saved(gradient(300, 200), "JPEG"), noise_png(500), noise_png(1300), SMALL]
         async with running() as decoder:
@@ -54,7 +54,7 @@ def test_a_decoder_gives_the_same_pixels_as_the_library_whatever_the_size_of_the
     asyncio.run(test())
 
 
-def test_starting_does_not_block_and_files_sent_before_the_start_is_over_are_decoded():
+def test_starting_does_not_block_and_files_sent_meanwhile_are_decoded():
     async def test():
         began = time.perf_counter()
         decoder = Decoder(2, LIMITS)
@@ -65,7 +65,7 @@ def test_starting_does_not_block_and_files_sent_before_the_start_is_over_are_dec
     asyncio.run(test())
 
 
-def test_limits_of_bytes_and_pixels_hold():
+def test_files_beyond_the_limits_of_bytes_and_pixels_are_rejected():
     async def test():
         async with running(1, ImageLimits(max_bytes=20_000, max_pixels=10_000)) as decoder:
             large, many = await decoder.decode([bytes(20_001), saved(Image.new("L", (101, 100)))])
@@ -130,7 +130,7 @@ def test_files_whose_deadline_has_passed_are_not_decoded():
     asyncio.run(test())
 
 
-def test_a_file_that_takes_too_much_cpu_time_is_rejected_with_the_limit_and_costs_nothing_else():
+def test_a_file_that_takes_too_much_cpu_time_is_rejected_alone_and_the_error_names_the_limit():
     async def test():
         ended = []
         async with running(1, max_decode_seconds=0.3, on_ended=ended.append) as decoder:
@@ -147,7 +147,7 @@ def test_a_file_that_takes_too_much_cpu_time_is_rejected_with_the_limit_and_cost
     asyncio.run(test())
 
 
-def test_a_killed_process_costs_only_the_file_that_it_decoded():
+def test_if_a_process_is_killed_only_the_file_that_it_was_decoding_fails():
     async def test():
         ended = []
         async with running(1, max_decode_seconds=20, on_ended=ended.append) as decoder:
@@ -193,7 +193,7 @@ def test_a_stopped_process_is_killed_and_its_files_are_decoded_by_others():
     asyncio.run(test())
 
 
-def test_processes_that_cannot_start_give_internal_errors_and_pauses_that_grow(monkeypatch):
+def test_if_processes_cannot_start_files_get_internal_errors_and_pauses_grow(monkeypatch):
     async def test():
         attempts = []
 
@@ -222,12 +222,13 @@ def test_expensive_files_run_in_processes_of_lower_priority():
         async with running(1) as decoder:
             await decoder.decode([noise_png(1300)])
             fast, slow = decoder.pids
-            assert (niceness(fast) - os.getpriority(os.PRIO_PROCESS, 0), niceness(slow)) == (0, 10)
+            own = os.getpriority(os.PRIO_PROCESS, 0)
+            assert (niceness(fast) - own, niceness(slow) - own) == (0, 10)
 
     asyncio.run(test())
 
 
-def test_a_process_has_no_files_of_the_server_and_ignores_the_signals_of_the_terminal():
+def test_a_process_inherits_no_files_of_the_server_and_ignores_signals_from_the_terminal():
     async def test():
         async with running(1) as decoder:
             (pid,) = decoder.pids

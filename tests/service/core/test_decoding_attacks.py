@@ -1,4 +1,4 @@
-"""Files made to be expensive: what they cost, and what becomes of the images of other clients meanwhile."""
+"""Files that are made to be expensive: they are refused or contained, and do not delay the images of other clients."""
 
 import asyncio
 import time
@@ -51,7 +51,7 @@ EXPENSIVE = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_a_file_of_an_expensive_structure_is_refused_before_it_is_decoded(name):
+def test_a_file_with_an_expensive_structure_is_refused_before_it_is_decoded(name):
     file, message = REFUSED[name]
     assert len(file) <= 10 * 2**20
 
@@ -69,7 +69,7 @@ def test_a_file_of_an_expensive_structure_is_refused_before_it_is_decoded(name):
 
 
 @pytest.mark.parametrize("name", ACCEPTED)
-def test_a_file_within_the_limits_of_structure_is_decoded(name):
+def test_a_file_whose_structure_is_within_the_limits_is_decoded(name):
     async def test():
         async with running(1) as decoder:
             (result,) = await decoder.decode([ACCEPTED[name]])
@@ -106,7 +106,7 @@ def test_honest_images_are_answered_at_once_while_expensive_ones_are_decoded(nam
     asyncio.run(test())
 
 
-def test_files_whose_cost_nothing_predicts_move_to_the_slow_lane():
+def test_files_whose_cost_cannot_be_predicted_move_to_the_slow_lane():
     """Small in pixels and memory, but slow: more than 0.15 s each."""
     file = hostile.noise_jpeg(800, scans=64)
 

@@ -1,4 +1,4 @@
-"""Decode processes that are started while the server gives up: nothing is left, and the process ends."""
+"""If the server gives up while decode processes start, no process is left and the server ends."""
 
 import subprocess
 import sys
@@ -22,5 +22,5 @@ asyncio.run(main(float(sys.argv[1])))
 
 
 @pytest.mark.parametrize("seconds", ["0", "0.02", "0.1", "0.2", "0.3", "0.5"])
-def test_a_process_ends_whose_decoder_is_closed_while_it_starts(seconds):
+def test_a_process_whose_decoder_is_closed_while_starting_ends(seconds):
     subprocess.run([sys.executable, "-c", SCRIPT, seconds], cwd=REPOSITORY, check=True, timeout=30)

@@ -26,7 +26,7 @@ def test_requests_are_counted_by_method_and_code_with_their_time():
     assert seen['cifar_service_request_seconds_bucket{le="0.005",method="m"}'] == 1
 
 
-def test_series_that_alerts_need_exist_before_the_first_event():
+def test_series_that_alerts_use_exist_before_the_first_event():
     seen = samples(Metrics())
     for name in (
         "receive_timeouts_total",
@@ -60,7 +60,7 @@ def test_replaced_decoders_and_slow_senders_are_counted():
     assert seen["cifar_service_receive_timeouts_total"] == 1
 
 
-def test_a_failed_batch_counts_as_failure_and_not_in_the_statistics_of_the_model():
+def test_a_failed_batch_counts_as_a_failure_and_not_in_the_statistics_of_the_model():
     metrics = Metrics()
     metrics.on_batch(3, [0.1], 0.2, failed=True)
     metrics.on_batch(2, [0.1, 0.2], 0.5, failed=False)
@@ -72,7 +72,7 @@ def test_a_failed_batch_counts_as_failure_and_not_in_the_statistics_of_the_model
     assert metrics.statistics.queue.nanoseconds == 300_000_000
 
 
-def test_a_new_model_takes_the_place_of_the_old_one_and_its_statistics_start_from_zero():
+def test_a_new_model_replaces_the_old_one_and_its_statistics_start_from_zero():
     metrics = Metrics()
     metrics.on_model("1", "fp32", "cpu", "a")
     metrics.on_batch(2, [0.1], 0.5, failed=False)
@@ -84,7 +84,7 @@ def test_a_new_model_takes_the_place_of_the_old_one_and_its_statistics_start_fro
     assert metrics.statistics.last_inference == 0
 
 
-def test_figures_of_processes_carry_their_name_and_ended_processes_are_left_out():
+def test_metrics_of_processes_have_their_name_and_ended_processes_are_left_out():
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as child:
         metrics = Metrics()
         metrics.registry.register(Processes(lambda: {"server": os.getpid(), "other": child.pid}))

@@ -32,7 +32,7 @@ def test_the_engine_computes_the_graph_for_any_number_of_images():
 
 
 @pytest.mark.skipif(CUDA in onnxruntime.get_available_providers(), reason="this onnxruntime has CUDA")
-def test_without_cuda_the_device_cuda_is_refused_with_what_to_install():
+def test_without_cuda_the_device_cuda_is_refused_and_the_error_says_what_to_install():
     with pytest.raises(StartError, match="onnxruntime-gpu"):
         Engine(graph(), "cuda", 1)
 
@@ -67,7 +67,7 @@ def test_a_file_that_is_not_onnx_is_refused_in_one_line():
 # Loading
 
 
-def test_a_model_is_what_its_manifest_says(tmp_path):
+def test_a_model_has_the_values_of_its_manifest(tmp_path):
     model = loaded(write_export(tmp_path, graph(), "linear-7"))
     assert (model.name, model.version, model.variant) == ("cifar10", "linear-7", "fp32")
     assert model.classes == CLASSES
@@ -108,13 +108,13 @@ def variant(**changes: object) -> dict[str, object]:
         ({"model_version": None}, r"manifest.json: model_version: "),
     ],
 )
-def test_an_export_that_is_not_what_it_should_be_is_refused(tmp_path, changes, message):
+def test_an_export_that_does_not_match_its_manifest_is_refused(tmp_path, changes, message):
     with pytest.raises(StartError, match=message) as caught:
         loaded(changed(tmp_path, **changes))
     assert "\n" not in str(caught.value)
 
 
-def test_a_folder_without_a_manifest_is_refused_with_the_command_that_writes_one(tmp_path):
+def test_a_folder_without_a_manifest_is_refused_and_the_error_names_the_command_that_writes_one(tmp_path):
     with pytest.raises(StartError, match=r"manifest.json does not exist; .*make export"):
         loaded(tmp_path)
 
@@ -146,7 +146,7 @@ def test_a_graph_of_another_version_than_the_manifest_is_refused(tmp_path):
         loaded(tmp_path)
 
 
-def test_a_graph_that_computes_nonsense_is_refused(tmp_path):
+def test_a_graph_whose_probabilities_are_invalid_is_refused(tmp_path):
     import onnx
     from onnx import numpy_helper
 
@@ -161,7 +161,7 @@ def test_a_graph_that_computes_nonsense_is_refused(tmp_path):
 
 
 class Reloads:
-    """A store for the export in a folder, and the versions that its reloads led to; None for a refused export."""
+    """A store for the export in a folder, and the version after each reload; None for a refused export."""
 
     def __init__(self, folder: Path) -> None:
         self.outcomes: list[str | None] = []
@@ -190,7 +190,7 @@ def fast_polls(monkeypatch):
     monkeypatch.setattr("service.watch.MAX_RETRY_SECONDS", 0.02)
 
 
-def test_a_new_export_takes_the_place_of_the_old_one_and_a_bad_one_does_not(tmp_path):
+def test_a_new_export_replaces_the_old_one_and_a_bad_one_does_not(tmp_path):
     async def test():
         reloads = Reloads(write_export(tmp_path, graph(0), "first"))
         write_export(tmp_path, graph(1), "second")
@@ -204,7 +204,7 @@ def test_a_new_export_takes_the_place_of_the_old_one_and_a_bad_one_does_not(tmp_
     asyncio.run(test())
 
 
-def test_a_fault_while_loading_leaves_the_old_model_and_is_logged_with_its_traceback(tmp_path, monkeypatch, caplog):
+def test_an_unexpected_error_keeps_the_old_model_and_is_logged_with_its_traceback(tmp_path, monkeypatch, caplog):
     def fail(*_args: object, **_options: object) -> Model:
         raise MemoryError
 
@@ -233,7 +233,7 @@ def test_a_model_file_that_arrives_after_its_manifest_is_loaded(tmp_path, fast_p
     asyncio.run(test())
 
 
-def test_a_model_file_under_a_name_that_is_new_is_loaded_when_it_arrives(tmp_path, fast_polls):
+def test_a_model_file_with_a_new_name_is_loaded_when_it_arrives(tmp_path, fast_polls):
     async def test():
         folder = write_export(tmp_path / "served", graph(0), "first")
         reloads = Reloads(folder)
@@ -260,7 +260,7 @@ def test_other_files_in_the_folder_cause_no_reload(tmp_path, fast_polls):
                 (folder / "training.log").write_text(str(turn))
                 await asyncio.sleep(0.03)
             assert reloads.outcomes == []
-            write_export(folder, graph(1), "second")  # the watcher is still alive
+            write_export(folder, graph(1), "second")  # the watcher still works
             await reloads.until("second")
 
     asyncio.run(test())
@@ -279,7 +279,7 @@ def test_a_folder_that_is_replaced_while_the_server_runs_is_loaded(tmp_path, fas
     asyncio.run(test())
 
 
-def test_an_export_that_runs_nowhere_is_tried_once(tmp_path, fast_polls, caplog):
+def test_an_export_that_cannot_run_is_tried_only_once(tmp_path, fast_polls, caplog):
     async def test():
         folder = write_export(tmp_path, graph(0), "first")
         reloads = Reloads(folder)
@@ -300,7 +300,7 @@ def test_a_reload_does_not_move_the_model_from_cuda_to_the_cpu(tmp_path, caplog)
             write_export(tmp_path, graph(0), "first"), "fp32",
             device="auto", threads=1, max_batch_size=4, on_reload=lambda model: None,
         )  # fmt: skip
-        store.current.engine.device = "cuda"  # as if it had been chosen at the start and had gone since
+        store.current.engine.device = "cuda"  # as if CUDA had been chosen at the start and were no longer available
         write_export(tmp_path, graph(1), "second")
         assert not await store.reload()
         assert store.current.version == "first"

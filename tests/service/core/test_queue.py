@@ -6,7 +6,7 @@ from service.core.queue import Images, Queue, Request, compute_pieces, hand_out
 
 
 def numbered(*numbers: int) -> Images:
-    """Images that can be told apart by their first byte."""
+    """Images that differ in their first byte."""
     return np.array(numbers, np.uint8).reshape(-1, 1)
 
 
@@ -55,7 +55,7 @@ class AnySequence(RuleBasedStateMachine):
         assert len({piece.request for piece in pieces}) == len(pieces)
         for piece in pieces:
             assert piece.request in live
-            assert piece.start == self.waiting[piece.request]  # in order, none twice, none left out
+            assert piece.start == self.waiting[piece.request]  # in order, without repeats or gaps
             assert piece.start < piece.stop
             self.waiting[piece.request] = piece.stop
             if piece.stop == len(piece.request.images):
@@ -78,7 +78,7 @@ class AnySequence(RuleBasedStateMachine):
 TestAnySequence = AnySequence.TestCase
 
 
-def test_a_piece_writes_its_rows_and_no_others():
+def test_a_piece_writes_only_its_own_rows():
     request = a_request(5, None, lambda images, alone: (images.astype(np.float32),))
     queue = Queue(2)
     queue.put(request)

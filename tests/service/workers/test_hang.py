@@ -1,4 +1,4 @@
-"""A worker that hangs is told from one that a busy machine, or a sleeping one, keeps from running."""
+"""A worker that hangs is distinguished from one that gets no CPU time because the machine is busy or asleep."""
 
 import os
 import signal

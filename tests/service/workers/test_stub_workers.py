@@ -1,4 +1,4 @@
-"""The supervisor beside real processes that speak the workers' protocol but do not serve: they fail on demand."""
+"""The supervisor with real processes that speak the workers' protocol, but fail on demand instead of serving."""
 
 import asyncio
 import os

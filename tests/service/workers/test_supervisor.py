@@ -97,7 +97,7 @@ def test_signals_are_passed_on_to_the_workers(start_server, tmp_path):
     server = start_server("--model", folder, "--workers", "2").ready()
     exports.write_export(folder, exports.graph(1), "second")
     server.process.send_signal(signal.SIGHUP)
-    server.wait_for("model second .* takes the place", count=2)
+    server.wait_for("model second .* replaces", count=2)
     workers = pids(server)
     assert server.stop(signal.SIGINT) == 0
     assert server.log.count('"stopped"') == 2
