@@ -180,7 +180,7 @@ def test_streams_hold_at_most_half_of_the_slots():
     async def test():
         slots = receiver(slots=4, per_connection=4)
         async with slots.stream("a") as slot, slots.stream("b"):
-            with pytest.raises(Overloaded, match="open streams"):
+            with pytest.raises(Overloaded, match="streams is open already"):
                 async with slots.stream("c"):
                     pass
             assert await slots.read_stream(Sender().arrive(), slot) == b"message"

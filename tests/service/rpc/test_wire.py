@@ -109,7 +109,7 @@ def test_pixels_as_single_numbers_are_limited_by_their_bytes():
     ("message", "reason"),
     [
         (b"\x12" + b"\xff" * 11, "a number has more than 10 bytes"),
-        (b"\x12\xff\x7f" + b"\x12\x00" * 40, "behind its message"),
+        (b"\x12\xff\x7f" + b"\x12\x00" * 40, "beyond its message"),
         (b"\x13\x14" * 10, "wire type 3"),
         (b"\x0a\x08" + bytes(8) + b"\x0a\xff", "cut off"),
     ],
