@@ -10,8 +10,6 @@ from typing import Annotated, Literal, Self
 from pydantic import (
     Field,
     NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
     PositiveInt,
     ValidationError,
     model_validator,
@@ -30,6 +28,8 @@ INT32_MAX = 2**31 - 1
 
 Port = Annotated[int, Field(ge=0, le=65535)]
 Int32 = Annotated[int, Field(ge=1, le=INT32_MAX)]
+Threads = Annotated[int, Field(ge=0, le=1024)]
+Grace = Annotated[float, Field(ge=0, le=INT32_MAX / 1000)]
 Seconds = Annotated[float, Field(gt=0, le=INT32_MAX / 1000)]  # gRPC counts them in milliseconds
 
 
@@ -71,7 +71,7 @@ class Settings(BaseSettings):
     workers: PositiveInt = Field(
         1, description="number of server processes that share the port; a supervisor replaces those that fail"
     )
-    grace: NonNegativeFloat = Field(
+    grace: Grace = Field(
         30.0, description="seconds after SIGTERM within which accepted requests must finish and be answered"
     )
 
@@ -84,10 +84,10 @@ class Settings(BaseSettings):
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="where to compute; auto uses CUDA if onnxruntime supports it and logs its choice"
     )
-    threads: NonNegativeInt = Field(
+    threads: Threads = Field(
         0, description="number of onnxruntime threads in each process; 0: the available cores divided by --workers"
     )
-    max_batch_seconds: PositiveFloat = Field(
+    max_batch_seconds: Seconds = Field(
         30.0, description="seconds that one batch may compute; a process that exceeds them ends, so that it is replaced"
     )
 
@@ -107,14 +107,14 @@ class Settings(BaseSettings):
     # Requests
     max_images: PositiveInt = Field(1024, description="largest number of images in a request")
     max_message_bytes: Int32 = Field(8 * MIB, description="largest size of a request message, in bytes")
-    max_image_bytes: PositiveInt = Field(8_000_000, description="largest size of an encoded image, in bytes")
-    max_image_pixels: PositiveInt = Field(
+    max_image_bytes: Int32 = Field(8_000_000, description="largest size of an encoded image, in bytes")
+    max_image_pixels: Int32 = Field(
         32_000_000, description="largest number of pixels of an encoded image (width times height)"
     )
-    decode_processes: NonNegativeInt = Field(
+    decode_processes: Threads = Field(
         0, description="number of processes that decode images; 0: the available cores divided by --workers"
     )
-    max_decode_seconds: PositiveFloat = Field(
+    max_decode_seconds: Seconds = Field(
         1.0, description="seconds of CPU time that decoding one image may take; an image that needs more is rejected"
     )
 

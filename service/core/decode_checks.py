@@ -43,7 +43,7 @@ class Demand:
     """The resources that decoding a file needs.
 
     Attributes:
-        pixels: Number of pixels, width times height.
+        pixels: Number of pixels, width times height; more for a JPEG file of many scans, by the time that they take.
         memory: Estimated memory in bytes, including the file itself.
     """
 
@@ -99,9 +99,13 @@ def demand_of(image: Image.Image, data: bytes) -> Demand:
     if isinstance(image, JpegImagePlugin.JpegImageFile):
         # libjpeg keeps the coefficients of the whole image if there is more than one scan. It decodes at an eighth of
         # the size at best; a quarter is assumed.
-        coefficients = pixels * image.layers * _JPEG_COEFFICIENT_BYTES if data.count(b"\xff\xda") > 1 else 0
+        scans = data.count(b"\xff\xda")
+        coefficients = pixels * image.layers * _JPEG_COEFFICIENT_BYTES if scans > 1 else 0
         scale = 4 if min(width, height) >= 512 else 1
-        return Demand(pixels, coefficients + math.ceil(pixels * 4 / scale**2) + rows + len(data))
+        # Each scan costs about a third of what decoding a baseline file of the same size does.
+        return Demand(
+            max(pixels, pixels * scans // 3), coefficients + math.ceil(pixels * 4 / scale**2) + rows + len(data)
+        )
     bytes_per_pixel = {"WEBP": _WEBP_BYTES_PER_PIXEL, "GIF": _GIF_BYTES_PER_PIXEL}.get(image.format or "")
     if bytes_per_pixel is None:
         bytes_per_pixel = _BYTES_PER_PIXEL.get(image.mode, 4)

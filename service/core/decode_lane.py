@@ -7,13 +7,15 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Executor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from cifar_core.images import IMAGE_SIZE, ImageLimits, ImageRejected
 from service.core.decode_process import DecodeProcess, discard_process, start_process
 from service.core.decode_worker import NEEDED, Kind, ProcessLimits
-from service.core.fair_queue import FairQueue, Job
+from service.core.fair_queue import FairQueue, Job, Request
+from service.errors import Overloaded
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +25,12 @@ _CAUTIOUS_SECONDS = 2.0
 _SENT_AHEAD_BYTES = 2**18
 # If no process of a lane starts, the lane rejects its files instead of letting them wait.
 _FAILED_STARTS = 3
+_RETRY_SECONDS = 0.5
+# A process that ends so soon after it was sent a file may have ended before it read the file.
+_BEGUN_SECONDS = 0.05
+_MAX_REPEATS = 3
+# A process that was started on demand ends when it has had nothing to do for so long.
+_IDLE_SECONDS = 10.0
 _START_SECONDS = 15.0
 _MAX_PAUSE_SECONDS = 5.0
 
@@ -80,6 +88,7 @@ class Lane:
         self._large_was_last = False
         self._processes: list[DecodeProcess] = []
         self._tasks: list[asyncio.Task[None]] = []
+        self._task_of: dict[DecodeProcess, asyncio.Task[Any]] = {}
         self._failed_starts = 0
         self._last_ready = time.monotonic()
         self._cautious_until = 0.0
@@ -98,18 +107,29 @@ class Lane:
             self._push(job)
         self._dispatch()
 
+    def remove_request(self, request: Request) -> None:
+        """Removes all jobs of a request that nobody waits for any more."""
+        self._queue.remove_request(request)
+        self._large.remove_request(request)
+
     def remove_client(self, client: object) -> list[Job]:
         """Removes all jobs of a client from the queue and returns them."""
         return self._queue.remove_client(client)
 
     def watch(self) -> None:
-        """Kills processes that have had a file for too long. Call it regularly."""
+        """Kills processes that have had a file for too long, or none for long. Call it regularly."""
         now = time.monotonic()
         for process in self._processes:
             patience = self._options.max_seconds if process.is_ready else _START_SECONDS
             if (process.jobs or not process.is_ready) and now - process.busy_since > patience:
                 process.is_stuck = True
                 process.kill()
+        if self._options.on_demand:
+            for process in list(self._processes):
+                if process.is_ready and not process.jobs and now - process.busy_since > _IDLE_SECONDS:
+                    self._tasks.remove(self._task_of[process])
+                    self._task_of[process].cancel()
+                    process.kill()
         self._dispatch()
 
     def close(self) -> None:
@@ -118,14 +138,14 @@ class Lane:
             process.kill()
         for task in self._tasks:
             task.cancel()
-        self._reject_all("the server is shutting down")
+        self._reject_all("the server is shutting down: ask another, or retry")
 
     def _push(self, job: Job, *, first: bool = False) -> None:
         (self._large if job.memory > self._options.common_memory else self._queue).push(job, first=first)
 
     def _dispatch(self) -> None:
         if not any(process.is_ready for process in self._processes) and self._cannot_start:
-            self._reject_all("no decode process can be started; the server's log says why")
+            self._reject_all("no decode process can be started now, the server's log gives the reason: retry")
             return
         while process := self._free_process():
             job = self._next()
@@ -194,12 +214,16 @@ class Lane:
             starting.add_done_callback(discard_process)
             raise
         process = DecodeProcess(*started, self._starter, self._on_ready, self._on_reply)
+        task = asyncio.current_task()
+        assert task is not None  # noqa: S101 -- for the type checker: a coroutine always runs in a task here
         self._processes.append(process)
+        self._task_of[process] = task
         try:
             code = await process.run()
         finally:
             self._processes.remove(process)
-        if not process.is_ready:
+            del self._task_of[process]
+        if not process.was_ready:
             return f"it ended with code {code} before it was ready"
         self._replace(process, code)
         return None
@@ -216,10 +240,12 @@ class Lane:
         elif kind is Kind.REJECTED:
             job.request.finish(job.index, ImageRejected(content.decode(errors="replace")))
         elif kind is Kind.LARGE:
-            job.memory = max(job.memory, *NEEDED.unpack(content))
+            job.memory = min(max(job.memory, *NEEDED.unpack(content)), self._options.limits.max_memory)
             self._on_large(job)
         else:
-            logger.error("the decoder failed on an image of %d bytes:\n%s", len(job.data), content.decode())
+            logger.error(
+                "the decoder failed on an image of %d bytes:\n%s", len(job.data), content.decode(errors="replace")
+            )
             job.request.finish(
                 job.index, ImageRejected("the decoder failed on this image; the server's log says why", internal=True)
             )
@@ -236,6 +262,15 @@ class Lane:
             "no answer in time" if process.is_stuck else "CPU time of one image" if exceeded else f"code {code}",
         )
         job = process.jobs.popleft() if process.jobs else None
+        if (
+            job
+            and not exceeded
+            and job.repeats < _MAX_REPEATS
+            and process.ended_at - process.busy_since < _BEGUN_SECONDS
+        ):
+            job.repeats += 1  # it was probably not the file that ended the process
+            self._push(job, first=True)
+            job = None
         for waiting in reversed(process.jobs):
             self._push(waiting, first=True)
         if exceeded:
@@ -249,4 +284,4 @@ class Lane:
 
     def _reject_all(self, reason: str) -> None:
         for job in self._queue.remove_all() + self._large.remove_all():
-            job.request.finish(job.index, ImageRejected(reason, internal=True))
+            job.request.fail(Overloaded(reason, _RETRY_SECONDS))

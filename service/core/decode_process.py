@@ -14,7 +14,7 @@ from multiprocessing.context import ForkServerProcess
 
 from cifar_core.images import ImageLimits
 from service.core import decode_worker
-from service.core.decode_worker import MAX_REPLY_BYTES, REPLY, REQUEST, Kind, ProcessLimits
+from service.core.decode_worker import REPLY, REQUEST, SIZES, Kind, ProcessLimits
 from service.core.fair_queue import Job
 
 _RECEIVE_BYTES = 65_536
@@ -77,6 +77,8 @@ class DecodeProcess:
         self.jobs: deque[Job] = deque()
         self.unanswered_bytes = 0
         self.is_ready = False
+        self.was_ready = False
+        self.ended_at = 0.0
         self.is_stuck = False
         self.busy_since = time.monotonic()
         self._process, self._socket, self._starter = process, connection, starter
@@ -101,6 +103,7 @@ class DecodeProcess:
                 pass
         finally:
             self._ended.set()
+            self._notice_end()
             self._loop.remove_reader(self._process.sentinel)
             self._loop.remove_reader(self._socket)
             self._loop.remove_writer(self._socket)
@@ -123,6 +126,7 @@ class DecodeProcess:
         except BlockingIOError:
             sent = 0
         except OSError:  # the process has ended, which `run` notices
+            self._notice_end()
             return
         if sent < REQUEST.size + len(data):
             for part in parts:
@@ -141,6 +145,11 @@ class DecodeProcess:
     def _exit_code(self) -> int | None:
         self._process.join(_EXIT_CODE_SECONDS)  # it has ended, so the fork server reports the code soon
         return self._process.exitcode
+
+    def _notice_end(self) -> None:
+        if self.is_ready:
+            self.is_ready = False
+            self.ended_at = time.monotonic()
 
     def _write(self) -> None:
         try:
@@ -165,6 +174,7 @@ class DecodeProcess:
         except OSError:
             content = b""
         if not content:  # the process has ended; its sentinel ends the wait in `run`
+            self._notice_end()
             self._loop.remove_reader(self._socket)
             return False
         self._received += content
@@ -175,7 +185,7 @@ class DecodeProcess:
         place = 0
         while len(self._received) - place >= REPLY.size:
             number, size = REPLY.unpack_from(self._received, place)
-            if size > MAX_REPLY_BYTES or number > max(Kind):
+            if number > max(Kind) or size not in SIZES[Kind(number)]:
                 self.kill()  # the process no longer follows the protocol
                 return
             end = place + REPLY.size + size
@@ -188,7 +198,7 @@ class DecodeProcess:
 
     def _handle(self, kind: Kind, content: bytes) -> None:
         if kind is Kind.READY:
-            self.is_ready = True
+            self.is_ready = self.was_ready = True
             self._on_ready()
             return
         if not self.jobs:

@@ -49,6 +49,16 @@ class Kind(enum.IntEnum):
     LARGE = 4  # `NEEDED`: the image needs more memory, or has more pixels, than allowed here; it was not decoded
 
 
+SIZES = {
+    Kind.READY: range(1),
+    Kind.PIXELS: range(IMAGE_BYTES, IMAGE_BYTES + 1),
+    Kind.REJECTED: range(MAX_REPLY_BYTES + 1),
+    Kind.FAULT: range(MAX_REPLY_BYTES + 1),
+    Kind.LARGE: range(NEEDED.size, NEEDED.size + 1),
+}
+"""By kind, the sizes that a reply may have, in bytes."""
+
+
 @dataclass(frozen=True)
 class ProcessLimits:
     """Limits of a process for one file.

@@ -27,6 +27,8 @@ MAX_MEMORY = 224 * 2**20
 """Bytes of memory that one image may need. Images that need more than `FAST_MEMORY` share this amount."""
 FILES_AHEAD = 8
 _FAST_WALL_SECONDS = 2.0
+# The slow lane passes no file on.
+_ANY_PIXELS = 2**62
 _SLOW_NICENESS = 10
 # With the lower priority, on a busy machine, a process may get a tenth of a CPU.
 _SLOW_WALL_FACTOR = 30
@@ -67,7 +69,7 @@ class Decoder:
         )
         slow = LaneOptions(
             name="slow",
-            limits=ProcessLimits(max_decode_seconds, image_limits.max_pixels, MAX_MEMORY, _SLOW_NICENESS),
+            limits=ProcessLimits(max_decode_seconds, _ANY_PIXELS, MAX_MEMORY, _SLOW_NICENESS),
             processes=processes,
             on_demand=True,
             files_ahead=1,
@@ -104,7 +106,11 @@ class Decoder:
         request = Request(files, client or object(), deadline, asyncio.get_running_loop().create_future())
         lane = self._slow if client and self._slow_clients.get(client, 0.0) > time.monotonic() else self._fast
         lane.add(Job(request, index, FAST_MEMORY) for index in range(len(files)))
-        return await request.future
+        try:
+            return await request.future
+        finally:
+            self._fast.remove_request(request)
+            self._slow.remove_request(request)
 
     def close(self) -> None:
         """Ends the processes. Images that wait are rejected."""

@@ -13,7 +13,7 @@ from numpy import uint8
 from numpy.typing import NDArray
 
 from cifar_core.images import ImageRejected
-from service.errors import DeadlineExpired
+from service.errors import DeadlineExpired, RequestError
 
 Decoded = NDArray[uint8] | ImageRejected
 
@@ -43,6 +43,11 @@ class Request:
             self.future.set_exception(DeadlineExpired("the deadline passed before all images were decoded"))
         return not self.future.done()
 
+    def fail(self, error: RequestError) -> None:
+        """Fails the request as a whole."""
+        if not self.future.done():
+            self.future.set_exception(error)
+
     def finish(self, index: int, result: Decoded) -> None:
         """Records the result of one file."""
         self.results[index] = result
@@ -52,11 +57,19 @@ class Request:
 
 @dataclass(eq=False)
 class Job:
-    """One file of a request. `memory` is the estimated memory for decoding it, in bytes."""
+    """One file of a request.
+
+    Attributes:
+        request: The request.
+        index: Place of the file in the request.
+        memory: Estimated memory for decoding it, in bytes.
+        repeats: How often it was sent to another process, because its own had ended before it can have read the file.
+    """
 
     request: Request
     index: int
     memory: int
+    repeats: int = 0
 
     @property
     def data(self) -> bytes:
@@ -105,6 +118,12 @@ class FairQueue:
         else:
             del self._clients[client]
         return job
+
+    def remove_request(self, request: Request) -> None:
+        """Removes all jobs of a request."""
+        requests = self._clients.get(request.client)
+        if requests is not None and requests.pop(request, None) is not None and not requests:
+            del self._clients[request.client]
 
     def remove_client(self, client: Hashable) -> list[Job]:
         """Removes all jobs of a client and returns them."""

@@ -50,9 +50,12 @@ async def trim_regularly(is_busy: Callable[[], bool]) -> None:
     at_start = after_trim = resident_bytes()
     while True:
         await asyncio.sleep(_CHECK_SECONDS)
-        now = resident_bytes()
+        try:
+            now = resident_bytes()
+        except OSError:  # no free file descriptor: the next check may find one
+            continue
         # While idle a trim costs a millisecond. What it could not free before may be free by now.
         if now - after_trim > _BUSY_GROWTH or (now - at_start > _IDLE_GROWTH and not is_busy()):
             await asyncio.to_thread(libc.malloc_trim, 0)
-            after_trim = resident_bytes()
+            after_trim = now  # what was freed shows in the next check
         after_trim = min(after_trim, now)

@@ -32,6 +32,8 @@ Behaviour: TypeAlias = "Callable[[Request, Call], Awaitable[Response]]"
 Parse: TypeAlias = Callable[[bytes], Request]
 Serialize: TypeAlias = Callable[[Response], bytes]
 
+# Largest message of a method whose requests hold no images, in bytes.
+SMALL_MESSAGE_BYTES = 16_384
 # The retry hint of a server that stops. It is short, because another server may accept the request at once.
 SHUTDOWN_RETRY_SECONDS = 0.1
 # A server that stops waits until each client that called within this time has a held call,
@@ -176,7 +178,10 @@ class Calls:
                 if message is grpc.aio.EOF:
                     raise InvalidRequest("the call ended without a request message")
                 call = Call(method, connection, deadline_of(context), len(message), context)
-                response = serialize(await self.answer(behaviour, parse(message), call))
+                answering = self.answer(behaviour, parse(message), call)
+                del message  # it would be held in addition to the request until the answer is sent
+                response = serialize(await answering)
+                self.connections.check_answer(connection)
             except RequestError as error:  # raised while the request was received
                 await self.refuse(method, context, error)
             except Failure as failure:
@@ -215,6 +220,8 @@ class Calls:
     def reading(self, reader: "asyncio.Task[None]") -> Iterator[None]:
         """Cancels the task that reads the requests of a stream when the server stops."""
         self._readers.add(reader)
+        if self._draining:
+            reader.cancel()
         try:
             yield
         finally:
@@ -230,8 +237,11 @@ class Calls:
         """
         started = time.perf_counter()
         code = grpc.StatusCode.OK
+        request_id = _request_id(request) if logger.isEnabledFor(logging.DEBUG) else ""
+        answering = behaviour(request, call)
+        del request  # the servicer decides how long it is held
         try:
-            response = await behaviour(request, call)
+            response = await answering
         except RequestError as error:
             code = CODES[type(error)]
             raise Failure(code, error.message, error.retry_after) from error
@@ -247,7 +257,7 @@ class Calls:
             self.answered += 1
             return response
         finally:
-            self._record(call, code, time.perf_counter() - started, request)
+            self._record(call, code, time.perf_counter() - started, request_id)
 
     def enter(self) -> None:
         """Counts a request as accepted."""
@@ -260,7 +270,7 @@ class Calls:
         if not self._in_flight:
             self._idle.set()
 
-    def _record(self, call: Call, code: grpc.StatusCode, seconds: float, request: Request) -> None:
+    def _record(self, call: Call, code: grpc.StatusCode, seconds: float, request_id: str) -> None:
         self._metrics.on_request(call.method, code.name, seconds)
         if logger.isEnabledFor(logging.DEBUG):
             logger.debug(
@@ -269,7 +279,7 @@ class Calls:
                     "method": call.method,
                     "code": code.name,
                     "milliseconds": round(seconds * 1000, 3),
-                    "request_id": (getattr(request, "request_id", "") or getattr(request, "id", ""))[:80],
+                    "request_id": request_id,
                     "peer": call.connection,
                 },
             )
@@ -321,7 +331,8 @@ class _Registration:
         """Wraps the methods and adds them to the server."""
         wrapped = {}
         for name, handler in handlers.items():
-            parse = functools.partial(parse_message, handler.request_deserializer, self._counters.get(name))
+            counter = self._counters.get(name)
+            parse = functools.partial(parse_message, handler.request_deserializer, counter)
             if handler.unary_unary is None:
                 wrapped[name] = self._streams[name](parse, handler.response_serializer)
                 continue
@@ -339,14 +350,34 @@ def parse_message(deserialize: Parse, counter: FieldCounter | None, message: byt
     """A request from its bytes.
 
     Raises:
-        InvalidRequest: The bytes are not such a message, or have more fields than `counter` allows.
+        InvalidRequest: The bytes are not such a message, or have more fields than `counter` allows; without a counter,
+            more bytes than a request without images needs.
     """
     if counter is not None:
         counter.check(message)
+    else:
+        check_small(message)
     try:
         return deserialize(message)
     except DecodeError as error:
         raise InvalidRequest(f"the request is not a message of its type: {quoted(str(error))}") from error
+
+
+def _request_id(request: Request) -> str:
+    identity: str = getattr(request, "request_id", "") or getattr(request, "id", "")
+    return identity[:80]
+
+
+def check_small(message: bytes) -> None:
+    """Accepts the message of a method whose requests hold no images.
+
+    Raises:
+        InvalidRequest: It is larger than such a request needs.
+    """
+    if len(message) > SMALL_MESSAGE_BYTES:
+        raise InvalidRequest(
+            f"the message has {len(message)} bytes; at most {SMALL_MESSAGE_BYTES} are allowed for this method"
+        )
 
 
 def on_done(context: Context, callback: Callable[[Context], None]) -> None:

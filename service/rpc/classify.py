@@ -17,7 +17,7 @@ from service.rpc.wire import FieldCounter
 
 SERVICE = messages.DESCRIPTOR.services_by_name["ImageClassifier"].full_name
 CLASSIFY_STREAM = f"{SERVICE}/ClassifyStream"
-MAX_ID_BYTES = 1024
+MAX_ID_CHARACTERS = 1024
 
 # The name of the field of an image that is set, and its value.
 _Content = tuple[str | None, bytes]
@@ -38,13 +38,15 @@ class ImageClassifier:
         self, request: messages.ClassifyRequest, call: Call
     ) -> messages.ClassifyResponse:
         """Classifies the images of one request."""
-        if len(request.request_id) > MAX_ID_BYTES:
+        if len(request.request_id) > MAX_ID_CHARACTERS:
             raise InvalidRequest(
-                f"request_id has {len(request.request_id)} characters; at most {MAX_ID_BYTES} are allowed"
+                f"request_id has {len(request.request_id)} characters; at most {MAX_ID_CHARACTERS} are allowed"
             )
+        request_id, top_k = request.request_id, request.top_k
         packed = _packed(request.packed_rgb)
         with self._inference.admit(len(request.images) + len(packed), call.message_bytes):
             contents = [_content(image) for image in request.images]
+            del request  # it holds all images once more
             decoded = await self._decode(contents, call)
             readable = [image for image in decoded if not isinstance(image, ImageRejected)]
             parts = [np.stack(readable)] if readable else []
@@ -57,12 +59,12 @@ class ImageClassifier:
             else:
                 model = self._inference.model
                 probabilities = np.empty((0, len(model.classes)), np.float32)
-        results = _ranked(probabilities, model.classes, request.top_k)
+        results = _ranked(probabilities, model.classes, top_k)
         rejected = len(decoded) - len(readable)
         self._inference.count_images(len(results), rejected)
         if rejected:
             results = _with_rejections(results, decoded)
-        return messages.ClassifyResponse(request_id=request.request_id, results=results, model_version=model.version)
+        return messages.ClassifyResponse(request_id=request_id, results=results, model_version=model.version)
 
     async def ClassifyStream(  # noqa: N802
         self, request: messages.ClassifyRequest, call: Call
@@ -105,7 +107,7 @@ class ImageClassifier:
 def stream_failure(request: messages.ClassifyRequest | None, failure: Failure) -> messages.ClassifyResponse:
     """The response in a stream to a request that failed as a whole; `request` is None if it could not be parsed."""
     error = messages.ImageError(code=failure.code.value[0], message=failure.message)
-    request_id = request.request_id[:MAX_ID_BYTES] if request is not None else ""
+    request_id = request.request_id[:MAX_ID_CHARACTERS] if request is not None else ""
     return messages.ClassifyResponse(request_id=request_id, error=error)
 
 

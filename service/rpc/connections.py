@@ -54,6 +54,18 @@ class Connections:
                 f"{unread.answers} answers on this connection have not been read: read them, then retry", RETRY_SECONDS
             )
 
+    def check_answer(self, connection: str) -> None:
+        """Accepts an answer that is about to be sent.
+
+        Raises:
+            Overloaded: gRPC holds as many unread bytes as it may, and some of them are this client's.
+        """
+        unread = self._unread.get(connection)
+        if unread is not None and self._bytes > MAX_UNREAD_BYTES:
+            raise Overloaded(
+                f"{unread.answers} answers on this connection have not been read: read them, then retry", RETRY_SECONDS
+            )
+
     def sending(self, connection: str, size: int) -> None:
         """Records that an answer of `size` bytes was given to gRPC."""
         unread = self._unread.get(connection)

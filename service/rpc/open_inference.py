@@ -20,7 +20,7 @@ from service.core.model_store import Model
 from service.errors import InvalidRequest, NotFound, Unsupported, quoted
 from service.generated.inference import open_inference_pb2 as messages
 from service.rpc.calls import Call
-from service.rpc.classify import MAX_ID_BYTES
+from service.rpc.classify import MAX_ID_CHARACTERS
 from service.rpc.wire import FieldCounter
 
 SERVICE = messages.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
@@ -202,8 +202,8 @@ class OpenInference:
 
 def _check_size(request: messages.ModelInferRequest, message_bytes: int) -> None:
     """Refuses long texts, which would be held until the request is answered."""
-    if len(request.id) > MAX_ID_BYTES:
-        raise InvalidRequest(f"id has {len(request.id)} characters; at most {MAX_ID_BYTES} are allowed")
+    if len(request.id) > MAX_ID_CHARACTERS:
+        raise InvalidRequest(f"id has {len(request.id)} characters; at most {MAX_ID_CHARACTERS} are allowed")
     pixels = sum(map(len, request.raw_input_contents)) or MAX_NUMBER_BYTES
     if message_bytes - pixels > MAX_OTHER_BYTES:
         raise InvalidRequest(

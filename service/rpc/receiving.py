@@ -34,7 +34,7 @@ _IN_TIME, _UNKNOWN, _STALLED = 0, 1, 2
 class _Slot:
     """The right of one call to receive."""
 
-    __slots__ = ("connection", "contended_seconds", "limit", "overdue", "since", "task")
+    __slots__ = ("connection", "contended_seconds", "limit", "overdue", "since", "task", "unanswered")
 
     def __init__(self, connection: str, contended_seconds: float) -> None:
         self.connection, self.contended_seconds = connection, contended_seconds
@@ -43,6 +43,7 @@ class _Slot:
         self.since = 0.0
         self.limit: float | None = None
         self.overdue = False
+        self.unanswered = 0  # requests of a stream that the server has to answer: meanwhile its client may wait
 
 
 class Receiver:
@@ -101,7 +102,7 @@ class Receiver:
             Overloaded: The largest number of streams is open already, on this connection or in total.
         """
         if not self._free_streams or not self._take(connection):
-            self._refused_stream = True
+            self._refused_stream = self._held.get(connection, 0) < self._per_connection
             raise Overloaded("the largest number of streams is open already: use Classify, or retry", RETRY_SECONDS)
         self._free_streams -= 1
         try:
@@ -147,9 +148,12 @@ class Receiver:
     def _end_overdue(self) -> None:
         """Ends the reads that have taken too long."""
         now = time.monotonic()
+        contended = self._refused_stream or (not self._free and any(map(self._may_have_more, self._queues)))
         for slot in self._reading:
             limit = slot.limit
-            if self._waiting or self._refused_stream:
+            if slot.unanswered:
+                slot.since = now
+            if contended:
                 limit = slot.contended_seconds if limit is None else min(limit, slot.contended_seconds)
             if limit is not None and now - slot.since >= limit and not slot.overdue and slot.task is not None:
                 slot.overdue = True
@@ -168,13 +172,19 @@ class Receiver:
         return self._behaviour.get(connection, _UNKNOWN), self._held.get(connection, 0)
 
     def _take(self, connection: str) -> bool:
-        """Takes a free slot if nobody waits and the connection may have another."""
-        held = self._held.get(connection, 0)
-        if self._queues or not self._free or held >= self._per_connection:
+        """Takes a free slot if the connection may have another.
+
+        No call of another connection is passed over: while a slot is free, only connections wait that have all of
+        theirs.
+        """
+        if not self._free or not self._may_have_more(connection):
             return False
         self._free -= 1
-        self._held[connection] = held + 1
+        self._held[connection] = self._held.get(connection, 0) + 1
         return True
+
+    def _may_have_more(self, connection: str) -> bool:
+        return self._held.get(connection, 0) < self._per_connection
 
     async def _wait(self, connection: str) -> None:
         if self._waiting >= self._max_waiting:
@@ -187,9 +197,18 @@ class Receiver:
         except asyncio.CancelledError:
             if turn.done() and not turn.cancelled():  # the slot was handed over just now
                 self._release(connection)
+            else:
+                self._leave_queue(connection, turn)
             raise
         finally:
             self._waiting -= 1
+
+    def _leave_queue(self, connection: str, turn: "asyncio.Future[None]") -> None:
+        turns = self._queues.get(connection, collections.deque())
+        with contextlib.suppress(ValueError):  # `_hand_over` has removed it already
+            turns.remove(turn)
+        if not turns:
+            self._queues.pop(connection, None)
 
     def _release(self, connection: str) -> None:
         self._free += 1
@@ -204,7 +223,7 @@ class Receiver:
     def _hand_over(self) -> None:
         """Gives free slots to waiting calls, the best ranked connection first; equals take turns."""
         while self._free:
-            open_to = [each for each in self._queues if self._held.get(each, 0) < self._per_connection]
+            open_to = [each for each in self._queues if self._may_have_more(each)]
             if not open_to:
                 return
             connection = min(open_to, key=self._rank)
@@ -214,7 +233,8 @@ class Receiver:
                 self._queues.move_to_end(connection)
             else:
                 del self._queues[connection]
-            if not turn.done():  # it is done if its call was cancelled
-                self._free -= 1
-                self._held[connection] = self._held.get(connection, 0) + 1
-                turn.set_result(None)
+            if turn.done():  # its call was cancelled a moment ago
+                continue
+            self._free -= 1
+            self._held[connection] = self._held.get(connection, 0) + 1
+            turn.set_result(None)

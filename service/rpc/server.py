@@ -9,8 +9,9 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from multiprocessing.util import get_temp_dir
+from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2_grpc
@@ -80,6 +81,12 @@ async def _run(settings: Settings, shares_port: bool, on_ready: Callable[[Callab
     if not shares_port:
         ports.check_free(settings.host, settings.port)
     logging.getLogger("grpc._cython.cygrpc").addFilter(_VanishedClients())
+    try:
+        temporary_folder = get_temp_dir()  # of multiprocessing, for the decode processes
+    except OSError as error:
+        raise StartError(
+            f"no temporary folder can be made ({error.strerror}): set TMPDIR to a writable folder"
+        ) from error
     metrics = Metrics()
     async with contextlib.AsyncExitStack() as stack:
         # Created first, so that its processes start while the model is loaded.
@@ -114,7 +121,7 @@ async def _run(settings: Settings, shares_port: bool, on_ready: Callable[[Callab
             _update_gauges(metrics, batcher, calls),
             trim_regularly(lambda: calls.in_flight > 0),
         ]
-        tasks = [asyncio.create_task(watch) for watch in watches]
+        tasks = [asyncio.create_task(lifecycle.keep(watch)) for watch in watches]
         await server.start()
         freeze_gc()
         statuses.set_serving(True)
@@ -141,7 +148,7 @@ async def _run(settings: Settings, shares_port: bool, on_ready: Callable[[Callab
             task.cancel()
     logger.info("stopped", extra={"answered": calls.answered, "unanswered": left})
     # `os._exit` skips Python's normal shutdown, which waits for threads that may still compute or load a model.
-    shutil.rmtree(get_temp_dir(), ignore_errors=True)
+    shutil.rmtree(temporary_folder, ignore_errors=True)
     logs.close()
     os._exit(lifecycle.exit_code)
 
@@ -185,6 +192,15 @@ class _Lifecycle:
     def healthy(self) -> bool:
         """Whether no batch has been computing for too long."""
         return self._batcher.running_seconds() <= self._max_batch_seconds
+
+    async def keep(self, watch: Coroutine[Any, Any, None]) -> None:
+        """Runs a task that lasts as long as the server does. Without it, the server is not what it should be."""
+        try:
+            await watch
+        except Exception:
+            logger.critical("a task of the server failed: the process ends, to be replaced", exc_info=True)
+            self.exit_code = STUCK_EXIT_CODE
+            self.stopping.set()
 
     async def watch_engine(self) -> None:
         """Stops the process when a batch has been computing for too long: nothing else ends such a computation."""
@@ -294,6 +310,7 @@ def _server(settings: Settings, metrics: Metrics, tokens: Tokens | None, shares_
             ("grpc.max_allowed_incoming_connections", settings.max_connections),
             ("grpc.max_connection_age_ms", int(settings.max_connection_age * 1000)),
             ("grpc.max_connection_age_grace_ms", int(settings.grace * 1000)),
+            ("grpc.max_connection_idle_ms", 300_000),
             ("grpc.server_handshake_timeout_ms", 10_000),
             # These limit what a stream may hold before its message is read; see service.rpc.receiving.
             ("grpc.http2.bdp_probe", 0),

@@ -13,7 +13,7 @@ from typing import Any
 import grpc
 
 from service.errors import Overloaded, RequestError
-from service.rpc.calls import Behaviour, Call, Calls, Parse, Request, Response, Serialize, deadline_of
+from service.rpc.calls import Behaviour, Call, Calls, Parse, Request, Response, Serialize, check_small, deadline_of
 from service.rpc.receiving import Context
 from service.rpc.statuses import Failure, abort
 
@@ -50,7 +50,7 @@ def request_stream(
                     await stream.run(slot, serialize)
             except RequestError as error:
                 await calls.refuse(method, context, error)
-            if calls.draining:
+            if stream.stopped:
                 await abort(
                     context, Failure(grpc.StatusCode.UNAVAILABLE, "the server is shutting down: ask another, or retry")
                 )
@@ -76,7 +76,9 @@ class _RequestStream:
         self._calls, self._method, self._behaviour, self._on_failure = calls, method, behaviour, on_failure
         self._parse, self._context, self._connection = parse, context, connection
         self._answers: asyncio.Queue[Response | None] = asyncio.Queue()
+        self._accepted = _InFlight(calls)
         self._window = asyncio.Semaphore(STREAM_WINDOW)
+        self.stopped = False  # the server stopped reading it
         self._deadline = deadline_of(context)
 
     async def run(self, slot: Any, serialize: Serialize) -> None:  # noqa: ANN401 -- private to Receiver
@@ -88,19 +90,14 @@ class _RequestStream:
         answering = asyncio.create_task(self._answer_all(slot))
         try:
             while (answer := await self._answers.get()) is not None:
-                try:
-                    await self._context.write(serialize(answer))
-                finally:
-                    self._calls.leave()
-                    self._window.release()
+                await self._context.write(serialize(answer))
+                self._accepted.pop()
+                slot.unanswered = len(self._accepted)
+                self._window.release()
             await answering  # raises what ended it
         finally:
             answering.cancel()
-            with contextlib.suppress(asyncio.CancelledError, RequestError):
-                await answering
-            while not self._answers.empty():
-                if self._answers.get_nowait() is not None:
-                    self._calls.leave()
+            self._accepted.clear()
 
     async def _answer_all(self, slot: Any) -> None:  # noqa: ANN401
         try:
@@ -108,6 +105,7 @@ class _RequestStream:
                 reading = group.create_task(self._read_all(slot, group))
                 with self._calls.reading(reading):
                     await asyncio.wait((reading,))
+                self.stopped = reading.cancelled()
         except ExceptionGroup as errors:  # the reader's RequestError
             raise errors.exceptions[0] from None
         finally:
@@ -119,7 +117,8 @@ class _RequestStream:
             if message is grpc.aio.EOF:
                 return
             await self._window.acquire()
-            self._calls.enter()
+            self._accepted.append()
+            slot.unanswered = len(self._accepted)
             group.create_task(self._answer(message))
 
     async def _answer(self, message: bytes) -> None:
@@ -135,10 +134,50 @@ class _RequestStream:
             response = await self._calls.answer(parse_and_answer, None, call)
         except Failure as failure:
             response = self._on_failure(request, failure)
-        except BaseException:
-            self._calls.leave()
-            raise
         self._answers.put_nowait(response)
+
+
+class _InFlight:
+    """The requests of one stream that count as in flight: accepted, and their answers not sent yet."""
+
+    def __init__(self, calls: Calls) -> None:
+        self._calls = calls
+        self._count = 0
+        self._ended = False
+
+    def __len__(self) -> int:
+        return self._count
+
+    def append(self) -> None:
+        """A request was accepted."""
+        if not self._ended:
+            self._count += 1
+            self._calls.enter()
+
+    def pop(self) -> None:
+        """An answer was sent."""
+        if self._count:
+            self._count -= 1
+            self._calls.leave()
+
+    def clear(self) -> None:
+        """The stream has ended: its requests get no answers any more."""
+        while self._count:
+            self.pop()
+        self._ended = True
+
+
+async def _read_small(calls: Calls, context: Context, connection: str, parse: Parse) -> Request | None:
+    """A request of a long call, which is held as long as the call lasts; None at the end.
+
+    Raises:
+        InvalidRequest: It is larger than such a request needs.
+    """
+    message = await calls.receiver.read(context, connection)
+    if message is grpc.aio.EOF:
+        return None
+    check_small(message)
+    return parse(message)
 
 
 class LongCalls:
@@ -175,9 +214,9 @@ def watch(
             connection = context.peer()
             try:
                 with long_calls.enter(connection):
-                    message = await calls.receiver.read(context, connection)
-                    if message is not grpc.aio.EOF:
-                        await behaviour(parse(message), context)
+                    request = await _read_small(calls, context, connection, parse)
+                    if request is not None:
+                        await behaviour(request, context)
             except RequestError as error:
                 await calls.refuse(method, context, error)
 
@@ -196,8 +235,8 @@ def conversation(
 
     def make(parse: Parse, serialize: Serialize) -> "grpc.RpcMethodHandler[Any, Any]":
         async def requests(context: Context, connection: str) -> AsyncIterator[Request]:
-            while (message := await calls.receiver.read(context, connection)) is not grpc.aio.EOF:
-                yield parse(message)
+            while (request := await _read_small(calls, context, connection, parse)) is not None:
+                yield request
 
         async def handle(_requests: object, context: Context) -> None:
             connection = context.peer()

@@ -36,6 +36,7 @@ class FieldCounter:
         self, message_type: type[Message], max_fields: int, max_bytes: Mapping[str, int] | None = None
     ) -> None:
         self._max_fields = max_fields
+        self._packed_bytes = 0  # of the message that is being looked at, in fields that `max_bytes` names
         self._kinds = _kinds(message_type, max_bytes or {}, {})
 
     def check(self, message: bytes) -> None:
@@ -47,6 +48,7 @@ class FieldCounter:
         if len(message) <= self._max_fields * _MIN_FIELD_BYTES:
             return
         try:
+            self._packed_bytes = 0
             self._walk(message, 0, len(message), self._kinds, 0, 0)
         except IndexError:
             raise _malformed("it is cut off") from None
@@ -72,10 +74,13 @@ class FieldCounter:
                     if kind == _COUNTED:
                         count += length  # at least a byte for each value
                         self._check(count)
-                    elif length > kind:
+                        place += length
+                        continue
+                    self._packed_bytes += length
+                    if self._packed_bytes > kind:
                         raise InvalidRequest(
-                            f"the message has {length} bytes of numbers in one field; at most {kind} are allowed: "
-                            "send them as bytes, in raw_input_contents"
+                            f"the message has {self._packed_bytes} bytes of numbers in one field; "
+                            f"at most {kind} are allowed: send them as bytes, in raw_input_contents"
                         )
                 elif kind is not None:
                     count = self._walk(data, place, place + length, kind, count, depth + 1)

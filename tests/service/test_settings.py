@@ -50,6 +50,10 @@ def test_every_option_has_a_meaning_and_stands_in_the_help():
         (["--metrics-port", "0", "--metrics-host", "0.0.0.0"], "--metrics-host 0.0.0.0 is not a loopback"),  # noqa: S104
         (["--max-message-bytes", "3000000000"], "--max-message-bytes 3000000000: Input should be less"),
         (["--max-receiving-bytes", "1000"], "is more than --max-receiving-bytes 1000"),
+        (["--grace", "inf"], "--grace inf: Input should be less"),
+        (["--threads", "3000000000"], "--threads 3000000000: Input should be less"),
+        (["--max-decode-seconds", "1e300"], "--max-decode-seconds 1e300: Input should be less"),
+        (["--max-image-bytes", "100000000000000000000"], "--max-image-bytes"),
         (["--max-queued-bytes", "1000"], "--max-message-bytes 8388608 is more than --max-queued-bytes 1000"),
     ],
 )

@@ -14,7 +14,7 @@ from cifar_core.images import ImageLimits, ImageRejected, decode
 from service.core import decode_lane, decode_worker
 from service.core.decode_worker import Kind, ProcessLimits
 from service.core.decoding import Decoder
-from service.errors import DeadlineExpired
+from service.errors import DeadlineExpired, Overloaded
 from tests.cifar_core.image_corpus import gradient, saved
 from tests.service.core.decoders import LIMITS, cpu_seconds, niceness, running, until
 from tests.service.core.hostile_images import noise_png, progressive_jpeg
@@ -193,7 +193,7 @@ def test_a_stopped_process_is_killed_and_its_files_are_decoded_by_others():
     asyncio.run(test())
 
 
-def test_if_processes_cannot_start_files_get_internal_errors_and_pauses_grow(monkeypatch):
+def test_if_processes_cannot_start_requests_are_refused_with_a_time_to_retry_and_pauses_grow(monkeypatch):
     async def test():
         attempts = []
 
@@ -203,15 +203,19 @@ def test_if_processes_cannot_start_files_get_internal_errors_and_pauses_grow(mon
 
         monkeypatch.setattr(decode_lane, "start_process", fail)
         decoder = Decoder(1, LIMITS)
-        (result,) = await asyncio.wait_for(decoder.decode([SMALL]), 10)
-        assert isinstance(result, ImageRejected)
-        assert result.internal
-        assert "no decode process can be started" in str(result)
+        with pytest.raises(Overloaded, match="no decode process can be started") as caught:
+            await asyncio.wait_for(decoder.decode([SMALL]), 10)
+        assert caught.value.retry_after
         assert len(attempts) == 3
         assert attempts[2] - attempts[1] > attempts[1] - attempts[0] > 0.1
         monkeypatch.undo()
-        while isinstance((await decoder.decode([SMALL]))[0], ImageRejected):  # it starts after the pause
-            await asyncio.sleep(0.05)
+        while True:  # it starts after the pause
+            try:
+                (pixels,) = await decoder.decode([SMALL])
+                break
+            except Overloaded:
+                await asyncio.sleep(0.05)
+        assert not isinstance(pixels, ImageRejected)
         decoder.close()
 
     asyncio.run(test())
@@ -263,3 +267,33 @@ def test_a_bug_in_the_decoder_is_reported_as_such_with_its_traceback(monkeypatch
     kind, content = decode_worker.answer(SMALL, 2**30, ProcessLimits(1, 10**8, 2**30, 0), LIMITS)
     assert kind is Kind.FAULT
     assert b"RuntimeError: a bug" in content
+
+
+def test_processes_that_are_killed_while_they_have_nothing_to_do_cost_no_image():
+    async def test():
+        async with running(2) as decoder:
+            await decoder.decode([SMALL] * 4)
+            for _ in range(5):
+                for pid in decoder.pids:
+                    os.kill(pid, signal.SIGKILL)
+                (result,) = await asyncio.wait_for(decoder.decode([SMALL]), 20)
+                assert not isinstance(result, ImageRejected), result
+
+    asyncio.run(test())
+
+
+def test_a_cancelled_request_is_held_by_no_queue():
+    async def test():
+        async with running(1) as decoder:
+            busy = asyncio.create_task(decoder.decode([noise_png(1300)] * 3, client="busy"))
+            await asyncio.sleep(0.05)
+            data = SMALL + bytes(1000)
+            waiting = asyncio.create_task(decoder.decode([noise_png(1300), data], client="waiting"))
+            await asyncio.sleep(0.2)
+            waiting.cancel()
+            await asyncio.wait([waiting])
+            queues = [queue for lane in (decoder._fast, decoder._slow) for queue in (lane._queue, lane._large)]
+            assert not any("waiting" in queue._clients for queue in queues)
+            await busy
+
+    asyncio.run(test())

@@ -4,6 +4,7 @@ import threading
 import grpc
 import numpy as np
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from PIL import Image as PillowImage
 
 from service.generated.cifar.v1 import image_classifier_pb2 as messages
@@ -223,3 +224,31 @@ def test_cancelled_streams_free_their_slots_and_the_server_survives(linear, star
         until(lambda: server.metrics()["cifar_service_requests_in_flight"] == 0)
         assert len(stub.Classify(messages.ClassifyRequest(packed_rgb=bytes(3072))).results) == 1
     assert server.stop() == 0
+
+
+def test_a_stream_whose_client_vanishes_while_answers_wait_leaves_nothing_in_flight(linear, start_server):
+    server = start_server("--model", linear, "--metrics-port", "0").ready()
+    request = messages.ClassifyRequest(packed_rgb=bytes(100 * 3072), request_id="x" * 1000)
+    for _ in range(3):
+        # The client reads no answers, so that the window of the stream fills, and then goes.
+        channel = grpc.insecure_channel(server.target, [("grpc.use_local_subchannel_pool", 1)])
+        call = rpc.ImageClassifierStub(channel).ClassifyStream(iter([request] * 500))
+        until(lambda: server.metrics()["cifar_service_requests_in_flight"] >= 32)
+        channel.close()
+        del call
+    until(lambda: server.metrics()["cifar_service_requests_in_flight"] == 0)
+    assert server.stop() == 0
+    assert server.wait_for('"stopped"')["unanswered"] == 0
+
+
+def test_a_long_text_where_no_images_are_expected_is_refused(server):
+    long = "x" * 20_000
+    with grpc.insecure_channel(server.target) as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        with pytest.raises(grpc.RpcError) as caught:
+            list(health.Watch(health_pb2.HealthCheckRequest(service=long)))
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert "at most 16384 are allowed" in caught.value.details()
+        with pytest.raises(grpc.RpcError) as caught:
+            health.Check(health_pb2.HealthCheckRequest(service=long))
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT

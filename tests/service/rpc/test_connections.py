@@ -48,6 +48,16 @@ def test_while_many_bytes_are_unread_a_connection_has_less_time(clock):
     known.check("c")
 
 
+def test_once_many_bytes_are_unread_answers_to_connections_with_unread_ones_are_refused():
+    known = Connections()
+    known.sending("a", connections.MAX_UNREAD_BYTES + 1)
+    with pytest.raises(Overloaded):
+        known.check_answer("a")
+    known.check_answer("b")
+    known.sent("a", connections.MAX_UNREAD_BYTES + 1)
+    known.check_answer("a")
+
+
 def test_all_connections_are_held_if_each_recent_caller_has_a_waiting_call(clock):
     known = Connections()
     known.check("long ago")

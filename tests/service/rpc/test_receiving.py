@@ -82,6 +82,69 @@ def test_one_connection_cannot_take_all_slots():
     running(test)
 
 
+def test_a_connection_with_all_its_slots_taken_delays_no_other_connection():
+    async def test():
+        slots = receiver(slots=3, per_connection=1)
+        stalled = [asyncio.create_task(slots.read(Sender(), "stalled")) for _ in range(5)]
+        await asyncio.sleep(0.01)
+        # One of them is being received and four wait, although two slots are free.
+        assert await asyncio.wait_for(slots.read(Sender().arrive(), "honest"), 0.5) == b"message"
+        async with slots.stream("stream") as slot:
+            assert await slots.read_stream(Sender().arrive(), slot) == b"message"
+        slow = Sender()
+        upload = asyncio.create_task(slots.read(slow, "slow"))
+        await asyncio.sleep(2 * receiving.CONTENDED_SECONDS)  # nor does it shorten the time of others
+        slow.arrive()
+        assert await upload == b"message"
+        for read in stalled:
+            read.cancel()
+
+    running(test)
+
+
+def test_cancelled_calls_leave_nothing_in_the_queue():
+    async def test():
+        slots = receiver(slots=1, max_waiting=1000)
+        occupying = Sender()
+        first = asyncio.create_task(slots.read(occupying, "occupying"))
+        await begin(first, occupying)
+        waiting = [asyncio.create_task(slots.read(Sender(), f"{number % 7}")) for number in range(100)]
+        await asyncio.sleep(0.01)
+        for call in waiting:
+            call.cancel()
+        await asyncio.wait(waiting)
+        assert not slots._queues
+        occupying.arrive()
+        assert await first == b"message"
+        assert await slots.read(Sender().arrive(), "a") == b"message"
+
+    running(test)
+
+
+def test_a_stream_that_waits_for_its_answers_is_not_idle(monkeypatch):
+    monkeypatch.setattr(receiving, "CONTENDED_STREAM_SECONDS", 0.2)
+
+    async def test():
+        slots = receiver(slots=2, per_connection=2)
+
+        async def stream(unanswered: int) -> None:
+            async with slots.stream("stream") as slot:
+                slot.unanswered = unanswered
+                await slots.read_stream(Sender(), slot)
+
+        waiting = asyncio.create_task(stream(1))
+        await asyncio.sleep(0)
+        for _ in range(20):
+            with pytest.raises(Overloaded):
+                async with slots.stream("another"):
+                    pass
+            await asyncio.sleep(0.05)
+        assert not waiting.done()
+        waiting.cancel()
+
+    running(test)
+
+
 def test_a_stalled_message_is_ended_after_the_time_limit_and_counted():
     async def test():
         timeouts = []

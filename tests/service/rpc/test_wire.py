@@ -98,6 +98,9 @@ def test_as_many_images_as_allowed_are_accepted_in_every_form():
 def test_pixels_as_single_numbers_are_limited_by_their_bytes():
     numbers = {"uint_contents": [1] * open_inference.MAX_NUMBER_BYTES}
     assert accepted(open_inference.field_counter(4), inference.ModelInferRequest(inputs=[{"contents": numbers}]))
+    half = inference.ModelInferRequest(inputs=[{"contents": {"uint_contents": [1] * 2**19}}]).SerializeToString()
+    with pytest.raises(InvalidRequest, match="1572864 bytes of numbers"):  # however it is divided
+        open_inference.field_counter(4).check(half * 3)
     numbers["uint_contents"].append(1)
     with pytest.raises(InvalidRequest, match="1048577 bytes of numbers in one field; at most 1048576"):
         open_inference.field_counter(4).check(
