@@ -1,8 +1,10 @@
 """The server's side of one decode process: starts it, sends it files, reads its replies, notices its end."""
 
 import asyncio
+import atexit
 import contextlib
 import multiprocessing
+import multiprocessing.util
 import os
 import signal
 import socket
@@ -21,6 +23,16 @@ _RECEIVE_BYTES = 65_536
 _SEND_BUFFER_BYTES = 2**20
 _EXIT_CODE_SECONDS = 2.0
 
+
+def _kill_remaining() -> None:
+    """Kills the decode processes that nobody closed, for which `multiprocessing` would wait for ever at the end."""
+    for process in multiprocessing.active_children():
+        if process.name == _NAME:
+            process.kill()
+
+
+_NAME = "decode"
+atexit.register(_kill_remaining)  # runs before the function of `multiprocessing.util`, which is registered already
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["service.core.decode_preload"])
 
@@ -36,7 +48,7 @@ def start_process(limits: ProcessLimits, image_limits: ImageLimits) -> tuple[For
     ours, theirs = socket.socketpair()
     with theirs:
         process = _context.Process(
-            target=decode_worker.main, args=(theirs, limits, image_limits), name="decode", daemon=True
+            target=decode_worker.main, args=(theirs, limits, image_limits), name=_NAME, daemon=True
         )
         process.start()
     ours.setblocking(False)
