@@ -1,10 +1,10 @@
-"""How many CPUs and how much memory this process may use according to its Linux control groups (cgroups).
+"""How many CPUs this process may use according to its Linux control groups (cgroups).
 
 A container with `--cpus=2` on a 64-core host sees 64 cores. Starting 64 threads there only makes them wait for each
 other, because the kernel stops all of them once the quota of a period is used up.
 
-Sources: the kernel's documentation of cgroup v2 (`cpu.max`, `memory.max`) and of cgroup v1 (`cpu.cfs_quota_us`,
-`cpu.cfs_period_us`, `memory.limit_in_bytes`), and the manual pages cgroups(7) and proc_pid_mountinfo(5).
+Sources: the kernel's documentation of cgroup v2 (`cpu.max`) and of cgroup v1 (`cpu.cfs_quota_us`,
+`cpu.cfs_period_us`), and the manual pages cgroups(7) and proc_pid_mountinfo(5).
 """
 
 import math
@@ -14,8 +14,6 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 _ROOT = Path("/")
-# cgroup v1 has no word for "unlimited": it shows the largest multiple of the page size, close to 2**63.
-_UNLIMITED_BYTES = 2**60
 
 
 def usable_cpus(root: Path = _ROOT) -> int:
@@ -30,21 +28,6 @@ def usable_cpus(root: Path = _ROOT) -> int:
     # macOS has no affinity.
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, math.ceil(min([float(cpus), *_cpu_quotas(root)])))
-
-
-def memory_limit(root: Path = _ROOT) -> int | None:
-    """Bytes of memory that the control groups of this process allow, or None if they set no limit.
-
-    Args:
-        root: Folder that contains `proc` and the mounted control groups.
-    """
-    limits = (
-        int(text)
-        for group in _groups(root, "memory")
-        for name in ("memory.max", "memory.limit_in_bytes")
-        if (text := _read(group / name)).isdecimal()
-    )
-    return min((limit for limit in limits if limit < _UNLIMITED_BYTES), default=None)
 
 
 def _cpu_quotas(root: Path) -> Iterator[float]:

@@ -17,11 +17,11 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
+from service import ENVIRONMENT_PREFIX
 from service.cpu_quota import usable_cpus
 from service.errors import StartError
 from service.ports import is_loopback
 
-ENVIRONMENT_PREFIX = "CIFAR_SERVICE_"
 MIB = 2**20
 # gRPC's options are 32-bit numbers.
 INT32_MAX = 2**31 - 1
@@ -76,10 +76,7 @@ class Settings(BaseSettings):
     )
 
     # Model
-    model: Path = Field(
-        default_factory=shipped_model,
-        description="folder of the export to serve (with manifest.json); default: the model that came with the package",
-    )
+    model: Path = Field(shipped("exported"), description="folder of the export to serve (with manifest.json)")
     variant: str = Field("fp32", description="variant of the model to serve, as named in the manifest: fp32, int8")
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="where to compute; auto uses CUDA if onnxruntime supports it and logs its choice"

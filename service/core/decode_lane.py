@@ -14,7 +14,7 @@ import numpy as np
 from cifar_core.images import IMAGE_SIZE, ImageLimits, ImageRejected
 from service.core.decode_process import DecodeProcess, discard_process, start_process
 from service.core.decode_worker import NEEDED, Kind, ProcessLimits
-from service.core.fair_queue import FairQueue, Job, Request
+from service.core.fair_queue import DecodeRequest, FairQueue, Job
 from service.errors import Overloaded
 
 logger = logging.getLogger(__name__)
@@ -107,7 +107,7 @@ class Lane:
             self._push(job)
         self._dispatch()
 
-    def remove_request(self, request: Request) -> None:
+    def remove_request(self, request: DecodeRequest) -> None:
         """Removes all jobs of a request that nobody waits for any more."""
         self._queue.remove_request(request)
         self._large.remove_request(request)

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from cifar_core.images import ImageLimits, ImageRejected
 from service.core.decode_lane import Lane, LaneOptions
 from service.core.decode_worker import ProcessLimits
-from service.core.fair_queue import Decoded, Job, Request
+from service.core.fair_queue import Decoded, DecodeRequest, Job
 
 __all__ = ["Decoded", "Decoder"]
 
@@ -103,7 +103,7 @@ class Decoder:
         """
         if not files:
             return []
-        request = Request(files, client or object(), deadline, asyncio.get_running_loop().create_future())
+        request = DecodeRequest(files, client or object(), deadline, asyncio.get_running_loop().create_future())
         lane = self._slow if client and self._slow_clients.get(client, 0.0) > time.monotonic() else self._fast
         lane.add(Job(request, index, FAST_MEMORY) for index in range(len(files)))
         try:

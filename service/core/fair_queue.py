@@ -19,7 +19,7 @@ Decoded = NDArray[uint8] | ImageRejected
 
 
 @dataclass(eq=False)
-class Request:
+class DecodeRequest:
     """The files of one request.
 
     Attributes:
@@ -66,7 +66,7 @@ class Job:
         repeats: How often it was sent to another process, because its own had ended before it can have read the file.
     """
 
-    request: Request
+    request: DecodeRequest
     index: int
     memory: int
     repeats: int = 0
@@ -81,7 +81,7 @@ class FairQueue:
     """Jobs by client and request. Jobs whose request no longer waits are dropped."""
 
     def __init__(self) -> None:
-        self._clients: OrderedDict[Hashable, OrderedDict[Request, deque[Job]]] = OrderedDict()
+        self._clients: OrderedDict[Hashable, OrderedDict[DecodeRequest, deque[Job]]] = OrderedDict()
 
     def push(self, job: Job, *, first: bool = False) -> None:
         """Adds a job after the other jobs of its request; before them if `first`."""
@@ -119,7 +119,7 @@ class FairQueue:
             del self._clients[client]
         return job
 
-    def remove_request(self, request: Request) -> None:
+    def remove_request(self, request: DecodeRequest) -> None:
         """Removes all jobs of a request."""
         requests = self._clients.get(request.client)
         if requests is not None and requests.pop(request, None) is not None and not requests:

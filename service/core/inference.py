@@ -108,6 +108,11 @@ class Inference:
         logits, probabilities = await self._batcher.submit(images, model.engine.compute, deadline)
         return Answer(model, logits, probabilities)
 
+    def update_gauges(self) -> None:
+        """Shows in the metrics how many images the server holds now."""
+        self._metrics.waiting.set(self._batcher.waiting_images)
+        self._metrics.admitted.set(self._batcher.admitted_images)
+
     def count_images(self, classified: int, rejected: int) -> None:
         """Records how many images of a request were classified and how many could not be read."""
         self._metrics.on_images(classified, rejected)

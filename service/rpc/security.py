@@ -17,6 +17,7 @@ from typing import Any, TypeAlias
 import grpc
 
 from service.errors import StartError
+from service.rpc.receiving import Context
 from service.watch import NotReady, Watcher
 
 logger = logging.getLogger(__name__)
@@ -28,7 +29,6 @@ _STATUS_SECONDS = 1.0
 # OpenSSL's reasons if the key does not belong to the certificate: of the same type, and of another type.
 _MISMATCHES = ("KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH", "NO_CERTIFICATE_ASSIGNED")
 
-Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any] | None"
 Continuation: TypeAlias = "Callable[[grpc.HandlerCallDetails], Awaitable[Handler]]"
 Behaviour: TypeAlias = Callable[[Any, Any], Any]

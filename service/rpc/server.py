@@ -18,7 +18,7 @@ from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from cifar_core.images import ImageLimits
-from service import logs, metrics_http, ports
+from service import logs, metrics_http, open_files, ports
 from service.core.batcher import Batcher
 from service.core.decoding import Decoder
 from service.core.inference import Inference, Limits
@@ -80,6 +80,7 @@ async def _run(settings: Settings, shares_port: bool, on_ready: Callable[[Callab
     started = time.perf_counter()
     if not shares_port:
         ports.check_free(settings.host, settings.port)
+    open_files.allow_connections(settings.max_connections)
     logging.getLogger("grpc._cython.cygrpc").addFilter(_VanishedClients())
     try:
         temporary_folder = get_temp_dir()  # of multiprocessing, for the decode processes
@@ -118,7 +119,7 @@ async def _run(settings: Settings, shares_port: bool, on_ready: Callable[[Callab
         watches += [
             models.watch(),
             lifecycle.watch_engine(),
-            _update_gauges(metrics, batcher, calls),
+            _update_gauges(metrics, inference, calls),
             trim_regularly(lambda: calls.in_flight > 0),
         ]
         tasks = [asyncio.create_task(lifecycle.keep(watch)) for watch in watches]
@@ -285,11 +286,10 @@ def _receiver(settings: Settings, metrics: Metrics) -> Receiver:
     )
 
 
-async def _update_gauges(metrics: Metrics, batcher: Batcher, calls: Calls) -> None:
+async def _update_gauges(metrics: Metrics, inference: Inference, calls: Calls) -> None:
     while True:
         metrics.in_flight.set(calls.in_flight)
-        metrics.waiting.set(batcher.waiting_images)
-        metrics.admitted.set(batcher.admitted_images)
+        inference.update_gauges()
         await asyncio.sleep(_GAUGE_SECONDS)
 
 

@@ -83,13 +83,17 @@ class Receiver:
         if not data:
             return None
         *lines, self._rest = (self._rest + data).split(b"\n")
-        return [_parse(line.decode(errors="replace")) for line in lines]
+        return [message for line in lines if (message := _parse(line.decode(errors="replace")))]
 
     def close(self) -> None:
         """Closes this end."""
         os.close(self._descriptor)
 
 
-def _parse(line: str) -> Message:
+def _parse(line: str) -> Message | None:
+    """A message; None for a line that is none, which a library loaded by the worker may have written."""
     kind, _, reason = line.partition(" ")
+    if kind not in set(Kind):
+        logger.warning("a worker sent an unknown message: %r", line[:80])
+        return None
     return Message(Kind(kind), reason)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from service.cpu_quota import memory_limit, usable_cpus
+from service.cpu_quota import usable_cpus
 from tests.conftest import REPOSITORY
 
 ALL = 512
@@ -57,50 +57,40 @@ def test_the_smallest_quota_of_the_group_and_the_groups_above_it_counts(tmp_path
         "pods.slice/cpu.max": "400000 100000",
         "pods.slice/pod/cpu.max": "300000 100000",
         "pods.slice/pod/server/cpu.max": "max 100000",
-        "pods.slice/pod/memory.max": "1073741824",
-        "pods.slice/pod/server/memory.max": "536870912",
         "other/cpu.max": "100000 100000",
     }
     root = tree(tmp_path, "0::/pods.slice/pod/server\n", V2_MOUNT, files)
     assert usable_cpus(root) == 3
-    assert memory_limit(root) == 536870912
 
 
-def test_a_container_with_a_namespace_of_its_own_sees_its_limits_at_the_mount_point(tmp_path):
-    files = {"cpu.max": "200000 100000", "memory.max": "268435456"}
+def test_a_container_with_a_namespace_of_its_own_sees_its_quota_at_the_mount_point(tmp_path):
+    files = {"cpu.max": "200000 100000"}
     root = tree(tmp_path, "0::/../../outside\n", V2_MOUNT, files)
     assert usable_cpus(root) == 2
-    assert memory_limit(root) == 268435456
 
 
 @pytest.mark.parametrize(("mount_root", "prefix"), [("/", "docker/4711/"), ("/docker/4711", "")])
-def test_cgroup_v1_has_a_quota_and_a_memory_limit_too(tmp_path, mount_root, prefix):
+def test_cgroup_v1_has_a_quota_too(tmp_path, mount_root, prefix):
     membership = "4:memory:/docker/4711\n3:cpu,cpuacct:/docker/4711\n0::/\n"
     files = {
         f"cpu,cpuacct/{prefix}cpu.cfs_quota_us": "250000",
         f"cpu,cpuacct/{prefix}cpu.cfs_period_us": "100000",
-        f"memory/{prefix}memory.limit_in_bytes": "1048576000",
     }
     root = tree(tmp_path, membership, V1_MOUNTS.format(root=mount_root), files)
     assert usable_cpus(root) == 3
-    assert memory_limit(root) == 1048576000
 
 
-def test_limits_that_mean_unlimited_are_none(tmp_path):
+def test_a_quota_that_means_unlimited_sets_no_limit(tmp_path):
     files = {
         "cpu,cpuacct/cpu.cfs_quota_us": "-1",
         "cpu,cpuacct/cpu.cfs_period_us": "100000",
-        "memory/memory.limit_in_bytes": "9223372036854771712",
     }
     root = tree(tmp_path, "4:memory:/\n3:cpu,cpuacct:/\n", V1_MOUNTS.format(root="/"), files)
     assert usable_cpus(root) == ALL
-    assert memory_limit(root) is None
-    assert memory_limit(tree(tmp_path / "v2", "0::/\n", V2_MOUNT, {"memory.max": "max"})) is None
 
 
 def test_without_control_groups_the_affinity_counts(tmp_path, monkeypatch):
     assert usable_cpus(tmp_path) == ALL
-    assert memory_limit(tmp_path) is None
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 5})
     assert usable_cpus(tmp_path) == 2
 

@@ -28,6 +28,14 @@ def test_messages_arrive_in_order_and_whole(ends):
     assert receiver.receive() is None
 
 
+def test_a_line_that_is_no_message_is_skipped(ends):
+    receiver, sender, writing = ends
+    os.write(writing, b"a library printed this\n")
+    sender.send(Kind.HEALTHY)
+    assert receiver.receive() == [Message(Kind.HEALTHY)]
+    os.close(writing)
+
+
 def test_a_reason_of_many_lines_becomes_one_line_and_a_long_one_is_cut(ends):
     receiver, sender, writing = ends
     sender.send(Kind.REFUSED, "no\nmodel  here")
