@@ -23,7 +23,7 @@ def main() -> int:
             from service.workers.supervisor import supervise
 
             return supervise(settings)
-        from service.rpc.server import run
+        from service.server import run
 
         return run(settings)
     except StartError as error:

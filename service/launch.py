@@ -154,6 +154,11 @@ class ServerProcess:
         """HOST:PORT for a client; waits like `port`."""
         return f"127.0.0.1:{self.port}"
 
+    @property
+    def http_url(self) -> str:
+        """The address for HTTP, without a slash at the end; waits until the log names it. Needs --http-port."""
+        return str(self.wait_for('"http_url"')["http_url"]).rstrip("/")
+
     def metrics(self) -> dict[str, float]:
         """The current metrics: values by name with labels. The server needs the option --metrics-port."""
         address = str(self.wait_for(_METRICS_AT)["message"]).removeprefix(_METRICS_AT)

@@ -10,6 +10,8 @@ from typing import Any, TypeAlias
 from service.errors import StartError
 
 _Where: TypeAlias = tuple[socket.AddressFamily, tuple[Any, ...]]
+# Largest number of connections that wait to be accepted.
+BACKLOG = 1024
 # The machine lacks the address, or its whole family: `localhost` may resolve to ::1 although IPv6 is off.
 _ABSENT = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 
@@ -49,16 +51,34 @@ def reserve(host: str, port: int) -> Iterator[int]:
     """
     check_free(host, port)
     with contextlib.ExitStack() as stack:
-        yield _bind_all(stack, host, port, socket.SO_REUSEPORT)
+        yield _bind_all(stack, host, port, socket.SO_REUSEPORT)[0].getsockname()[1]
 
 
-def _bind_all(stack: contextlib.ExitStack, host: str, port: int, *options: int) -> int:
-    """Binds the port on each address of the host that this machine has, as gRPC does; returns its number.
+def listen(host: str, port: int, *, shares_port: bool) -> list[socket.socket]:
+    """Sockets that listen on the port, one for each address of the host. They do not block.
+
+    Raises:
+        StartError: The port cannot be bound; see `check_free`.
+    """
+    with contextlib.ExitStack() as stack:
+        listeners = _bind_all(stack, host, port, *((socket.SO_REUSEPORT,) if shares_port else ()))
+        for listener in listeners:
+            listener.setblocking(False)
+            try:
+                listener.listen(BACKLOG)
+            except OSError as error:  # another process has begun to listen since it was bound
+                raise _cannot_bind(host, port, error) from error
+        stack.pop_all()
+        return listeners
+
+
+def _bind_all(stack: contextlib.ExitStack, host: str, port: int, *options: int) -> list[socket.socket]:
+    """Binds the port on each address of the host that this machine has, as gRPC does.
 
     Port 0 is replaced by the number that the system chose for the first address.
     """
     absent: OSError | None = None
-    bound = False
+    bound: list[socket.socket] = []
     for family, where in _resolve(host, port):
         try:
             probe = stack.enter_context(socket.socket(family, socket.SOCK_STREAM))
@@ -72,10 +92,11 @@ def _bind_all(stack: contextlib.ExitStack, host: str, port: int, *options: int) 
                 raise _cannot_bind(host, port, error) from error
             absent = error
         else:
-            port, bound = probe.getsockname()[1], True
+            port = probe.getsockname()[1]
+            bound.append(probe)
     if absent and not bound:
         raise _cannot_bind(host, port, absent) from absent
-    return port
+    return bound
 
 
 def _resolve(host: str, port: int) -> list[_Where]:

@@ -68,6 +68,12 @@ class Settings(BaseSettings):
     # Address and processes
     host: str = Field("127.0.0.1", description="address to listen on; one other than loopback needs TLS or --insecure")
     port: Port = Field(50051, description="port to listen on; 0 picks a free port and logs it")
+    http_port: Port | None = Field(
+        None,
+        description="port for HTTP (REST, and a page to try the model); needs the extra http; 0 picks a free port and "
+        "logs it",
+    )
+    http_host: str | None = Field(None, description="address to listen on for HTTP; default: that of --host")
     workers: PositiveInt = Field(
         1, description="number of server processes that share the port; a supervisor replaces those that fail"
     )
@@ -174,17 +180,23 @@ class Settings(BaseSettings):
                     f"--max-message-bytes {self.max_message_bytes} is more than {name} {value}: "
                     "the largest requests would always be refused"
                 )
-        if not self.tls_cert and not self.insecure and not is_loopback(self.host):
-            raise ValueError(
-                f"--host {self.host} is not a loopback address and TLS is off: give --tls-cert and --tls-key, "
-                "or --insecure to send images and tokens unencrypted"
-            )
+        for option, host in (("--host", self.host), ("--http-host", self.http_host)):
+            if host and not self.tls_cert and not self.insecure and not is_loopback(host):
+                raise ValueError(
+                    f"{option} {host} is not a loopback address and TLS is off: give --tls-cert and --tls-key, "
+                    "or --insecure to send images and tokens unencrypted"
+                )
         if self.metrics_port is not None and not self.insecure and not is_loopback(self.metrics_host):
             raise ValueError(
                 f"--metrics-host {self.metrics_host} is not a loopback address and metrics are not encrypted: "
                 "give --insecure to allow that"
             )
         return self
+
+    @property
+    def http_address(self) -> str:
+        """Name or address to listen on for HTTP."""
+        return self.http_host or self.host
 
     @property
     def engine_threads(self) -> int:

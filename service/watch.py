@@ -25,6 +25,18 @@ class NotReady(StartError):
     """A file is missing, unreadable or does not match another one yet: loading it again later may succeed."""
 
 
+def read_watched(path: Path, what: str) -> bytes:
+    """The content of a file. `what` says in errors which file it is.
+
+    Raises:
+        NotReady: It cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise NotReady(f"{what} {path} cannot be read: {error.strerror}") from error
+
+
 def signature(paths: Iterable[Path]) -> Signature:
     """The state of files: for each its path, inode, size, mtime and ctime in ns; or, if stat fails, path and errno."""
     return tuple(_state(path) for path in paths)

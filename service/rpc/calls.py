@@ -19,9 +19,9 @@ from google.protobuf.message import DecodeError, Message
 from service.core.batcher import DEADLINE_SLACK
 from service.core.metrics import Metrics
 from service.errors import InvalidRequest, RequestError, ShuttingDown, quoted
+from service.receiving import Receiver
 from service.rpc.connections import Connections
-from service.rpc.receiving import Context, Receiver
-from service.rpc.statuses import CODES, Failure, abort
+from service.rpc.statuses import CODES, Context, Failure, abort
 from service.rpc.wire import FieldCounter
 
 logger = logging.getLogger(__name__)

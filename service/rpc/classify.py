@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from cifar_core.images import IMAGE_SIZE, ImageRejected, packed_images, raw_image
 from service.core.decoding import Decoded
 from service.core.inference import Inference
+from service.core.tensors import MAX_ID_CHARACTERS
 from service.errors import InvalidRequest
 from service.generated.cifar.v1 import image_classifier_pb2 as messages
 from service.rpc.calls import Call
@@ -17,7 +18,6 @@ from service.rpc.wire import FieldCounter
 
 SERVICE = messages.DESCRIPTOR.services_by_name["ImageClassifier"].full_name
 CLASSIFY_STREAM = f"{SERVICE}/ClassifyStream"
-MAX_ID_CHARACTERS = 1024
 
 # The name of the field of an image that is set, and its value.
 _Content = tuple[str | None, bytes]

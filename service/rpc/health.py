@@ -6,7 +6,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from service.errors import NotFound, quoted
 from service.rpc.calls import Call
-from service.rpc.receiving import Context
+from service.rpc.statuses import Context
 
 SERVICE = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 

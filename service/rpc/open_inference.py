@@ -8,27 +8,23 @@ statistics, the "classification" of an output and the "timeout" of a request.
 import asyncio
 import struct
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cifar_core.images import IMAGE_BYTES, IMAGE_SIZE
+from cifar_core.images import IMAGE_BYTES
+from service.core import tensors
 from service.core.inference import Answer, Inference
 from service.core.metrics import Duration
 from service.core.model_store import Model
-from service.errors import InvalidRequest, NotFound, Unsupported, quoted
+from service.core.tensors import EXTENSIONS, IMAGE_SHAPE, INPUT, OUTPUTS, PLATFORM, SERVER_NAME, RequestedOutput
+from service.errors import InvalidRequest, NotFound, quoted
 from service.generated.inference import open_inference_pb2 as messages
 from service.rpc.calls import Call
-from service.rpc.classify import MAX_ID_CHARACTERS
 from service.rpc.wire import FieldCounter
 
 SERVICE = messages.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
-SERVER_NAME = "cifar-classifier"
-EXTENSIONS = ("classification", "model_configuration", "statistics")
-PLATFORM = "onnxruntime_onnx"
-INPUT = "images"
-OUTPUTS = ("logits", "probabilities")
 # The parser holds Python's global lock, for about 10 ms while it parses this many bytes of numbers.
 MAX_NUMBER_BYTES = 2**20
 # Largest size of the parts of a message that are not pixels.
@@ -76,10 +72,10 @@ class OpenInference:
             self._model(request.model_name, request.model_version)
             _check_size(request, call.message_bytes)
             deadline = _deadline(request.parameters, call.deadline)
-            shape = _check_input(request)
-            requested = _check_outputs(request.outputs)
-            with self._inference.admit(shape[0], call.message_bytes):
-                images = await _pixels(request, shape)
+            count = _check_input(request)
+            requested = _check_outputs(request)
+            with self._inference.admit(count, call.message_bytes):
+                images = await _pixels(request, count)
                 read = time.perf_counter()
                 answer = await self._inference.compute(images, deadline)
             computed = time.perf_counter()
@@ -87,7 +83,7 @@ class OpenInference:
         except BaseException:
             statistics.failure.add(time.perf_counter() - started)
             raise
-        self._inference.count_images(shape[0], 0)
+        self._inference.count_images(count, 0)
         ended = time.perf_counter()
         statistics.input.add(read - started)
         statistics.output.add(ended - computed)
@@ -138,7 +134,7 @@ class OpenInference:
             name=model.name,
             versions=[model.version],
             platform=PLATFORM,
-            inputs=[tensor(name=INPUT, datatype="UINT8", shape=[-1, IMAGE_SIZE, IMAGE_SIZE, 3])],
+            inputs=[tensor(name=INPUT, datatype="UINT8", shape=[-1, *IMAGE_SHAPE])],
             outputs=[tensor(name=name, datatype="FP32", shape=[-1, len(model.classes)]) for name in OUTPUTS],
         )
 
@@ -155,7 +151,7 @@ class OpenInference:
             platform=PLATFORM,
             backend="onnxruntime",
             max_batch_size=self._inference.limits.max_images,
-            input=[messages.ModelInput(name=INPUT, data_type=messages.TYPE_UINT8, dims=[IMAGE_SIZE, IMAGE_SIZE, 3])],
+            input=[messages.ModelInput(name=INPUT, data_type=messages.TYPE_UINT8, dims=IMAGE_SHAPE)],
             output=[
                 messages.ModelOutput(name=name, data_type=messages.TYPE_FP32, dims=[len(model.classes)])
                 for name in OUTPUTS
@@ -202,8 +198,7 @@ class OpenInference:
 
 def _check_size(request: messages.ModelInferRequest, message_bytes: int) -> None:
     """Refuses long texts, which would be held until the request is answered."""
-    if len(request.id) > MAX_ID_CHARACTERS:
-        raise InvalidRequest(f"id has {len(request.id)} characters; at most {MAX_ID_CHARACTERS} are allowed")
+    tensors.check_id(request.id)
     pixels = sum(map(len, request.raw_input_contents)) or MAX_NUMBER_BYTES
     if message_bytes - pixels > MAX_OTHER_BYTES:
         raise InvalidRequest(
@@ -219,51 +214,32 @@ def _duration(duration: Duration) -> messages.StatisticDuration:
 def _deadline(parameters: Parameters, deadline: float | None) -> float | None:
     """The earlier of the call's deadline and the parameter `timeout`. Sequences are refused, the rest is ignored."""
     sequence = parameters.get("sequence_id")
-    if sequence is not None and (sequence.int64_param or sequence.uint64_param or sequence.string_param):
-        raise Unsupported("the model keeps no state between requests: send no sequence_id")
+    if sequence is not None:
+        tensors.check_no_sequence(sequence.int64_param or sequence.uint64_param or sequence.string_param)
     timeout = parameters.get("timeout")
     if timeout is None:
         return deadline
     if timeout.WhichOneof("parameter_choice") not in ("int64_param", "uint64_param"):
         raise InvalidRequest("parameter 'timeout' is not a whole number; it must be one, of microseconds")
-    microseconds = timeout.int64_param or timeout.uint64_param
-    if microseconds < 0:
-        raise InvalidRequest(f"parameter 'timeout' is {microseconds} microseconds; it must not be negative")
-    if microseconds == 0:  # Triton's clients send 0 for no timeout
-        return deadline
-    own = time.monotonic() + microseconds / 1e6
-    return own if deadline is None else min(own, deadline)
+    return tensors.earlier_deadline(timeout.int64_param or timeout.uint64_param, deadline)
 
 
-def _check_input(request: messages.ModelInferRequest) -> tuple[int, int, int, int]:
-    """The shape of the one input that the model takes."""
-    if len(request.inputs) != 1 or request.inputs[0].name != INPUT:
-        names = ", ".join(quoted(tensor.name) for tensor in request.inputs[:3])
-        raise InvalidRequest(f"there are {len(request.inputs)} inputs ({names}); there must be one, '{INPUT}'")
-    tensor = request.inputs[0]
-    if tensor.datatype != "UINT8":
-        raise InvalidRequest(f"input '{INPUT}' is of type {quoted(tensor.datatype)}; it must be UINT8")
-    shape = tuple(tensor.shape)
-    if len(shape) != 4 or shape[1:] != (IMAGE_SIZE, IMAGE_SIZE, 3) or shape[0] < 0:
-        raise InvalidRequest(
-            f"input '{INPUT}' has shape {list(shape[:8])}; it must be [n, {IMAGE_SIZE}, {IMAGE_SIZE}, 3], channels last"
-        )
-    if any(name.startswith("shared_memory") for name in tensor.parameters):
-        raise Unsupported("shared memory is not supported: send the elements in raw_input_contents")
-    return shape[0], IMAGE_SIZE, IMAGE_SIZE, 3
+def _check_input(request: messages.ModelInferRequest) -> int:
+    """The number of images in the one input that the model takes."""
+    first = request.inputs[0] if request.inputs else messages.ModelInferRequest.InferInputTensor()
+    return tensors.check_input(
+        [tensor.name for tensor in request.inputs], first.datatype, first.shape, first.parameters
+    )
 
 
-async def _pixels(request: messages.ModelInferRequest, shape: tuple[int, int, int, int]) -> NDArray[np.uint8]:
-    size = shape[0] * IMAGE_BYTES
+async def _pixels(request: messages.ModelInferRequest, count: int) -> NDArray[np.uint8]:
     if len(request.raw_input_contents) > 1:
         raise InvalidRequest(f"there are {len(request.raw_input_contents)} raw_input_contents for one input")
     if request.raw_input_contents:
         if request.inputs[0].HasField("contents"):
             raise InvalidRequest(f"input '{INPUT}' has both contents and raw_input_contents: send one of them")
-        raw = request.raw_input_contents[0]
-        if len(raw) != size:
-            raise InvalidRequest(f"raw_input_contents holds {len(raw)} bytes; shape {list(shape)} needs {size}")
-        return np.frombuffer(raw, np.uint8).reshape(shape)
+        return tensors.pixels(request.raw_input_contents[0], count, "raw_input_contents")
+    shape, size = (count, *IMAGE_SHAPE), count * IMAGE_BYTES
     values = request.inputs[0].contents.uint_contents
     if len(values) != size:
         raise InvalidRequest(
@@ -281,38 +257,32 @@ async def _pixels(request: messages.ModelInferRequest, shape: tuple[int, int, in
     return array.astype(np.uint8).reshape(shape)
 
 
-def _check_outputs(
-    requested: Sequence[messages.ModelInferRequest.InferRequestedOutputTensor],
-) -> list[tuple[str, int]]:
-    """The requested outputs, each with its number of classes; 0 for the plain tensor."""
-    chosen: list[tuple[str, int]] = []
-    for output in requested:
-        if output.name not in OUTPUTS:
-            raise InvalidRequest(f"there is no output {quoted(output.name)}; the outputs are {', '.join(OUTPUTS)}")
-        if output.name in (name for name, _ in chosen):
-            raise InvalidRequest(f"output '{output.name}' is requested twice")
-        if any(name.startswith("shared_memory") for name in output.parameters):
-            raise Unsupported("shared memory is not supported: without it, outputs come in raw_output_contents")
-        count = output.parameters["classification"].int64_param if "classification" in output.parameters else 0
-        if count < 0:
-            raise InvalidRequest(f"'classification' of output '{output.name}' is {count}; it must not be negative")
-        chosen.append((output.name, count))
-    return chosen or [(name, 0) for name in OUTPUTS]
+def _check_outputs(request: messages.ModelInferRequest) -> list[RequestedOutput]:
+    return tensors.check_outputs(
+        [
+            (
+                output.name,
+                output.parameters["classification"].int64_param if "classification" in output.parameters else 0,
+                output.parameters,
+            )
+            for output in request.outputs
+        ]
+    )
 
 
 def _response(
-    request: messages.ModelInferRequest, requested: list[tuple[str, int]], answer: Answer
+    request: messages.ModelInferRequest, requested: list[RequestedOutput], answer: Answer
 ) -> messages.ModelInferResponse:
     """The answer, in the form of the request: bytes if it had raw_input_contents, typed contents otherwise."""
     raw = bool(request.raw_input_contents)
     response = messages.ModelInferResponse(
         model_name=answer.model.name, model_version=answer.model.version, id=request.id
     )
-    for name, count in requested:
+    for name, count in ((each.name, each.classification) for each in requested):
         values: NDArray[np.float32] = getattr(answer, name)
         output = response.outputs.add(name=name, datatype="BYTES" if count else "FP32")
         if count:
-            texts = _classification(values, answer.model.classes, count)
+            texts = [text.encode() for text in tensors.classification(values, answer.model.classes, count)]
             output.shape.extend([len(values), min(count, values.shape[1])])
             if raw:
                 response.raw_output_contents.append(b"".join(struct.pack("<I", len(text)) + text for text in texts))
@@ -325,13 +295,3 @@ def _response(
             else:
                 output.contents.fp32_contents.extend(values.ravel().tolist())
     return response
-
-
-def _classification(values: NDArray[np.float32], classes: Sequence[str], count: int) -> list[bytes]:
-    """The largest values of each row in Triton's form, "value:index:label"."""
-    order = np.argsort(-values, axis=1, kind="stable")[:, :count]
-    return [
-        f"{values[row, index]:f}:{index}:{classes[index]}".encode()
-        for row, indices in enumerate(order.tolist())
-        for index in indices
-    ]

@@ -1,6 +1,6 @@
 """Turns errors into gRPC statuses."""
 
-from typing import NoReturn
+from typing import Any, NoReturn, TypeAlias
 
 import grpc
 from google.protobuf.any_pb2 import Any as AnyMessage
@@ -18,7 +18,8 @@ from service.errors import (
     ShuttingDown,
     Unsupported,
 )
-from service.rpc.receiving import Context
+
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 CODES: dict[type[RequestError], grpc.StatusCode] = {
     InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,

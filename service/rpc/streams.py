@@ -14,8 +14,7 @@ import grpc
 
 from service.errors import Overloaded, RequestError
 from service.rpc.calls import Behaviour, Call, Calls, Parse, Request, Response, Serialize, check_small, deadline_of
-from service.rpc.receiving import Context
-from service.rpc.statuses import Failure, abort
+from service.rpc.statuses import Context, Failure, abort
 
 # Largest number of requests of one stream whose answers have not been sent. Further requests stay in the connection,
 # and gRPC's flow control slows the client down.

@@ -31,7 +31,7 @@ def main() -> int:
     if log != sys.stderr.fileno():
         os.set_inheritable(log, False)
     logs.configure(settings.log_level, settings.log_format, number, log)
-    from service.rpc.server import run
+    from service.server import run
 
     sender = Sender(pipe)
     beating: set[asyncio.Task[None]] = set()

@@ -41,8 +41,14 @@ def supervise(settings: Settings) -> int:
     Raises:
         StartError: A port is taken, a worker cannot start, or there is no folder for temporary files.
     """
-    with ports.reserve(settings.host, settings.port) as port, _temporary_folder(settings.workers) as folder:
-        return asyncio.run(Supervisor(settings, port, folder).run())
+    with contextlib.ExitStack() as stack:
+        port = stack.enter_context(ports.reserve(settings.host, settings.port))
+        http_port = settings.http_port
+        if http_port is not None:
+            http_port = stack.enter_context(ports.reserve(settings.http_address, http_port))
+        reserved = settings.model_copy(update={"port": port, "http_port": http_port})
+        folder = stack.enter_context(_temporary_folder(settings.workers))
+        return asyncio.run(Supervisor(reserved, folder).run())
 
 
 @contextlib.contextmanager
@@ -81,13 +87,12 @@ class Supervisor:
     """Keeps the workers running.
 
     Args:
-        settings: Settings of the server as a whole.
-        port: Port that is reserved for the workers.
+        settings: Settings of the server as a whole. Their ports are reserved for the workers.
         folder: Folder to which the workers write their metrics.
     """
 
-    def __init__(self, settings: Settings, port: int, folder: Path) -> None:
-        self._settings, self._port, self._folder = settings, port, folder
+    def __init__(self, settings: Settings, folder: Path) -> None:
+        self._settings, self._folder = settings, folder
         self._workers: dict[int, WorkerProcess] = {}
         self._announced = False
         self._stopping = asyncio.Event()
@@ -120,7 +125,9 @@ class Supervisor:
         self._registry.register(Processes(self._pids))
         async with metrics_http.show(self._registry, settings.metrics_host, settings.metrics_port):
             self._handle_signals()
-            logger.info("starting %d workers on port %d", settings.workers, self._port, extra={"port": self._port})
+            logger.info(
+                "starting %d workers on port %d", settings.workers, settings.port, extra={"port": settings.port}
+            )
             watching = asyncio.create_task(self._watch())
             try:
                 async with asyncio.TaskGroup() as group:
@@ -234,7 +241,7 @@ class Supervisor:
         Returns:
             Why it ended, as a word and as a phrase, and for how many seconds it served, None if it never did.
         """
-        settings = self._settings.model_copy(update={"port": self._port, "metrics_port": None})
+        settings = self._settings.model_copy(update={"metrics_port": None})
         # A worker that is killed cannot remove its temporary files. The name is short because the files may be sockets,
         # whose paths have at most 107 bytes.
         temporary_folder = self._folder / str(number)

@@ -9,11 +9,11 @@ import trustme
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from service.certificates import Certificates
 from service.client import ClassificationError, Client, Options
 from service.errors import StartError
 from service.generated.cifar.v1 import image_classifier_pb2 as messages
 from service.generated.cifar.v1 import image_classifier_pb2_grpc as rpc
-from service.rpc.security import Certificates
 from tests.service.exports import pictures
 
 RENEWED = "certificates were read again"

@@ -15,7 +15,8 @@ from service.generated.cifar.v1 import image_classifier_pb2 as messages
 from service.generated.cifar.v1 import image_classifier_pb2_grpc as rpc
 from service.generated.inference import open_inference_pb2 as inference
 from service.generated.inference import open_inference_pb2_grpc as inference_rpc
-from service.rpc.security import TokenInterceptor, Tokens
+from service.rpc.security import TokenInterceptor
+from service.tokens import Tokens
 from tests.service.exports import pictures
 
 UNAUTHENTICATED = grpc.StatusCode.UNAUTHENTICATED

@@ -42,7 +42,7 @@ def stalled(count: int) -> messages.ClassifyRequest:
 
 def test_the_server_imports_neither_torch_nor_the_training_library():
     script = (
-        "import sys, service.rpc.server, service.workers.supervisor, service.workers, service.client\n"
+        "import sys, service.server, service.workers.supervisor, service.workers, service.client\n"
         "print([name for name in ('torch', 'cifar_core.data', 'onnx', 'scipy', 'matplotlib') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True, check=True)

@@ -11,7 +11,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from service.client import Client, Options
 from service.generated.cifar.v1 import image_classifier_pb2 as messages
 from service.generated.cifar.v1 import image_classifier_pb2_grpc as rpc
-from service.rpc.server import STUCK_EXIT_CODE
+from service.server import STUCK_EXIT_CODE
 from tests.service import exports
 from tests.service.conftest import until
 from tests.service.exports import expected, pictures, stalling

@@ -47,7 +47,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptu
         monkeypatch.setattr(sys, "executable", str(program))
         caplog.set_level("INFO")
         (tmp_path / "metrics").mkdir()
-        supervisor = Supervisor(parse(["--grace", "0"]), 1, tmp_path / "metrics")
+        supervisor = Supervisor(parse(["--grace", "0", "--port", "1"]), tmp_path / "metrics")
 
         async def supervise() -> int:
             async with asyncio.TaskGroup() as group:

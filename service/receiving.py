@@ -1,10 +1,11 @@
 """Reads request messages under a limit on how many are being received at once, and a time limit for each.
 
-gRPC allocates space for a message as soon as somebody reads it, long before it has arrived. Clients that stall in the
-middle of their messages could therefore make the server hold a full message for every stream. Until a message is read,
-a stream can hold no more than gRPC's initial window. So a message is read only while its call has one of a fixed number
-of slots. If calls wait for a slot, connections whose last message arrived in time are served first, then new
-connections, then connections that stalled; among equals, the connection with the fewest slots is served first.
+Knows no transport. gRPC and HTTP share one `Receiver`, so that the limit holds for both together. Clients that stall in
+the middle of their messages could make the server hold a full message for every call: gRPC allocates space for a
+message as soon as somebody reads it, long before it has arrived. Until a message is read, a call holds no more than the
+first window of its transport. So a message is read only while its call has one of a fixed number of slots. If calls
+wait for a slot, connections whose last message arrived in time are served first, then new connections, then connections
+that stalled; among equals, the connection with the fewest slots is served first.
 """
 
 import asyncio
@@ -12,13 +13,9 @@ import collections
 import contextlib
 import time
 from collections.abc import AsyncIterator, Callable
-from typing import Any, TypeAlias
-
-import grpc
+from typing import Any, Protocol
 
 from service.errors import DeadlineExpired, Overloaded
-
-Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 # While other calls wait for a slot, a message has this long to arrive, and an open stream this long to send its next.
 CONTENDED_SECONDS = 1.0
@@ -29,6 +26,13 @@ CHECK_SECONDS = 0.1
 # Number of connections whose behaviour is remembered.
 MAX_REMEMBERED = 4096
 _IN_TIME, _UNKNOWN, _STALLED = 0, 1, 2
+
+
+class Source(Protocol):
+    """Where messages come from, such as the context of a gRPC call or the body of an HTTP request."""
+
+    async def read(self) -> Any:  # noqa: ANN401 -- gRPC's type
+        """The next message, when it has arrived as a whole; a mark of the transport's own at the end."""
 
 
 class _Slot:
@@ -80,8 +84,8 @@ class Receiver:
         self._check: asyncio.TimerHandle | None = None
         self._refused_stream = False
 
-    async def read(self, context: Context, connection: str) -> Any:  # noqa: ANN401 -- bytes, or gRPC's EOF
-        """The message of a unary call: its bytes, or `grpc.aio.EOF` if the client ended the call without one.
+    async def read(self, source: Source, connection: str) -> Any:  # noqa: ANN401 -- as Source.read
+        """The one message of a call, as `source` returns it.
 
         Raises:
             DeadlineExpired: It did not arrive in time.
@@ -90,7 +94,7 @@ class Receiver:
         if not self._take(connection):
             await self._wait(connection)
         try:
-            return await self._read(context, _Slot(connection, min(CONTENDED_SECONDS, self._seconds)), self._seconds)
+            return await self._read(source, _Slot(connection, min(CONTENDED_SECONDS, self._seconds)), self._seconds)
         finally:
             self._release(connection)
 
@@ -111,21 +115,21 @@ class Receiver:
             self._free_streams += 1
             self._release(connection)
 
-    async def read_stream(self, context: Context, slot: _Slot) -> Any:  # noqa: ANN401
-        """The next message of a stream, or `grpc.aio.EOF`. There is a time limit only while other calls wait.
+    async def read_stream(self, source: Source, slot: _Slot) -> Any:  # noqa: ANN401
+        """The next message of a stream, as `source` returns it. There is a time limit only while other calls wait.
 
         Raises:
             DeadlineExpired: It did not arrive while other calls waited for the slot.
         """
-        return await self._read(context, slot, None)
+        return await self._read(source, slot, None)
 
-    async def _read(self, context: Context, slot: _Slot, limit: float | None) -> Any:  # noqa: ANN401
+    async def _read(self, source: Source, slot: _Slot, limit: float | None) -> Any:  # noqa: ANN401
         slot.task, slot.since, slot.limit = asyncio.current_task(), time.monotonic(), limit
         self._reading.add(slot)
         if self._check is None:
             self._check_later()
         try:
-            message = await context.read()
+            message = await source.read()
         except asyncio.CancelledError:
             if not slot.overdue or slot.task is None or slot.task.uncancel():
                 raise

@@ -1,4 +1,4 @@
-"""Slots for receiving messages, with contexts whose messages arrive when the test says so."""
+"""Slots for receiving messages, with sources whose messages arrive when the test says so."""
 
 import asyncio
 from collections.abc import Callable
@@ -6,13 +6,13 @@ from collections.abc import Callable
 import grpc
 import pytest
 
+from service import receiving
 from service.errors import DeadlineExpired, Overloaded
-from service.rpc import receiving
-from service.rpc.receiving import Receiver
+from service.receiving import Receiver
 
 
 class Sender:
-    """The part of gRPC's context that `Receiver` uses. The message arrives when `arrive` is called."""
+    """A source. The message arrives when `arrive` is called."""
 
     def __init__(self) -> None:
         self.reading = asyncio.Event()

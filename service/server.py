@@ -1,0 +1,304 @@
+"""Assembles the server of one process, over gRPC and if wanted over HTTP: start, drain, stop."""
+
+import asyncio
+import contextlib
+import gc
+import logging
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from multiprocessing.util import get_temp_dir
+from typing import TYPE_CHECKING, Any, Protocol
+
+from cifar_core.images import ImageLimits
+from service import logs, metrics_http, open_files, ports
+from service.certificates import Certificates
+from service.core.batcher import Batcher
+from service.core.decoding import Decoder
+from service.core.inference import Inference, Limits
+from service.core.memory import limit_heap, trim_regularly
+from service.core.metrics import Metrics, Processes
+from service.core.model_store import Model, ModelStore
+from service.errors import StartError
+from service.receiving import Receiver
+from service.rpc.server import RpcServer
+from service.settings import Settings
+from service.tokens import Tokens
+
+if TYPE_CHECKING:
+    from service.http.server import HttpServer
+
+logger = logging.getLogger(__name__)
+
+# Largest number of slots for receiving messages that one connection may hold.
+_SLOTS_PER_CONNECTION = 8
+_MAX_WAITING_TO_BE_RECEIVED = 1024
+_GAUGE_SECONDS = 0.2
+_WATCHDOG_SECONDS = 0.5
+STUCK_EXIT_CODE = 70  # EX_SOFTWARE of sysexits.h
+
+
+class Transport(Protocol):
+    """One way in which requests reach the server."""
+
+    @property
+    def in_flight(self) -> int:
+        """Number of requests accepted whose answers have not been sent yet."""
+
+    @property
+    def answered(self) -> int:
+        """Number of requests answered with OK."""
+
+    async def start(self) -> None:
+        """Accepts connections and answers requests from now on."""
+
+    async def drain(self, grace: float) -> int:
+        """Refuses new requests and waits until the answers to accepted ones are sent, at most `grace` seconds.
+
+        Returns:
+            The number of requests that are still unanswered.
+        """
+
+    async def close(self, *, at_once: bool) -> None:
+        """Closes all connections; unless `at_once`, so that clients lose no request that they are sending."""
+
+
+def run(
+    settings: Settings, *, shares_port: bool = False, on_ready: Callable[[Callable[[], bool]], None] = lambda _: None
+) -> int:
+    """Serves until SIGTERM or SIGINT. Ends the process with exit code 0, or returns the code if it never served.
+
+    Args:
+        settings: All options.
+        shares_port: Whether other processes listen on the same port.
+        on_ready: Called in the event loop when requests are answered, with a function that says whether the engine is
+            healthy.
+
+    Raises:
+        StartError: The server cannot start.
+    """
+    limit_heap()
+    return asyncio.run(_run(settings, shares_port, on_ready))
+
+
+async def _run(settings: Settings, shares_port: bool, on_ready: Callable[[Callable[[], bool]], None]) -> int:
+    started = time.perf_counter()
+    if not shares_port:
+        ports.check_free(settings.host, settings.port)
+    open_files.allow_connections(settings.max_connections * (1 if settings.http_port is None else 2))
+    try:
+        temporary_folder = get_temp_dir()  # of multiprocessing, for the decode processes
+    except OSError as error:
+        raise StartError(
+            f"no temporary folder can be made ({error.strerror}): set TMPDIR to a writable folder"
+        ) from error
+    metrics = Metrics()
+    async with contextlib.AsyncExitStack() as stack:
+        # Created first, so that its processes start while the model is loaded.
+        decoder = Decoder(
+            settings.decoder_processes,
+            ImageLimits(settings.max_image_bytes, settings.max_image_pixels),
+            settings.max_decode_seconds,
+            on_ended=metrics.on_decoder_ended,
+        )
+        stack.callback(decoder.close)
+        models = _model_store(settings, metrics)
+        batcher = _batcher(settings, models, metrics)
+        inference = Inference(models, batcher, decoder, _limits(settings), metrics)
+        lifecycle = _Lifecycle(batcher, settings.max_batch_seconds)
+        tokens = Tokens(settings.token_file) if settings.token_file else None
+        certificates = _certificates(settings)
+        receiver = _receiver(settings, metrics)
+        rpc = RpcServer(settings, inference, metrics, receiver, tokens, certificates, shares_port=shares_port)
+        transports: list[Transport] = [rpc]
+        if settings.http_port is not None:
+            http_server = _import_http()
+            transports.append(
+                http_server(
+                    settings, inference, metrics, receiver, tokens, certificates,
+                    shares_port=shares_port, healthy=lifecycle.healthy,
+                )
+            )  # fmt: skip
+        metrics.registry.register(Processes(lambda: {"server": os.getpid()}))
+        await stack.enter_async_context(
+            metrics_http.show(metrics.registry, settings.metrics_host, settings.metrics_port)
+        )
+        lifecycle.handle_signals(models)
+        watches = [tokens.watch()] if tokens else []
+        watches += [certificates.watch()] if certificates else []
+        watches += [
+            models.watch(),
+            lifecycle.watch_engine(),
+            _update_gauges(metrics, inference, transports),
+            trim_regularly(lambda: _in_flight(transports) > 0),
+        ]
+        tasks = [asyncio.create_task(lifecycle.keep(watch)) for watch in watches]
+        for transport in transports:
+            await transport.start()
+        freeze_gc()
+        model = models.current
+        logger.info(
+            "serving %s (%s) on %s with %d threads at %s, %s",
+            model.version, model.variant, model.engine.device, settings.engine_threads,
+            ports.address(settings.host, rpc.port), "TLS" if settings.tls_cert else "plaintext",
+            extra={"start_seconds": round(time.perf_counter() - started, 3), "port": rpc.port},
+        )  # fmt: skip
+        on_ready(lifecycle.healthy)
+
+        await lifecycle.stopping.wait()
+        logger.info("stopping: accepted requests have %g s to finish", settings.grace)
+        left = sum(await asyncio.gather(*(transport.drain(settings.grace) for transport in transports)))
+        if left:
+            logger.error("stopped with %d requests unanswered after %g s", left, settings.grace)
+        await asyncio.gather(*(transport.close(at_once=left > 0) for transport in transports))
+        for task in tasks:
+            task.cancel()
+    answered = sum(transport.answered for transport in transports)
+    logger.info("stopped", extra={"answered": answered, "unanswered": left})
+    # `os._exit` skips Python's normal shutdown, which waits for threads that may still compute or load a model.
+    shutil.rmtree(temporary_folder, ignore_errors=True)
+    logs.close()
+    os._exit(lifecycle.exit_code)
+
+
+def _import_http() -> "type[HttpServer]":
+    """The class of the HTTP server. A server without HTTP neither needs nor loads the packages for it."""
+    try:
+        from service.http.server import HttpServer
+    except ModuleNotFoundError as error:
+        raise StartError(
+            f"--http-port needs the extra http ({error.name} is missing): pip install 'cifar-classifier[http]'"
+        ) from error
+    return HttpServer
+
+
+def _in_flight(transports: Sequence[Transport]) -> int:
+    return sum(transport.in_flight for transport in transports)
+
+
+def freeze_gc() -> None:
+    """Exempts all objects that exist now from garbage collection, which would otherwise scan them again and again.
+
+    No thread runs Python code during a scan, which delays the slowest requests (docs/performance.md).
+    """
+    gc.collect()
+    gc.freeze()
+
+
+class _Lifecycle:
+    """When the process stops, and with which exit code."""
+
+    def __init__(self, batcher: Batcher, max_batch_seconds: float) -> None:
+        self.stopping = asyncio.Event()
+        self.exit_code = 0
+        self._batcher, self._max_batch_seconds = batcher, max_batch_seconds
+
+    def healthy(self) -> bool:
+        """Whether no batch has been computing for too long."""
+        return self._batcher.running_seconds() <= self._max_batch_seconds
+
+    async def keep(self, watch: Coroutine[Any, Any, None]) -> None:
+        """Runs a task that lasts as long as the server does. Without it, the server is not what it should be."""
+        try:
+            await watch
+        except Exception:
+            logger.critical("a task of the server failed: the process ends, to be replaced", exc_info=True)
+            self.exit_code = STUCK_EXIT_CODE
+            self.stopping.set()
+
+    async def watch_engine(self) -> None:
+        """Stops the process when a batch has been computing for too long: nothing else ends such a computation."""
+        while self.healthy():
+            await asyncio.sleep(_WATCHDOG_SECONDS)
+        logger.critical(
+            "a batch has been computing for more than %g s (--max-batch-seconds): the process ends, to be replaced",
+            self._max_batch_seconds,
+        )
+        self.exit_code = STUCK_EXIT_CODE
+        self.stopping.set()
+
+    def handle_signals(self, models: ModelStore) -> None:
+        """The first SIGTERM or SIGINT stops the server, the second ends the process; SIGHUP reloads the model."""
+        loop = asyncio.get_running_loop()
+
+        def stop(number: int) -> None:
+            if self.stopping.is_set():
+                # Not the default action of the signal: the kernel ignores that for process 1 of a container.
+                os._exit(128 + number)
+            self.stopping.set()
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop, number)
+        reloads: set[asyncio.Task[bool]] = set()
+
+        def reload() -> None:
+            task = asyncio.create_task(models.reload())
+            reloads.add(task)  # the event loop keeps only weak references to tasks
+            task.add_done_callback(reloads.discard)
+
+        loop.add_signal_handler(signal.SIGHUP, reload)
+
+
+def _model_store(settings: Settings, metrics: Metrics) -> ModelStore:
+    def on_reload(model: Model | None) -> None:
+        metrics.on_reload(model is not None)
+        if model is not None:
+            metrics.on_model(model.version, model.variant, model.engine.device, model.sha256)
+
+    models = ModelStore(
+        settings.model,
+        settings.variant,
+        device=settings.device,
+        threads=settings.engine_threads,
+        max_batch_size=settings.max_batch_size,
+        on_reload=on_reload,
+    )
+    model = models.current
+    metrics.on_model(model.version, model.variant, model.engine.device, model.sha256)
+    return models
+
+
+def _limits(settings: Settings) -> Limits:
+    return Limits(
+        ImageLimits(settings.max_image_bytes, settings.max_image_pixels),
+        settings.max_images,
+        settings.max_message_bytes,
+        settings.max_queued_images,
+    )
+
+
+def _batcher(settings: Settings, models: ModelStore, metrics: Metrics) -> Batcher:
+    return Batcher(
+        max_batch_size=settings.max_batch_size,
+        max_queue_delay=settings.max_queue_delay_ms / 1000,
+        max_images=settings.max_queued_images,
+        max_bytes=settings.max_queued_bytes,
+        observer=metrics,
+        threads=models.current.engine.parallel,
+    )
+
+
+def _receiver(settings: Settings, metrics: Metrics) -> Receiver:
+    slots = settings.receiving_slots
+    return Receiver(
+        slots=slots,
+        per_connection=min(slots, _SLOTS_PER_CONNECTION),
+        max_waiting=_MAX_WAITING_TO_BE_RECEIVED,
+        seconds=settings.receive_timeout,
+        on_timeout=metrics.on_receive_timeout,
+    )
+
+
+async def _update_gauges(metrics: Metrics, inference: Inference, transports: Sequence[Transport]) -> None:
+    while True:
+        metrics.in_flight.set(_in_flight(transports))
+        inference.update_gauges()
+        await asyncio.sleep(_GAUGE_SECONDS)
+
+
+def _certificates(settings: Settings) -> Certificates | None:
+    if settings.tls_cert and settings.tls_key:
+        return Certificates(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
+    return None
