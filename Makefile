@@ -7,6 +7,7 @@ DEVICE    ?= auto
 PRECISION ?=
 MODEL     ?=
 OPTIONS   ?=
+HTTP_PORT ?= 8080
 RUNS      ?=
 SCRIPT    ?=
 SECONDS   ?= 600
@@ -33,13 +34,14 @@ help: ## list the targets and the variables that can be set
 	@echo "  SEED=0  DEVICE=auto|cpu|cuda  PRECISION=fp32|bf16   for training (default: the recipe's precision)"
 	@echo "  MODEL=exported/model.onnx | runs/RECIPE/SEED | grpc://HOST:PORT   the model that evaluate measures"
 	@echo "  OPTIONS='--port 50051 …'                options of the server"
+	@echo "  HTTP_PORT=8080                          port of the page and of REST that make serve opens"
 	@echo "  PROCESSOR=cpu|cuda                      which build of onnxruntime to install"
 
 demo: $(SERVE) ## serve the shipped model, classify the pictures in samples/, and stop; does not install PyTorch
 	$(PY) -m service.demo
 
-serve: $(SERVE) ## serve exported/ on 127.0.0.1:50051 until Ctrl-C; OPTIONS='--help' lists its options
-	$(PY) -m service --model exported $(OPTIONS)
+serve: $(SERVE) ## serve exported/ over gRPC on 127.0.0.1:50051 and HTTP on 8080 until Ctrl-C; OPTIONS='--help' lists its options
+	$(PY) -m service --model exported --http-port $(HTTP_PORT) $(OPTIONS)
 
 setup: $(READY) ## create or update .venv with all packages
 
@@ -47,12 +49,12 @@ setup: $(READY) ## create or update .venv with all packages
 $(SERVE): pyproject.toml constraints.txt
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	if ls $(VENV)/.serve-* >/dev/null 2>&1 && ! test -e $@; then $(PY) -m pip uninstall -q -y onnxruntime onnxruntime-gpu; fi
-	$(PY) -m pip install -q -c constraints.txt -e '.[$(PROCESSOR)]'
+	$(PY) -m pip install -q -c constraints.txt -e '.[$(PROCESSOR),http]'
 	rm -f $(VENV)/.serve-* $(VENV)/.ready-*
 	touch $@
 
 $(READY): $(SERVE)
-	$(PY) -m pip install -q -c constraints.txt -e '.[$(PROCESSOR),train,dev]'
+	$(PY) -m pip install -q -c constraints.txt -e '.[$(PROCESSOR),http,score,ray,train,dev]'
 	touch $@
 
 data: $(READY) ## print a summary of the data and its statistics, draw figure 1

@@ -1,0 +1,205 @@
+"""One HTTP/1.1 connection: uvicorn's protocol, with the limits on time and memory that it does not have.
+
+uvicorn bounds the size of headers and the time between two requests. It does not bound the time for headers, for
+reading an answer, and for the rest of a body that was refused; nor how many chunks a body may be cut into. The server
+asks each connection twice a second whether it is overdue (`overdue`), because timers for each request cost more.
+"""
+
+import asyncio
+import contextlib
+import time
+from http import HTTPStatus
+from typing import Any, cast
+
+import h11
+from uvicorn.config import Config
+from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
+from uvicorn.server import ServerState
+
+from service.http.answers import problem
+
+# Time for the headers of a request to arrive, from the acceptance of the connection or the first byte of the request.
+HEADERS_SECONDS = 10.0
+# Largest size of the headers of a request.
+MAX_HEADERS_BYTES = 16_384
+# Largest number of headers of a request.
+MAX_HEADERS = 128
+# Time that a connection may be idle between two requests.
+IDLE_SECONDS = 75
+# Longest time without progress for a client that reads an answer: in general, and while many bytes wait.
+MAX_UNREAD_SECONDS = 10.0
+MAX_UNREAD_SECONDS_WHEN_FULL = 1.0
+MAX_UNREAD_BYTES = 64 * 2**20
+# Time in which the rest of a body is read and dropped after the request was refused. A connection that is closed while
+# its client sends is reset, and the client would not see why.
+DISCARD_SECONDS = 5.0
+# Each chunk of a body costs about 10 µs, so a body of chunks of a byte would block the event loop for long.
+_FREE_CHUNKS = 512
+_MIN_CHUNK_BYTES = 256
+
+
+class _Parser(h11.Connection):
+    """h11's parser, which also limits the number of headers and of chunks."""
+
+    def __init__(self) -> None:
+        super().__init__(h11.SERVER, MAX_HEADERS_BYTES)
+        # About the last error, for the answer.
+        self.status = HTTPStatus.BAD_REQUEST
+        self.problem = ""
+        self._chunks = self._bytes = 0
+
+    def next_event(self) -> Any:  # noqa: ANN401 -- h11's events have no common base that it publishes
+        """See h11.Connection.next_event."""
+        try:
+            event = super().next_event()
+            self._check(event)
+        except h11.RemoteProtocolError as error:
+            self.status = HTTPStatus(error.error_status_hint)
+            self.problem = str(error)
+            raise
+        return event
+
+    def _check(self, event: object) -> None:
+        if isinstance(event, h11.Data):
+            self._chunks += 1
+            self._bytes += len(event.data)
+            if self._chunks > _FREE_CHUNKS + self._bytes / _MIN_CHUNK_BYTES:
+                raise h11.RemoteProtocolError(
+                    f"the body has {self._chunks} chunks for {self._bytes} bytes: send larger chunks, or Content-Length"
+                )
+        elif isinstance(event, h11.Request):
+            self._chunks = self._bytes = 0
+            if len(event.headers) > MAX_HEADERS:
+                raise h11.RemoteProtocolError(
+                    f"the request has {len(event.headers)} headers; at most {MAX_HEADERS} are allowed",
+                    error_status_hint=HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE,
+                )
+
+
+class Connection(H11Protocol):
+    """A connection of one client.
+
+    Args:
+        config: uvicorn's configuration; holds the application.
+        state: What all connections of the server share.
+
+    Attributes:
+        peer: Address of the client's end.
+        task: The task that answers the current request; it is cancelled if the client disconnects.
+        last_request: When its last request arrived, on time.monotonic(); 0.0 before the first.
+    """
+
+    def __init__(self, config: Config, state: ServerState) -> None:
+        super().__init__(config, state, {"connection": self})
+        self.conn = _Parser()
+        self.peer = ""
+        self.task: asyncio.Task[Any] | None = None
+        self._opened = self._head_since = time.monotonic()
+        self._waits_for_head = True
+        self._unread, self._unread_since = 0, 0.0
+        self._discard_since: float | None = None
+        self.last_request = 0.0
+
+    # Called by the transport
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """See asyncio.Protocol."""
+        super().connection_made(cast(asyncio.Transport, transport))
+        self.peer = "http:" + ":".join(map(str, (transport.get_extra_info("peername") or ("unknown",))[:2]))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """See asyncio.Protocol. Nobody waits for the answer any more, so its task is cancelled."""
+        super().connection_lost(exc)
+        self._unset_keepalive_if_required()
+        if self.task is not None:
+            self.task.cancel()
+
+    def data_received(self, data: bytes) -> None:
+        """See asyncio.Protocol."""
+        if self.is_idle and not self._waits_for_head:
+            self._waits_for_head, self._head_since = True, time.monotonic()
+        try:
+            super().data_received(data)
+        except h11.LocalProtocolError:  # the client broke the protocol after its answer had begun
+            self.transport.abort()
+        if not self.is_idle:
+            self._waits_for_head = False
+
+    # Called by uvicorn
+
+    def send_400_response(self, msg: str) -> None:
+        """Answers a request that is not HTTP, and closes the connection."""
+        parser = cast(_Parser, self.conn)
+        status, detail = parser.status, parser.problem or msg
+        answer = problem(status, f"the request cannot be read: {detail}")
+        headers = [*answer.all_headers(), (b"connection", b"close")]
+        with contextlib.suppress(h11.LocalProtocolError):  # an answer has begun already
+            for event in (
+                h11.Response(status_code=status.value, headers=headers, reason=status.phrase.encode()),
+                h11.Data(data=answer.body),
+                h11.EndOfMessage(),
+            ):
+                self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
+
+    # Called by the server
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request is being answered."""
+        cycle = cast(RequestResponseCycle | None, self.cycle)
+        return cycle is None or cycle.response_complete
+
+    @property
+    def body_is_complete(self) -> bool:
+        """Whether the body of the current request has arrived as a whole."""
+        return not self.cycle.more_body
+
+    @property
+    def must_close(self) -> bool:
+        """Whether nothing can follow the current request on this connection.
+
+        That is the case if its body was not wanted by the server and not sent by the client ("Expect: 100-continue").
+        """
+        return bool(self.cycle.waiting_for_100_continue)
+
+    @property
+    def unread(self) -> int:
+        """Bytes of answers that the client has not read."""
+        return self.transport.get_write_buffer_size()
+
+    @property
+    def idle_since(self) -> float:
+        """When its last request arrived, or it was opened, on time.monotonic()."""
+        return max(self._opened, self.last_request)
+
+    def age(self, now: float) -> float:
+        """Seconds since it was opened."""
+        return now - self._opened
+
+    def overdue(self, now: float, *, full: bool) -> bool:
+        """Whether the client took too long. Call it regularly.
+
+        Args:
+            now: time.monotonic().
+            full: Whether the unread answers of all connections exceed their limit.
+        """
+        unread = self.unread
+        if not unread or unread < self._unread or not self._unread:
+            self._unread_since = now
+        self._unread = unread
+        if unread and now - self._unread_since > (MAX_UNREAD_SECONDS_WHEN_FULL if full else MAX_UNREAD_SECONDS):
+            return True
+        discards = self.is_idle and self.conn.their_state is h11.SEND_BODY
+        self._discard_since = (self._discard_since or now) if discards else None
+        if self._discard_since is not None:
+            return now - self._discard_since > DISCARD_SECONDS
+        return self._waits_for_head and now - self._head_since > HEADERS_SECONDS
+
+    def abort(self) -> None:
+        """Closes it at once. What was not sent is dropped."""
+        self.transport.abort()
+
+    def close(self) -> None:
+        """Closes it once everything is sent. Call it while it is idle."""
+        self.transport.close()

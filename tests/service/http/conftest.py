@@ -1,0 +1,29 @@
+"""A server with HTTP for all tests that leave it unchanged."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.service.conftest import Server
+from tests.service.http.web import Web
+
+
+@pytest.fixture(scope="session")
+def http_server(linear: Path) -> Iterator[Server]:
+    """One server for all tests that leave it unchanged."""
+    options = ("--http-port", "0", "--metrics-port", "0", "--max-images", "400", "--log-level", "debug")
+    shared = Server("--model", linear, *options).ready()
+    try:
+        yield shared
+        assert shared.stop() == 0, shared.log
+        assert "Traceback" not in shared.log
+    finally:
+        shared.kill()
+
+
+@pytest.fixture
+def web(http_server: Server) -> Iterator[Web]:
+    """A connection to the shared server."""
+    with Web(http_server.http_url) as connection:
+        yield connection
