@@ -54,7 +54,7 @@ $(SERVE): pyproject.toml constraints.txt
 	touch $@
 
 $(READY): $(SERVE)
-	$(PY) -m pip install -q -c constraints.txt -e '.[$(PROCESSOR),http,score,ray,train,dev]'
+	$(PY) -m pip install -q -c constraints.txt -e '.[$(PROCESSOR),http,tracing,score,ray,train,dev]'
 	touch $@
 
 data: $(READY) ## print a summary of the data and its statistics, draw figure 1
