@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import gc
+import importlib.metadata
 import logging
 import os
 import shutil
@@ -13,10 +14,11 @@ from multiprocessing.util import get_temp_dir
 from typing import TYPE_CHECKING, Any, Protocol
 
 from cifar_core.images import ImageLimits
-from service import logs, metrics_http, open_files, ports
+from service import logs, metrics_http, open_files, ports, tracing
 from service.certificates import Certificates
 from service.core.batcher import Batcher
 from service.core.decoding import Decoder
+from service.core.export_numbers import ExportNumbers
 from service.core.inference import Inference, Limits
 from service.core.memory import limit_heap, trim_regularly
 from service.core.metrics import Metrics, Processes
@@ -26,6 +28,7 @@ from service.receiving import Receiver
 from service.rpc.server import RpcServer
 from service.settings import Settings
 from service.tokens import Tokens
+from service.tracing import Tracing
 
 if TYPE_CHECKING:
     from service.http.server import HttpServer
@@ -37,6 +40,7 @@ _SLOTS_PER_CONNECTION = 8
 _MAX_WAITING_TO_BE_RECEIVED = 1024
 _GAUGE_SECONDS = 0.2
 _WATCHDOG_SECONDS = 0.5
+_LAST_SPANS_SECONDS = 3.0
 STUCK_EXIT_CODE = 70  # EX_SOFTWARE of sysexits.h
 
 
@@ -66,13 +70,18 @@ class Transport(Protocol):
 
 
 def run(
-    settings: Settings, *, shares_port: bool = False, on_ready: Callable[[Callable[[], bool]], None] = lambda _: None
+    settings: Settings,
+    *,
+    shares_port: bool = False,
+    exports: int | None = None,
+    on_ready: Callable[[Callable[[], bool]], None] = lambda _: None,
 ) -> int:
     """Serves until SIGTERM or SIGINT. Ends the process with exit code 0, or returns the code if it never served.
 
     Args:
         settings: All options.
         shares_port: Whether other processes listen on the same port.
+        exports: File descriptor of the list of exports, if other processes share it; see service.core.export_numbers.
         on_ready: Called in the event loop when requests are answered, with a function that says whether the engine is
             healthy.
 
@@ -80,10 +89,12 @@ def run(
         StartError: The server cannot start.
     """
     limit_heap()
-    return asyncio.run(_run(settings, shares_port, on_ready))
+    return asyncio.run(_run(settings, shares_port, ExportNumbers(exports), on_ready))
 
 
-async def _run(settings: Settings, shares_port: bool, on_ready: Callable[[Callable[[], bool]], None]) -> int:
+async def _run(
+    settings: Settings, shares_port: bool, numbers: ExportNumbers, on_ready: Callable[[Callable[[], bool]], None]
+) -> int:
     started = time.perf_counter()
     if not shares_port:
         ports.check_free(settings.host, settings.port)
@@ -95,6 +106,7 @@ async def _run(settings: Settings, shares_port: bool, on_ready: Callable[[Callab
             f"no temporary folder can be made ({error.strerror}): set TMPDIR to a writable folder"
         ) from error
     metrics = Metrics()
+    spans = tracing.start(os.environ, importlib.metadata.version("cifar-classifier"))
     async with contextlib.AsyncExitStack() as stack:
         # Created first, so that its processes start while the model is loaded.
         decoder = Decoder(
@@ -104,20 +116,20 @@ async def _run(settings: Settings, shares_port: bool, on_ready: Callable[[Callab
             on_ended=metrics.on_decoder_ended,
         )
         stack.callback(decoder.close)
-        models = _model_store(settings, metrics)
+        models = _model_store(settings, metrics, numbers)
         batcher = _batcher(settings, models, metrics)
         inference = Inference(models, batcher, decoder, _limits(settings), metrics)
         lifecycle = _Lifecycle(batcher, settings.max_batch_seconds)
         tokens = Tokens(settings.token_file) if settings.token_file else None
         certificates = _certificates(settings)
         receiver = _receiver(settings, metrics)
-        rpc = RpcServer(settings, inference, metrics, receiver, tokens, certificates, shares_port=shares_port)
+        rpc = RpcServer(settings, inference, metrics, receiver, tokens, certificates, spans, shares_port=shares_port)
         transports: list[Transport] = [rpc]
         if settings.http_port is not None:
             http_server = _import_http()
             transports.append(
                 http_server(
-                    settings, inference, metrics, receiver, tokens, certificates,
+                    settings, inference, metrics, receiver, tokens, certificates, spans,
                     shares_port=shares_port, healthy=lifecycle.healthy,
                 )
             )  # fmt: skip
@@ -155,6 +167,8 @@ async def _run(settings: Settings, shares_port: bool, on_ready: Callable[[Callab
         await asyncio.gather(*(transport.close(at_once=left > 0) for transport in transports))
         for task in tasks:
             task.cancel()
+    if spans is not None:
+        await _close_tracing(spans)
     answered = sum(transport.answered for transport in transports)
     logger.info("stopped", extra={"answered": answered, "unanswered": left})
     # `os._exit` skips Python's normal shutdown, which waits for threads that may still compute or load a model.
@@ -172,6 +186,15 @@ def _import_http() -> "type[HttpServer]":
             f"--http-port needs the extra http ({error.name} is missing): pip install 'cifar-classifier[http]'"
         ) from error
     return HttpServer
+
+
+async def _close_tracing(spans: Tracing) -> None:
+    """Sends the last spans. A collector that does not answer delays the end of the process only for a moment."""
+    try:
+        async with asyncio.timeout(_LAST_SPANS_SECONDS):
+            await asyncio.to_thread(spans.close)
+    except TimeoutError:
+        logger.warning("the last spans were not sent within %g s", _LAST_SPANS_SECONDS)
 
 
 def _in_flight(transports: Sequence[Transport]) -> int:
@@ -241,11 +264,14 @@ class _Lifecycle:
         loop.add_signal_handler(signal.SIGHUP, reload)
 
 
-def _model_store(settings: Settings, metrics: Metrics) -> ModelStore:
+def _model_store(settings: Settings, metrics: Metrics, numbers: ExportNumbers) -> ModelStore:
+    def on_model(model: Model) -> None:
+        metrics.on_model(model.number, model.version, model.variant, model.device, model.sha256)
+
     def on_reload(model: Model | None) -> None:
         metrics.on_reload(model is not None)
         if model is not None:
-            metrics.on_model(model.version, model.variant, model.engine.device, model.sha256)
+            on_model(model)
 
     models = ModelStore(
         settings.model,
@@ -254,9 +280,10 @@ def _model_store(settings: Settings, metrics: Metrics) -> ModelStore:
         threads=settings.engine_threads,
         max_batch_size=settings.max_batch_size,
         on_reload=on_reload,
+        name=settings.model_name,
+        numbers=numbers,
     )
-    model = models.current
-    metrics.on_model(model.version, model.variant, model.engine.device, model.sha256)
+    on_model(models.current)
     return models
 
 

@@ -17,16 +17,20 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
+from cifar_core.errors import program_name
 from service import ENVIRONMENT_PREFIX
 from service.cpu_quota import usable_cpus
 from service.errors import StartError
 from service.ports import is_loopback
 
+_PROGRAM = program_name("service")
 MIB = 2**20
 # gRPC's options are 32-bit numbers.
 INT32_MAX = 2**31 - 1
 
 Port = Annotated[int, Field(ge=0, le=65535)]
+# Part of URLs.
+ModelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
 Int32 = Annotated[int, Field(ge=1, le=INT32_MAX)]
 Threads = Annotated[int, Field(ge=0, le=1024)]
 Grace = Annotated[float, Field(ge=0, le=INT32_MAX / 1000)]
@@ -54,7 +58,7 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(
         env_prefix=ENVIRONMENT_PREFIX,
-        cli_prog_name="python -m service",
+        cli_prog_name=_PROGRAM,
         cli_kebab_case=True,
         cli_implicit_flags=True,
         cli_exit_on_error=False,
@@ -83,6 +87,9 @@ class Settings(BaseSettings):
 
     # Model
     model: Path = Field(shipped("exported"), description="folder of the export to serve (with manifest.json)")
+    model_name: ModelName = Field(
+        "cifar10", description="name by which clients of the Open Inference Protocol address the model"
+    )
     variant: str = Field("fp32", description="variant of the model to serve, as named in the manifest: fp32, int8")
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="where to compute; auto uses CUDA if onnxruntime supports it and logs its choice"
@@ -181,7 +188,7 @@ class Settings(BaseSettings):
                     "the largest requests would always be refused"
                 )
         for option, host in (("--host", self.host), ("--http-host", self.http_host)):
-            if host and not self.tls_cert and not self.insecure and not is_loopback(host):
+            if host is not None and not self.tls_cert and not self.insecure and not is_loopback(host):
                 raise ValueError(
                     f"{option} {host} is not a loopback address and TLS is off: give --tls-cert and --tls-key, "
                     "or --insecure to send images and tokens unencrypted"
@@ -196,7 +203,7 @@ class Settings(BaseSettings):
     @property
     def http_address(self) -> str:
         """Name or address to listen on for HTTP."""
-        return self.http_host or self.host
+        return self.host if self.http_host is None else self.http_host
 
     @property
     def engine_threads(self) -> int:
@@ -217,6 +224,10 @@ class Settings(BaseSettings):
         return max(1, self.max_receiving_bytes // self.max_message_bytes)
 
 
+# How KServe spells an option that it passes to every model server.
+_SPELLINGS = {"--model_name": "--model-name"}
+
+
 def parse(arguments: list[str]) -> Settings:
     """The settings from flags and environment variables.
 
@@ -224,12 +235,18 @@ def parse(arguments: list[str]) -> Settings:
         StartError: An option is unknown or its value is not allowed. The message is one line and names the option.
         SystemExit: 0, after --help.
     """
+    arguments = [_respell(argument) for argument in arguments]
     try:
         return Settings(_cli_parse_args=arguments)  # type: ignore[call-arg]
     except ValidationError as error:
         raise StartError("; ".join(_describe(problem, arguments) for problem in error.errors())) from error
     except SettingsError as error:
-        raise StartError(f"{' '.join(str(error).split())} (see python -m service --help)") from error
+        raise StartError(f"{' '.join(str(error).split())} (see {_PROGRAM} --help)") from error
+
+
+def _respell(argument: str) -> str:
+    option, equals, value = argument.partition("=")
+    return _SPELLINGS.get(option, option) + equals + value
 
 
 def _describe(problem: ErrorDetails, arguments: list[str]) -> str:

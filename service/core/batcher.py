@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Protocol, Self
 
+from service import tracing
 from service.core.queue import Compute, Images, Outputs, Piece, Queue, Request, compute_pieces, count_images, hand_out
 from service.errors import DeadlineExpired, EngineFailed, Overloaded
 
@@ -69,6 +70,10 @@ class Admission:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Gives the space back; call it once, or use a `with` block."""
         self._batcher.admitted_images -= self._images
         self._batcher.admitted_bytes -= self._size
 
@@ -180,6 +185,8 @@ class Batcher:
         finally:
             if timer is not None:
                 timer.cancel()
+            if (trace := tracing.current()) is not None:
+                _add_phases(trace, request)
 
     async def close(self, timeout: float = 60.0) -> bool:
         """Ends the threads after the queued images have been computed; False if they still run after `timeout` s."""
@@ -210,6 +217,9 @@ class Batcher:
         while batch := self._next(number):
             pieces, parallel = batch
             started = self._running[number]
+            for piece in pieces:
+                if piece.start == 0:
+                    piece.request.started_at = started
             queued = [started - piece.request.queued_at for piece in pieces if piece.start == 0]
             outputs: Outputs = ()
             error: Exception | None = None
@@ -264,6 +274,14 @@ class Batcher:
                 failure = EngineFailed("the computation of a batch with these images failed; see the server's log")
                 failure.__cause__ = computed.error
                 request.future.set_exception(failure)
+
+
+def _add_phases(trace: tracing.Trace, request: Request) -> None:
+    """Adds the spans of a request that is over. One that was dropped while it waited has not reached the engine."""
+    ended, images = time.monotonic(), {"images": len(request.images)}
+    trace.phase("queue", request.queued_at, request.started_at or ended, images)
+    if request.started_at:
+        trace.phase("engine", request.started_at, ended, images)
 
 
 def _expired(future: "asyncio.Future[Outputs]") -> bool:

@@ -3,18 +3,25 @@
 Transports call only `Inference`. This module does not know the messages of any protocol.
 """
 
+import asyncio
+import time
 from collections.abc import Sequence
+from contextvars import ContextVar, Token
 from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cifar_core.images import ImageLimits
+from service import tracing
 from service.core.batcher import Admission, Batcher
 from service.core.decoding import Decoded, Decoder
-from service.core.metrics import Metrics, Statistics
+from service.core.metrics import Metrics
 from service.core.model_store import Model, ModelStore
-from service.errors import InvalidRequest
+from service.core.statistics import COMPUTE_INPUT, COMPUTE_OUTPUT, FAIL, SUCCESS, Recorder, Statistics
+from service.errors import InvalidRequest, Overloaded
 
 
 @dataclass(frozen=True)
@@ -43,6 +50,45 @@ class Answer:
     probabilities: NDArray[np.float32]
 
 
+class Admitted:
+    """A request from its admission to its answer: a `with` block. Space is reserved for it, and its time is measured.
+
+    The statistics count it when the block ends: as a success if the engine computed images and no error was raised, as
+    a failure if an error was raised, else not at all.
+    """
+
+    __slots__ = ("_admission", "_started", "_token", "computed_at", "computing_at", "recorder")
+
+    def __init__(self, admission: Admission, recorder: Recorder) -> None:
+        self._admission = admission
+        self.recorder = recorder  # of the version of the model that computes the images
+        self._started = time.perf_counter()
+        # When the images were ready to be computed, and when they were computed, on time.perf_counter().
+        self.computing_at = self.computed_at = 0.0
+
+    def __enter__(self) -> Self:
+        self._token: Token[Admitted | None] = _admitted.set(self)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        _admitted.reset(self._token)
+        self._admission.release()
+        ended = time.perf_counter()
+        recorder = self.recorder
+        if error is not None:
+            recorder.add(FAIL, ended - self._started)
+        elif self.computed_at:
+            recorder.add(COMPUTE_INPUT, self.computing_at - self._started)
+            recorder.add(COMPUTE_OUTPUT, ended - self.computed_at)
+            recorder.add(SUCCESS, ended - self._started)
+
+
+# The request that the current task answers.
+_admitted: ContextVar[Admitted | None] = ContextVar("admitted", default=None)
+
+
 class Inference:
     """Classifies images. A request calls `admit`, then `decode` for image files, then `compute`."""
 
@@ -62,13 +108,15 @@ class Inference:
         """Seconds that an idle engine may wait for a batch to fill."""
         return self._batcher.max_queue_delay
 
-    @property
-    def statistics(self) -> Statistics:
-        """How requests to the current model spent their time, in this process."""
-        return self._metrics.statistics
+    async def statistics(self) -> Statistics:
+        """How requests to the current model spent their time, in all workers of the server."""
+        # With several workers, their files are read, which takes a few milliseconds.
+        return await asyncio.to_thread(self._metrics.statistics.read, self.model.number)
 
-    def admit(self, images: int, size: int) -> Admission:
-        """Reserves space for a request until the end of a `with` block.
+    def admit(self, images: int, size: int) -> Admitted:
+        """Reserves space for a request until the end of a `with` block, which should build the answer too.
+
+        The time in the block is the request's time in the statistics.
 
         Args:
             images: Number of images in the request.
@@ -85,7 +133,11 @@ class Inference:
                 f"the request holds {images} images; at most {self.limits.max_images} are allowed: "
                 "split it into several requests"
             )
-        return self._batcher.admit(images, size)
+        try:
+            return Admitted(self._batcher.admit(images, size), self._metrics.recorder)
+        except Overloaded:
+            self._metrics.recorder.add(FAIL, 0.0)
+            raise
 
     async def decode(self, files: Sequence[bytes], client: str, deadline: float | None) -> list[Decoded]:
         """The pixels of image files, uint8 [32, 32, 3] each, or the reason why a file cannot be read; in order.
@@ -95,7 +147,14 @@ class Inference:
             client: Key of the client. Clients take turns, so that one with many large files does not delay the others.
             deadline: Time on time.monotonic() after which no file is decoded; None for no deadline.
         """
-        return await self._decoder.decode(files, deadline, client)
+        trace = tracing.current()
+        if trace is None or not files:
+            return await self._decoder.decode(files, deadline, client)
+        started = time.monotonic()
+        try:
+            return await self._decoder.decode(files, deadline, client)
+        finally:
+            trace.phase("decode", started, time.monotonic(), {"files": len(files)})
 
     async def compute(self, images: NDArray[np.uint8], deadline: float | None) -> Answer:
         """The outputs of the current model for images, uint8 [n, 32, 32, 3].
@@ -104,8 +163,13 @@ class Inference:
             DeadlineExpired: The deadline, on time.monotonic(), passed first.
             EngineFailed: The computation failed.
         """
-        model = self.model
+        model, admitted = self.model, _admitted.get()
+        if admitted is not None:
+            admitted.recorder = self._metrics.recorder
+            admitted.computing_at = time.perf_counter()
         logits, probabilities = await self._batcher.submit(images, model.engine.compute, deadline)
+        if admitted is not None:
+            admitted.computed_at = time.perf_counter()
         return Answer(model, logits, probabilities)
 
     def update_gauges(self) -> None:

@@ -1,4 +1,4 @@
-"""Metrics of the server for Prometheus, and statistics for the Open Inference Protocol.
+"""Metrics of the server for Prometheus.
 
 This module does not know gRPC: methods and status codes are strings here. With several workers, each worker writes its
 values to files in the folder PROMETHEUS_MULTIPROC_DIR, which the supervisor sets and reads; names and meanings stay the
@@ -6,9 +6,7 @@ same.
 """
 
 import functools
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Final
 
 from prometheus_client import (
@@ -22,6 +20,8 @@ from prometheus_client import (
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
+from service.core.statistics import ModelStatistics
+
 PREFIX: Final = "cifar_service"
 # Otherwise each counter and histogram has one more series, which holds the time of its creation.
 disable_created_metrics()  # type: ignore[no-untyped-call]
@@ -29,40 +29,14 @@ SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 
-@dataclass(slots=True)
-class Duration:
-    """How often something was done, and how many nanoseconds it took in total."""
-
-    count: int = 0
-    nanoseconds: int = 0
-
-    def add(self, seconds: float, count: int = 1) -> None:
-        self.count += count
-        self.nanoseconds += int(seconds * 1e9)
-
-
-@dataclass(slots=True)
-class Statistics:
-    """How the requests to one model version spent their time, in this process."""
-
-    success: Duration = field(default_factory=Duration)
-    failure: Duration = field(default_factory=Duration)
-    queue: Duration = field(default_factory=Duration)
-    input: Duration = field(default_factory=Duration)
-    inference: Duration = field(default_factory=Duration)
-    output: Duration = field(default_factory=Duration)
-    images: int = 0
-    batches: dict[int, Duration] = field(default_factory=dict)
-    last_inference: float = 0.0  # seconds since the epoch; 0 before the first batch
-
-
 class Metrics:
     """All metrics of one process. The metrics page shows `registry`."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self.statistics = Statistics()
-        self._served: tuple[str, str, str, str] | None = None
+        self.statistics = ModelStatistics(PREFIX, self.registry)
+        self.recorder = self.statistics.recorder(1)
+        self._served: tuple[str, ...] | None = None
         counter, gauge, histogram = self._counter, self._gauge, self._histogram
         self._requests = counter("requests", "Answered requests, by method and status code.", "method", "code")
         self._seconds = histogram(
@@ -98,6 +72,7 @@ class Metrics:
         self._model = gauge(
             "model_info",
             "Processes that serve this model; 0 for a model that was replaced.",
+            "number",
             "version",
             "variant",
             "device",
@@ -159,12 +134,7 @@ class Metrics:
         if failed:
             self._engine_failures.inc()
             return
-        statistics = self.statistics
-        statistics.queue.add(sum(queued_seconds), len(queued_seconds))
-        statistics.inference.add(seconds * len(queued_seconds), len(queued_seconds))
-        statistics.images += images
-        statistics.batches.setdefault(images, Duration()).add(seconds)
-        statistics.last_inference = time.time()
+        self.recorder.add_batch(images, queued_seconds, seconds)
 
     def on_rejected(self, images: int) -> None:
         """See service.core.batcher.Observer."""
@@ -182,13 +152,13 @@ class Metrics:
 
     # Models
 
-    def on_model(self, version: str, variant: str, device: str, sha256: str) -> None:
-        """Records that this model is served from now on, and starts its statistics from zero."""
+    def on_model(self, number: int, version: str, variant: str, device: str, sha256: str) -> None:
+        """Records that this model is served from now on; see `Model` for the arguments."""
         if self._served is not None:
             self._model.labels(*self._served).set(0)
-        self._served = (version, variant, device, sha256)
+        self._served = (str(number), version, variant, device, sha256)
         self._model.labels(*self._served).set(1)
-        self.statistics = Statistics()
+        self.recorder = self.statistics.recorder(number)
 
     def on_reload(self, served: bool) -> None:
         """Counts a new export, which is served from now on or was refused."""

@@ -5,9 +5,10 @@ Knows nothing of requests. Reads the manifest and the one file that the manifest
 
 import asyncio
 import hashlib
+import json
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +16,13 @@ import numpy as np
 from cifar_core.images import IMAGE_SIZE
 from cifar_core.manifest import FILE_NAME, Manifest, ManifestError, read_manifest
 from service.core.engine import Device, Engine
+from service.core.export_numbers import ExportNumbers
 from service.errors import StartError
 from service.watch import NotReady, Watcher
 
 logger = logging.getLogger(__name__)
 
-MODEL_NAME = "cifar10"
+DEFAULT_NAME = "cifar10"
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,13 +30,15 @@ class Model:
     """A verified model, with the information of its manifest.
 
     Attributes:
-        version: Recipe, seed and the beginning of a digest of the weights.
+        version: The export's own name: recipe, seed and the beginning of a digest of the weights.
         variant: Name of the variant, such as fp32 or int8.
         classes: Class names in the order of the outputs.
         test_accuracy: Share of the test images classified correctly, 0 to 1.
         trained_on: Fingerprint of the training data, in hexadecimal; empty if unknown.
         sha256: Digest of the ONNX file, in hexadecimal.
         engine: Computes the graph.
+        name: The name by which clients of the Open Inference Protocol address the model.
+        number: Its version for these clients; see service.core.export_numbers.
     """
 
     version: str
@@ -44,11 +48,8 @@ class Model:
     trained_on: str
     sha256: str
     engine: Engine
-
-    @property
-    def name(self) -> str:
-        """The name by which clients of the Open Inference Protocol address the model."""
-        return MODEL_NAME
+    name: str = DEFAULT_NAME
+    number: int = 1
 
     @property
     def device(self) -> str:
@@ -158,6 +159,8 @@ class ModelStore:
         threads: Number of intra-op threads; see `Engine`.
         max_batch_size: Size of the largest batch to warm up with.
         on_reload: Called after each reload with the new model, or with None if the new export was refused.
+        name: The name by which clients of the Open Inference Protocol address the model.
+        numbers: Numbers the exports; None: this store alone counts them.
 
     Raises:
         StartError: The export cannot be used; see `load`.
@@ -172,8 +175,11 @@ class ModelStore:
         threads: int,
         max_batch_size: int,
         on_reload: Callable[[Model | None], None],
+        name: str = DEFAULT_NAME,
+        numbers: ExportNumbers | None = None,
     ) -> None:
-        self._folder, self._variant = folder, variant
+        self._folder, self._variant, self._name = folder, variant, name
+        self._numbers = numbers or ExportNumbers()
         self._threads, self._max_batch_size = threads, max_batch_size
         self._on_reload = on_reload
         self._watcher = Watcher(self._files, self._replace, self._keep_old)
@@ -195,16 +201,18 @@ class ModelStore:
             return [manifest]
 
     def _load(self, device: Device) -> Model:
-        return load(
+        model = load(
             self._folder, self._variant, device=device, threads=self._threads, max_batch_size=self._max_batch_size
         )
+        identity = json.dumps((model.version, model.variant, model.sha256, model.classes))
+        return replace(model, name=self._name, number=self._numbers.number_of(identity))
 
     async def _replace(self) -> None:
         # The device of the model in use, not the option: "auto" would silently fall back to the CPU when the GPU has
         # no memory for two models.
         model = await asyncio.to_thread(self._load, self.current.engine.device)
         old, self.current = self.current, model
-        logger.info("model %s (%s) replaces %s", model.version, model.variant, old.version)
+        logger.info("model %s (%s), version %d, replaces %s", model.version, model.variant, model.number, old.version)
         self._on_reload(model)
 
     def _keep_old(self, error: Exception) -> None:

@@ -38,6 +38,7 @@ class Request:
         compute: Called with batches that hold images of this request.
         deadline: Time, on the clock used for `Queue.take`, after which no image is computed; None for no deadline.
         queued_at: Time of arrival, on the same clock.
+        started_at: When the engine began with its first image, on the same clock; 0.0 before.
         taken: Number of images already handed to the engine.
         finished: Number of images already computed.
         outputs: One row per image; complete when `finished` equals the number of images.
@@ -48,6 +49,7 @@ class Request:
     compute: Compute
     deadline: float | None
     queued_at: float
+    started_at: float = 0.0
     taken: int = 0
     finished: int = 0
     outputs: Outputs | None = None

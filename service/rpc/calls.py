@@ -14,26 +14,24 @@ from dataclasses import dataclass
 from typing import Any, NoReturn, TypeAlias
 
 import grpc
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import Message
 
 from service.core.batcher import DEADLINE_SLACK
 from service.core.metrics import Metrics
-from service.errors import InvalidRequest, RequestError, ShuttingDown, quoted
+from service.errors import InvalidRequest, RequestError, ShuttingDown
 from service.receiving import Receiver
 from service.rpc.connections import Connections
 from service.rpc.statuses import CODES, Context, Failure, abort
-from service.rpc.wire import FieldCounter
+from service.rpc.tracing import on_received, request_span, traced
+from service.rpc.wire import FieldCounter, Parse, Request, parse_message
+from service.tracing import Tracing
 
 logger = logging.getLogger(__name__)
 
-Request: TypeAlias = Any
 Response: TypeAlias = Message
 Behaviour: TypeAlias = "Callable[[Request, Call], Awaitable[Response]]"
-Parse: TypeAlias = Callable[[bytes], Request]
 Serialize: TypeAlias = Callable[[Response], bytes]
 
-# Largest message of a method whose requests hold no images, in bytes.
-SMALL_MESSAGE_BYTES = 16_384
 # The retry hint of a server that stops. It is short, because another server may accept the request at once.
 SHUTDOWN_RETRY_SECONDS = 0.1
 # A server that stops waits until each client that called within this time has a held call,
@@ -70,13 +68,16 @@ class Calls:
         metrics: Counts the calls.
         receiver: Reads the messages of the calls.
         connections: Limits the number of answers that clients do not read.
+        tracing: Makes the spans of requests with images; None if tracing is off.
     """
 
-    def __init__(self, metrics: Metrics, receiver: Receiver, connections: Connections) -> None:
+    def __init__(
+        self, metrics: Metrics, receiver: Receiver, connections: Connections, tracing: Tracing | None = None
+    ) -> None:
         self.answered = 0
         self.receiver = receiver
         self.connections = connections
-        self._metrics = metrics
+        self._metrics, self._tracing = metrics, tracing
         self._draining = False
         self._in_flight = 0
         self._idle = asyncio.Event()
@@ -156,7 +157,14 @@ class Calls:
         add_servicer(servicer, _Registration(self, server, counters or {}, while_draining, streams or {}))
 
     def unary(
-        self, method: str, behaviour: Behaviour, parse: Parse, serialize: Serialize, *, while_draining: bool
+        self,
+        method: str,
+        behaviour: Behaviour,
+        parse: Parse,
+        serialize: Serialize,
+        *,
+        while_draining: bool,
+        with_spans: bool,
     ) -> "grpc.RpcMethodHandler[Any, Any]":
         """The handler of a method with one request and one response.
 
@@ -179,6 +187,7 @@ class Calls:
                     raise InvalidRequest("the call ended without a request message")
                 call = Call(method, connection, deadline_of(context), len(message), context)
                 answering = self.answer(behaviour, parse(message), call)
+                on_received()
                 del message  # it would be held in addition to the request until the answer is sent
                 response = serialize(await answering)
                 self.connections.check_answer(connection)
@@ -189,7 +198,13 @@ class Calls:
             accepted.sending(len(response))
             return response
 
+        if self._tracing and with_spans:
+            handle = traced(self._tracing, method, handle)
         return grpc.stream_unary_rpc_method_handler(handle)
+
+    def span(self, method: str, context: Context) -> contextlib.AbstractContextManager[None]:
+        """The span of one request of a stream, for the length of a `with` block; does nothing if tracing is off."""
+        return request_span(self._tracing, method, context) if self._tracing else contextlib.nullcontext()
 
     async def refuse(self, method: str, context: Context, error: RequestError) -> NoReturn:
         """Ends a call that was not accepted."""
@@ -342,42 +357,14 @@ class _Registration:
                 parse,
                 handler.response_serializer,
                 while_draining=name in self._while_draining,
+                with_spans=counter is not None,  # the methods whose requests hold images have counters
             )
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, wrapped),))
-
-
-def parse_message(deserialize: Parse, counter: FieldCounter | None, message: bytes) -> Request:
-    """A request from its bytes.
-
-    Raises:
-        InvalidRequest: The bytes are not such a message, or have more fields than `counter` allows; without a counter,
-            more bytes than a request without images needs.
-    """
-    if counter is not None:
-        counter.check(message)
-    else:
-        check_small(message)
-    try:
-        return deserialize(message)
-    except DecodeError as error:
-        raise InvalidRequest(f"the request is not a message of its type: {quoted(str(error))}") from error
 
 
 def _request_id(request: Request) -> str:
     identity: str = getattr(request, "request_id", "") or getattr(request, "id", "")
     return identity[:80]
-
-
-def check_small(message: bytes) -> None:
-    """Accepts the message of a method whose requests hold no images.
-
-    Raises:
-        InvalidRequest: It is larger than such a request needs.
-    """
-    if len(message) > SMALL_MESSAGE_BYTES:
-        raise InvalidRequest(
-            f"the message has {len(message)} bytes; at most {SMALL_MESSAGE_BYTES} are allowed for this method"
-        )
 
 
 def on_done(context: Context, callback: Callable[[Context], None]) -> None:

@@ -59,11 +59,11 @@ class ImageClassifier:
             else:
                 model = self._inference.model
                 probabilities = np.empty((0, len(model.classes)), np.float32)
-        results = _ranked(probabilities, model.classes, top_k)
-        rejected = len(decoded) - len(readable)
-        self._inference.count_images(len(results), rejected)
-        if rejected:
-            results = _with_rejections(results, decoded)
+            results = _ranked(probabilities, model.classes, top_k)
+            rejected = len(decoded) - len(readable)
+            self._inference.count_images(len(results), rejected)
+            if rejected:
+                results = _with_rejections(results, decoded)
         return messages.ClassifyResponse(request_id=request_id, results=results, model_version=model.version)
 
     async def ClassifyStream(  # noqa: N802

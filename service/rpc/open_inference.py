@@ -1,8 +1,8 @@
 """Servicer of the Open Inference Protocol: translates its tensors to and from `Inference`.
 
-The model's name is fixed and its version is the export's; the tensors are those of the ONNX graph. The Triton Inference
-Server extends the protocol. The extensions that its clients and load generators use are implemented: configuration,
-statistics, the "classification" of an output and the "timeout" of a request.
+The version of the model is a number; see service.core.export_numbers. The tensors are those of the ONNX graph. The
+Triton Inference Server extends the protocol. The extensions that its clients and load generators use are implemented:
+streaming, configuration, statistics, the "classification" of an output and the "timeout" of a request.
 """
 
 import asyncio
@@ -14,22 +14,39 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cifar_core.images import IMAGE_BYTES
+from service import tracing
 from service.core import tensors
 from service.core.inference import Answer, Inference
-from service.core.metrics import Duration
 from service.core.model_store import Model
-from service.core.tensors import EXTENSIONS, IMAGE_SHAPE, INPUT, OUTPUTS, PLATFORM, SERVER_NAME, RequestedOutput
-from service.errors import InvalidRequest, NotFound, quoted
+from service.core.statistics import PHASES, Duration
+from service.core.tensors import (
+    EXPORT_PARAMETER,
+    EXTENSIONS,
+    IMAGE_SHAPE,
+    INPUT,
+    MAX_ID_CHARACTERS,
+    OUTPUTS,
+    PLATFORM,
+    SERVER_NAME,
+    RequestedOutput,
+)
+from service.errors import InvalidRequest, NotFound
 from service.generated.inference import open_inference_pb2 as messages
 from service.rpc.calls import Call
+from service.rpc.statuses import Failure
 from service.rpc.wire import FieldCounter
 
 SERVICE = messages.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
+MODEL_STREAM_INFER = f"{SERVICE}/ModelStreamInfer"
 # The parser holds Python's global lock, for about 10 ms while it parses this many bytes of numbers.
 MAX_NUMBER_BYTES = 2**20
 # Largest size of the parts of a message that are not pixels.
 MAX_OTHER_BYTES = 2**16
 _VALUES_AT_ONCE = 16 * IMAGE_BYTES
+
+# With this parameter, a client of Triton asks that the last answer to a request is marked. Here it is the only one.
+_ASK_FOR_FINAL = "triton_enable_empty_final_response"
+_FINAL = "triton_final_response"
 
 Parameters = Mapping[str, messages.InferParameter]
 
@@ -66,37 +83,31 @@ class OpenInference:
         self, request: messages.ModelInferRequest, call: Call
     ) -> messages.ModelInferResponse:
         """Logits and probabilities of images."""
-        statistics = self._inference.statistics
-        started = time.perf_counter()
-        try:
-            self._model(request.model_name, request.model_version)
-            _check_size(request, call.message_bytes)
-            deadline = _deadline(request.parameters, call.deadline)
-            count = _check_input(request)
-            requested = _check_outputs(request)
-            with self._inference.admit(count, call.message_bytes):
-                images = await _pixels(request, count)
-                read = time.perf_counter()
-                answer = await self._inference.compute(images, deadline)
-            computed = time.perf_counter()
+        self._model(request.model_name, request.model_version)
+        _check_size(request, call.message_bytes)
+        deadline = _deadline(request.parameters, call.deadline)
+        count = _check_input(request)
+        requested = _check_outputs(request)
+        with self._inference.admit(count, call.message_bytes):
+            started = time.monotonic()
+            images = await _pixels(request, count)
+            tracing.add_phase("decode", started)
+            answer = await self._inference.compute(images, deadline)
             response = _response(request, requested, answer)
-        except BaseException:
-            statistics.failure.add(time.perf_counter() - started)
-            raise
         self._inference.count_images(count, 0)
-        ended = time.perf_counter()
-        statistics.input.add(read - started)
-        statistics.output.add(ended - computed)
-        statistics.success.add(ended - started)
+        return response
+
+    async def ModelStreamInfer(  # noqa: N802
+        self, request: messages.ModelInferRequest, call: Call
+    ) -> messages.ModelStreamInferResponse:
+        """Answers one request of a stream; service.rpc.streams reads and writes the stream."""
+        response = messages.ModelStreamInferResponse(infer_response=await self.ModelInfer(request, call))
+        if request.parameters[_ASK_FOR_FINAL].bool_param:
+            response.infer_response.parameters[_FINAL].bool_param = True
         return response
 
     def _model(self, name: str, version: str) -> Model:
-        model = self._inference.model
-        if name != model.name:
-            raise NotFound(f"there is no model {quoted(name)}; the model is '{model.name}'")
-        if version not in ("", model.version):
-            raise NotFound(f"model '{name}' has no version {quoted(version)}; version '{model.version}' is served")
-        return model
+        return tensors.check_model(self._inference.model, name, version)
 
     async def ServerReady(  # noqa: N802
         self, request: messages.ServerReadyRequest, call: Call
@@ -132,10 +143,11 @@ class OpenInference:
         tensor = messages.ModelMetadataResponse.TensorMetadata
         return messages.ModelMetadataResponse(
             name=model.name,
-            versions=[model.version],
+            versions=[str(model.number)],
             platform=PLATFORM,
             inputs=[tensor(name=INPUT, datatype="UINT8", shape=[-1, *IMAGE_SHAPE])],
             outputs=[tensor(name=name, datatype="FP32", shape=[-1, len(model.classes)]) for name in OUTPUTS],
+            parameters={EXPORT_PARAMETER: messages.InferParameter(string_param=model.version)},
         )
 
     async def ModelConfig(  # noqa: N802
@@ -160,33 +172,30 @@ class OpenInference:
             dynamic_batching=messages.ModelDynamicBatching(
                 max_queue_delay_microseconds=int(self._inference.max_queue_delay * 1e6)
             ),
-            parameters={"variant": messages.ModelParameter(string_value=model.variant)},
+            parameters={
+                "variant": messages.ModelParameter(string_value=model.variant),
+                EXPORT_PARAMETER: messages.ModelParameter(string_value=model.version),
+            },
         )
         return messages.ModelConfigResponse(config=config)
 
     async def ModelStatistics(  # noqa: N802
         self, request: messages.ModelStatisticsRequest, call: Call
     ) -> messages.ModelStatisticsResponse:
-        """How requests spent their time since the model was loaded, in this process."""
+        """How requests to the model spent their time since the server started, in all workers."""
         del call
         model = self._model(request.name or self._inference.model.name, request.version)
-        statistics = self._inference.statistics
+        statistics = await self._inference.statistics()
+        phases = {phase: _duration(statistics.phases[phase]) for phase in PHASES}
         return messages.ModelStatisticsResponse(
             model_stats=[
                 messages.ModelStatistics(
                     name=model.name,
-                    version=model.version,
+                    version=str(model.number),
                     last_inference=int(statistics.last_inference * 1000),
                     inference_count=statistics.images,
-                    execution_count=sum(duration.count for duration in statistics.batches.values()),
-                    inference_stats=messages.InferStatistics(
-                        success=_duration(statistics.success),
-                        fail=_duration(statistics.failure),
-                        queue=_duration(statistics.queue),
-                        compute_input=_duration(statistics.input),
-                        compute_infer=_duration(statistics.inference),
-                        compute_output=_duration(statistics.output),
-                    ),
+                    execution_count=statistics.executions,
+                    inference_stats=messages.InferStatistics(**phases),
                     batch_stats=[
                         messages.InferBatchStatistics(batch_size=size, compute_infer=_duration(duration))
                         for size, duration in sorted(statistics.batches.items())
@@ -194,6 +203,14 @@ class OpenInference:
                 )
             ]
         )
+
+
+def stream_failure(request: messages.ModelInferRequest | None, failure: Failure) -> messages.ModelStreamInferResponse:
+    """The response in a stream to a request that failed; `request` is None if it could not be parsed."""
+    identity = request.id[:MAX_ID_CHARACTERS] if request is not None else ""
+    return messages.ModelStreamInferResponse(
+        error_message=failure.message, infer_response=messages.ModelInferResponse(id=identity)
+    )
 
 
 def _check_size(request: messages.ModelInferRequest, message_bytes: int) -> None:
@@ -240,7 +257,11 @@ async def _pixels(request: messages.ModelInferRequest, count: int) -> NDArray[np
             raise InvalidRequest(f"input '{INPUT}' has both contents and raw_input_contents: send one of them")
         return tensors.pixels(request.raw_input_contents[0], count, "raw_input_contents")
     shape, size = (count, *IMAGE_SHAPE), count * IMAGE_BYTES
-    values = request.inputs[0].contents.uint_contents
+    contents = request.inputs[0].contents
+    others = [field.name for field, _ in contents.ListFields() if field.name != "uint_contents"]
+    if others:
+        raise InvalidRequest(f"input '{INPUT}' has {', '.join(others)}; UINT8 elements are sent in uint_contents")
+    values = contents.uint_contents
     if len(values) != size:
         raise InvalidRequest(
             f"input '{INPUT}' holds {len(values)} elements in uint_contents; shape {list(shape)} needs {size}, "
@@ -276,8 +297,9 @@ def _response(
     """The answer, in the form of the request: bytes if it had raw_input_contents, typed contents otherwise."""
     raw = bool(request.raw_input_contents)
     response = messages.ModelInferResponse(
-        model_name=answer.model.name, model_version=answer.model.version, id=request.id
+        model_name=answer.model.name, model_version=str(answer.model.number), id=request.id
     )
+    response.parameters[EXPORT_PARAMETER].string_param = answer.model.version
     for name, count in ((each.name, each.classification) for each in requested):
         values: NDArray[np.float32] = getattr(answer, name)
         output = response.outputs.add(name=name, datatype="BYTES" if count else "FP32")

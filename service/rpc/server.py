@@ -26,6 +26,7 @@ from service.rpc.open_inference import OpenInference
 from service.rpc.security import TokenInterceptor, credentials
 from service.settings import Settings
 from service.tokens import Tokens
+from service.tracing import Tracing
 
 METHODS = frozenset(
     f"{service.full_name}/{method.name}"
@@ -49,6 +50,7 @@ class RpcServer:
         receiver: Reads the messages.
         tokens: The valid tokens; None if calls need none.
         certificates: For TLS; None for plaintext.
+        tracing: Makes spans; None if tracing is off.
         shares_port: Whether other processes listen on the same port.
 
     Attributes:
@@ -66,11 +68,12 @@ class RpcServer:
         receiver: Receiver,
         tokens: Tokens | None,
         certificates: Certificates | None,
+        tracing: Tracing | None,
         *,
         shares_port: bool,
     ) -> None:
         logging.getLogger("grpc._cython.cygrpc").addFilter(_VanishedClients())
-        self._calls = Calls(metrics, receiver, Connections())
+        self._calls = Calls(metrics, receiver, Connections(), tracing)
         self._server = _server(settings, metrics, tokens, shares_port)
         self._statuses = Health((classify.SERVICE, open_inference.SERVICE))
         _register(self._server, self._calls, inference, self._statuses)
@@ -168,12 +171,22 @@ def _register(server: grpc.aio.Server, calls: Calls, inference: Inference, statu
         },
     )
     version = importlib.metadata.version("cifar-classifier")
+    protocol = OpenInference(inference, lambda: calls.draining, version)
     calls.register(
         server,
         open_inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server,
-        OpenInference(inference, lambda: calls.draining, version),
-        counters={"ModelInfer": open_inference.field_counter(max_images)},
+        protocol,
+        counters=dict.fromkeys(("ModelInfer", "ModelStreamInfer"), open_inference.field_counter(max_images)),
         while_draining=open_inference.ANSWERED_WHILE_DRAINING,
+        streams={
+            "ModelStreamInfer": streams.request_stream(
+                calls,
+                open_inference.MODEL_STREAM_INFER,
+                protocol.ModelStreamInfer,
+                open_inference.stream_failure,
+                ordered=True,
+            )
+        },
     )
     long_calls = streams.LongCalls()
     calls.register(

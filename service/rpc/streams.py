@@ -13,8 +13,10 @@ from typing import Any
 import grpc
 
 from service.errors import Overloaded, RequestError
-from service.rpc.calls import Behaviour, Call, Calls, Parse, Request, Response, Serialize, check_small, deadline_of
+from service.rpc.calls import Behaviour, Call, Calls, Response, Serialize, deadline_of
 from service.rpc.statuses import Context, Failure, abort
+from service.rpc.tracing import on_received
+from service.rpc.wire import Parse, Request, check_small
 
 # Largest number of requests of one stream whose answers have not been sent. Further requests stay in the connection,
 # and gRPC's flow control slows the client down.
@@ -28,21 +30,27 @@ Handler = Callable[[Parse, Serialize], "grpc.RpcMethodHandler[Any, Any]"]
 
 
 def request_stream(
-    calls: Calls, method: str, behaviour: Behaviour, on_failure: Callable[[Request, Failure], Response]
+    calls: Calls,
+    method: str,
+    behaviour: Behaviour,
+    on_failure: Callable[[Request, Failure], Response],
+    *,
+    ordered: bool = False,
 ) -> Handler:
-    """A stream of requests. Each is answered as soon as possible, which may be out of order.
+    """A stream of requests. Several are answered at the same time.
 
     Args:
         calls: Counts the requests and reads them.
         method: Full name of the method, SERVICE/METHOD.
         behaviour: Answers one request.
         on_failure: Returns the response to a request that failed.
+        ordered: Whether the responses are sent in the order of the requests; otherwise as soon as possible.
     """
 
     def make(parse: Parse, serialize: Serialize) -> "grpc.RpcMethodHandler[Any, Any]":
         async def handle(_requests: object, context: Context) -> None:
             connection = context.peer()
-            stream = _RequestStream(calls, method, behaviour, on_failure, parse, context, connection)
+            stream = _RequestStream(calls, method, behaviour, on_failure, parse, context, connection, ordered)
             try:
                 await calls.check(connection)
                 async with calls.receiver.stream(connection) as slot:
@@ -71,10 +79,13 @@ class _RequestStream:
         parse: Parse,
         context: Context,
         connection: str,
+        ordered: bool,
     ) -> None:
         self._calls, self._method, self._behaviour, self._on_failure = calls, method, behaviour, on_failure
         self._parse, self._context, self._connection = parse, context, connection
-        self._answers: asyncio.Queue[Response | None] = asyncio.Queue()
+        self._ordered = ordered
+        # Tasks that compute an answer: in the order of the requests, or in the order in which they are done.
+        self._answers: asyncio.Queue[asyncio.Task[Response] | None] = asyncio.Queue()
         self._accepted = _InFlight(calls)
         self._window = asyncio.Semaphore(STREAM_WINDOW)
         self.stopped = False  # the server stopped reading it
@@ -89,7 +100,11 @@ class _RequestStream:
         answering = asyncio.create_task(self._answer_all(slot))
         try:
             while (answer := await self._answers.get()) is not None:
-                await self._context.write(serialize(answer))
+                if not answer.done():
+                    await asyncio.wait((answer,))
+                if answer.cancelled():  # the reader failed, which is raised below
+                    break
+                await self._context.write(serialize(answer.result()))
                 self._accepted.pop()
                 slot.unanswered = len(self._accepted)
                 self._window.release()
@@ -118,22 +133,27 @@ class _RequestStream:
             await self._window.acquire()
             self._accepted.append()
             slot.unanswered = len(self._accepted)
-            group.create_task(self._answer(message))
+            answer = group.create_task(self._answer(message))
+            if self._ordered:
+                self._answers.put_nowait(answer)
+            else:
+                answer.add_done_callback(self._answers.put_nowait)
 
-    async def _answer(self, message: bytes) -> None:
+    async def _answer(self, message: bytes) -> Response:
         call = Call(self._method, self._connection, self._deadline, len(message), self._context)
         request: Request = None
 
         async def parse_and_answer(_: None, call: Call) -> Response:
             nonlocal request
             request = self._parse(message)
+            on_received()
             return await self._behaviour(request, call)
 
         try:
-            response = await self._calls.answer(parse_and_answer, None, call)
+            with self._calls.span(call.method, self._context):
+                return await self._calls.answer(parse_and_answer, None, call)
         except Failure as failure:
-            response = self._on_failure(request, failure)
-        self._answers.put_nowait(response)
+            return self._on_failure(request, failure)
 
 
 class _InFlight:

@@ -1,18 +1,23 @@
-"""Counts the fields of a protobuf message before it is parsed.
+"""Parses protobuf messages, and counts their fields before.
 
 An empty submessage takes two bytes, so parsing a message of a few MiB can cost hundreds of MiB and seconds.
 `FieldCounter` looks at no more fields than it allows.
 """
 
-from collections.abc import Mapping
-from typing import Any, Final
+from collections.abc import Callable, Mapping
+from typing import Any, Final, TypeAlias
 
 from google.protobuf.descriptor import FieldDescriptor
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 
-from service.errors import InvalidRequest
+from service.errors import InvalidRequest, quoted
 
+Request: TypeAlias = Any
+Parse: TypeAlias = Callable[[bytes], Request]
+
+# Largest message of a method whose requests hold no images, in bytes.
+SMALL_MESSAGE_BYTES = 16_384
 _VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
 _MIN_FIELD_BYTES = 2
 _MAX_DEPTH = 16
@@ -133,3 +138,32 @@ def _varint(data: bytes, place: int) -> tuple[int, int]:
 
 def _malformed(reason: str) -> InvalidRequest:
     return InvalidRequest(f"the request is not a message of its type: {reason}")
+
+
+def parse_message(deserialize: Parse, counter: FieldCounter | None, message: bytes) -> Request:
+    """A request from its bytes.
+
+    Raises:
+        InvalidRequest: The bytes are not such a message, or have more fields than `counter` allows; without a counter,
+            more bytes than a request without images needs.
+    """
+    if counter is not None:
+        counter.check(message)
+    else:
+        check_small(message)
+    try:
+        return deserialize(message)
+    except DecodeError as error:
+        raise InvalidRequest(f"the request is not a message of its type: {quoted(str(error))}") from error
+
+
+def check_small(message: bytes) -> None:
+    """Accepts the message of a method whose requests hold no images.
+
+    Raises:
+        InvalidRequest: It is larger than such a request needs.
+    """
+    if len(message) > SMALL_MESSAGE_BYTES:
+        raise InvalidRequest(
+            f"the message has {len(message)} bytes; at most {SMALL_MESSAGE_BYTES} are allowed for this method"
+        )

@@ -1,7 +1,7 @@
 """The program of one worker process. It is started by the supervisor, not by users.
 
 Arguments: the settings as JSON, the number of the worker, the file descriptor of the pipe to the supervisor, the file
-descriptor of the log, and the process id of the supervisor.
+descriptor of the log, the file descriptor of the list of exports, and the process id of the supervisor.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ _PR_SET_PDEATHSIG = 1
 def main() -> int:
     """Serves on the shared port; returns the exit code."""
     settings = Settings.model_validate_json(sys.argv[1])
-    number, pipe, log, supervisor = map(int, sys.argv[2:6])
+    number, pipe, log, exports, supervisor = map(int, sys.argv[2:7])
     # A supervisor that is killed cannot forward a signal, so the kernel sends one when the supervisor ends.
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != supervisor:
@@ -30,6 +30,7 @@ def main() -> int:
 
     if log != sys.stderr.fileno():
         os.set_inheritable(log, False)
+    os.set_inheritable(exports, False)
     logs.configure(settings.log_level, settings.log_format, number, log)
     from service.server import run
 
@@ -41,7 +42,7 @@ def main() -> int:
         beating.add(asyncio.get_running_loop().create_task(sender.beat(healthy)))  # keeps it alive
 
     try:
-        return run(settings, shares_port=True, on_ready=on_ready)
+        return run(settings, shares_port=True, exports=exports, on_ready=on_ready)
     except StartError as error:
         sender.send(Kind.REFUSED, str(error))
         return 2

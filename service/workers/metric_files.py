@@ -1,21 +1,24 @@
 """Files in which workers keep their metrics, one set for each process id.
 
-The values of ended workers are added up in one further set, and their files are removed: counters never go backwards,
+The values of ended workers are combined in one further set, and their files are removed: counters never go backwards,
 and a scrape after a thousand restarts reads no more files than the first.
 
 Format and names: `prometheus_client.multiprocess`, `prometheus_client.mmap_dict`.
 """
 
 import logging
-import struct
-from collections import defaultdict
+from collections.abc import Callable
+from operator import add
 from pathlib import Path
 
 from prometheus_client.mmap_dict import MmapedDict
 
+from service.core.statistics import read_values
+
 logger = logging.getLogger(__name__)
 
-_SUMMED = ("counter", "histogram")
+# How the values of an ended worker are combined with those of earlier ones, by kind of metric.
+_COMBINED: dict[str, Callable[[float, float], float]] = {"counter": add, "histogram": add, "gauge_max": max}
 # Used in place of a process id in the names of the files that hold the sums.
 _ENDED = "ended"
 
@@ -51,18 +54,18 @@ class MetricFiles:
     def _remove(self, pid: int) -> None:
         for path in self._folder.glob(f"gauge_live*_{pid}.db"):
             path.unlink()
-        for kind in _SUMMED:
+        for kind, combine in _COMBINED.items():
             path = self._folder / f"{kind}_{pid}.db"
             if path.exists():
-                _add(path, self._folder / f"{kind}_{_ENDED}.db")
+                _merge(path, self._folder / f"{kind}_{_ENDED}.db", combine)
 
 
-def _add(source: Path, sums: Path) -> None:
-    """Adds the values in one file to those in another, and removes the first."""
-    values: defaultdict[str, float] = defaultdict(float)
-    for path in (sums, source):
-        for key, value in _read(path):
-            values[key] += value
+def _merge(source: Path, sums: Path, combine: Callable[[float, float], float]) -> None:
+    """Combines the values in one file with those in another, and removes the first."""
+    values = dict(read_values(sums))
+    for key, value in read_values(source):
+        values[key] = combine(values[key], value) if key in values else value
+    # While this file exists, service.core.statistics waits, because values may be missing.
     written = sums.with_suffix(".new")
     written.unlink(missing_ok=True)
     file = MmapedDict(str(written))  # type: ignore[no-untyped-call]
@@ -74,14 +77,3 @@ def _add(source: Path, sums: Path) -> None:
     # Between the two steps the values of the source are missing; in the opposite order they would count twice.
     source.unlink()
     written.replace(sums)
-
-
-def _read(path: Path) -> list[tuple[str, float]]:
-    try:
-        return [(key, value) for key, value, *_ in MmapedDict.read_all_values_from_file(str(path))]  # type: ignore[no-untyped-call]
-    except FileNotFoundError:
-        return []
-    except (struct.error, RuntimeError, UnicodeDecodeError) as error:
-        # The worker was killed while it created the file.
-        logger.warning("metrics file %s is damaged and left out: %s", path.name, error)
-        return []

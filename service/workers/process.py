@@ -33,6 +33,7 @@ class WorkerProcess:
         settings: Settings of the worker.
         metrics_folder: Folder to which the worker writes its metrics.
         temporary_folder: Folder to which the worker writes its other temporary files.
+        exports: File descriptor of the list of exports that the workers share.
         on_ready: Called when the worker starts to serve.
 
     Raises:
@@ -45,6 +46,7 @@ class WorkerProcess:
         settings: Settings,
         metrics_folder: Path,
         temporary_folder: Path,
+        exports: int,
         on_ready: Callable[[], None],
     ) -> None:
         self.number = number
@@ -55,7 +57,7 @@ class WorkerProcess:
         self._on_ready = on_ready
         reading, writing = os.pipe()
         try:
-            descriptors = (writing, logs.log_descriptor())
+            descriptors = (writing, logs.log_descriptor(), exports)
             self._process = subprocess.Popen(  # noqa: S603 -- our own program
                 [
                     sys.executable, "-m", "service.workers", settings.model_dump_json(),

@@ -18,6 +18,7 @@ from prometheus_client import CollectorRegistry, Counter
 from prometheus_client.multiprocess import MultiProcessCollector
 
 from service import metrics_http, ports
+from service.core.export_numbers import create_list
 from service.core.metrics import PREFIX, Processes
 from service.errors import StartError
 from service.settings import Settings
@@ -100,6 +101,7 @@ class Supervisor:
         self._exit_code = 0
         self._refusal = ""
         self._metric_files = MetricFiles(folder)
+        self._exports = create_list()
         self._registry = CollectorRegistry()
         self._restarts = Counter(
             f"{PREFIX}_worker_restarts", "Workers that ended and were replaced.", registry=self._registry
@@ -248,7 +250,7 @@ class Supervisor:
         try:
             # A program that cleans up temporary files may have removed the outer folder.
             temporary_folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            worker = WorkerProcess(number, settings, self._folder, temporary_folder, self._on_ready)
+            worker = WorkerProcess(number, settings, self._folder, temporary_folder, self._exports, self._on_ready)
         except OSError as error:
             return "start", f"the process cannot be started: {error.strerror}", None
         self._workers[number] = worker

@@ -13,7 +13,8 @@ from service.errors import RequestError
 from service.generated.cifar.v1 import image_classifier_pb2 as classify_messages
 from service.generated.inference import open_inference_pb2 as inference_messages
 from service.rpc import classify, open_inference
-from service.rpc.calls import Call, parse_message
+from service.rpc.calls import Call
+from service.rpc.wire import parse_message
 from tests.cifar_core.image_corpus import CorpusFile, corpus, gradient, saved
 from tests.service import exports
 from tests.service.core import hostile_images as hostile

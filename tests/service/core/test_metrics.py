@@ -67,21 +67,28 @@ def test_a_failed_batch_counts_as_a_failure_and_not_in_the_statistics_of_the_mod
     seen = samples(metrics)
     assert seen["cifar_service_engine_failures_total"] == 1
     assert seen["cifar_service_engine_images_total"] == 5
-    assert metrics.statistics.images == 2
-    assert metrics.statistics.batches[2].count == 1
-    assert metrics.statistics.queue.nanoseconds == 300_000_000
+    statistics = metrics.statistics.read(1)
+    assert statistics.images == 2
+    assert statistics.batches[2].count == statistics.executions == 1
+    assert statistics.phases["queue"].nanoseconds == 300_000_000
 
 
-def test_a_new_model_replaces_the_old_one_and_its_statistics_start_from_zero():
+def test_each_version_of_the_model_has_statistics_of_its_own_which_go_on_when_it_is_served_again():
     metrics = Metrics()
-    metrics.on_model("1", "fp32", "cpu", "a")
+    metrics.on_model(1, "a", "fp32", "cpu", "aa")
     metrics.on_batch(2, [0.1], 0.5, failed=False)
-    metrics.on_model("2", "fp32", "cpu", "b")
+    metrics.on_model(2, "b", "fp32", "cpu", "bb")
     served = {name: value for name, value in samples(metrics).items() if name.startswith("cifar_service_model_info")}
     assert sorted(served.values()) == [0, 1]
-    assert next(name for name, value in served.items() if value == 1).count('version="2"') == 1
-    assert metrics.statistics.images == 0
-    assert metrics.statistics.last_inference == 0
+    assert next(name for name, value in served.items() if value == 1).count('number="2",sha256="bb"') == 1
+    assert metrics.statistics.read(2).images == 0
+    assert metrics.statistics.read(2).last_inference == 0
+    metrics.on_model(1, "a", "fp32", "cpu", "aa")
+    metrics.on_batch(3, [0.1], 0.5, failed=False)
+    statistics = metrics.statistics.read(1)
+    assert {size: duration.count for size, duration in statistics.batches.items()} == {2: 1, 3: 1}
+    assert statistics.images == 5
+    assert abs(statistics.last_inference - time.time()) < 60
 
 
 def test_metrics_of_processes_have_their_name_and_ended_processes_are_left_out():

@@ -73,10 +73,10 @@ def test_nvidias_client_works_unchanged(server, tmp_path):
         "metadata": "StatusCode.NOT_FOUND",
         "load": "StatusCode.UNIMPLEMENTED",
     }
+    assert seen["streamed"] == [["0", ""], ["1", "wrong"], ["2", ""], ["3", ""]]
     statistics = seen["statistics"]
-    assert statistics["version"] == "linear-0"
+    assert statistics["version"] == "1"
     assert int(statistics["inference_stats"]["success"]["count"]) >= 22
-    assert int(statistics["inference_stats"]["fail"]["count"]) >= 6
     assert int(statistics["inference_count"]) >= 22 * 5
     assert int(statistics["execution_count"]) == sum(
         int(batch["compute_infer"]["count"]) for batch in statistics["batch_stats"]
@@ -86,7 +86,8 @@ def test_nvidias_client_works_unchanged(server, tmp_path):
 def test_raw_inputs_get_raw_outputs(inference):
     images = pictures(4)
     response = inference.ModelInfer(infer_request(images, id="7"))
-    assert (response.model_name, response.model_version, response.id) == ("cifar10", "linear-0", "7")
+    assert (response.model_name, response.model_version, response.id) == ("cifar10", "1", "7")
+    assert response.parameters["export"].string_param == "linear-0"
     assert [output.name for output in response.outputs] == ["logits", "probabilities"]
     assert np.abs(array(response, 1) - expected(0, images)).max() < 1e-5
     softmax = np.exp(array(response, 0)) / np.exp(array(response, 0)).sum(axis=1, keepdims=True)
@@ -126,9 +127,34 @@ def test_a_classification_is_a_list_of_texts_with_value_index_and_label(inferenc
 
 
 def test_a_request_may_name_the_version_that_is_served(inference):
-    assert inference.ModelInfer(infer_request(pictures(1), model_version="linear-0")).model_version == "linear-0"
-    assert inference.ModelReady(messages.ModelReadyRequest(name="cifar10", version="linear-0")).ready
-    assert not inference.ModelReady(messages.ModelReadyRequest(name="cifar10", version="linear-1")).ready
+    assert inference.ModelInfer(infer_request(pictures(1), model_version="1")).model_version == "1"
+    assert inference.ModelReady(messages.ModelReadyRequest(name="cifar10", version="1")).ready
+
+
+@pytest.mark.parametrize("wrong", [{"model_name": "resnet"}, {"model_version": "2"}, {"model_version": "linear-0"}])
+def test_another_model_or_version_is_not_found(inference, wrong):
+    with pytest.raises(grpc.RpcError) as caught:
+        inference.ModelInfer(infer_request(pictures(1), **wrong))
+    assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+    name, version = wrong.get("model_name", "cifar10"), wrong.get("model_version", "")
+    assert not inference.ModelReady(messages.ModelReadyRequest(name=name, version=version)).ready
+
+
+@pytest.mark.parametrize("field", ["uint_contents", "fp32_contents"])
+def test_raw_and_typed_elements_together_are_refused(inference, field):
+    request = infer_request(pictures(1))
+    getattr(request.inputs[0].contents, field).append(1)
+    with pytest.raises(grpc.RpcError, match="both contents and raw_input_contents") as caught:
+        inference.ModelInfer(request)
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_elements_in_a_field_of_another_type_are_refused(inference):
+    request = infer_request(pictures(1), raw_input_contents=[])
+    request.inputs[0].contents.uint_contents.extend(pictures(1).ravel().tolist())
+    request.inputs[0].contents.int_contents.append(1)
+    with pytest.raises(grpc.RpcError, match="has int_contents; UINT8 elements are sent in uint_contents"):
+        inference.ModelInfer(request)
 
 
 def test_a_timeout_of_zero_means_no_limit_and_a_short_one_is_a_deadline(inference, start_server, slow):
@@ -155,3 +181,6 @@ def test_the_server_describes_itself(inference):
     metadata = inference.ServerMetadata(messages.ServerMetadataRequest())
     assert metadata.name == "cifar-classifier"
     assert "statistics" in metadata.extensions
+    model = inference.ModelMetadata(messages.ModelMetadataRequest(name="cifar10"))
+    assert list(model.versions) == ["1"]
+    assert model.parameters["export"].string_param == "linear-0"
