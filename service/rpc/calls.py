@@ -199,7 +199,7 @@ class Calls:
             return response
 
         if self._tracing and with_spans:
-            handle = traced(self._tracing, method, handle)
+            return grpc.stream_unary_rpc_method_handler(traced(self._tracing, method, handle))
         return grpc.stream_unary_rpc_method_handler(handle)
 
     def span(self, method: str, context: Context) -> contextlib.AbstractContextManager[None]:
