@@ -18,7 +18,7 @@ from service.http.answers import Answer, json_answer, problem
 from service.http.classify import Classifier
 from service.http.open_inference import OpenInference
 from service.http.pages import Pages
-from service.http.requests import Handler, Request, Requests, Rules
+from service.http.requests import Endpoint, Handler, Request, Requests, Rules
 
 
 @dataclass(frozen=True)
@@ -58,20 +58,21 @@ def application(
         return healthy() and not requests.draining
 
     version = importlib.metadata.version("cifar-classifier")
-    pages, probes = Pages(), _Probes(ready)
+    description = openapi.description(version, inference.limits.max_message_bytes)
+    pages, probes = Pages(description), _Probes(ready)
     rest = Classifier(inference, pages.samples)
     protocol = OpenInference(inference, ready, version)
-    description = to_json(openapi.description(version, inference.limits.max_message_bytes))
+    described = to_json(description)
 
     async def openapi_json(request: Request) -> Answer:
         del request
-        return Answer(body=description)
+        return Answer(body=described)
 
     routes: list[Route] = []
 
     def add(method: str, handler: Handler, *paths: str, token: bool = True, draining: bool = False) -> None:
         rules = Rules(f"{method} {paths[0]}", reads_body=method == "POST", needs_token=token, while_draining=draining)
-        routes.extend(Route(path, requests.endpoint(rules, handler), methods=[method]) for path in paths)
+        routes.extend(Route(path, Endpoint(requests, rules, handler), methods=[method]) for path in paths)
 
     def health(handler: Handler, *paths: str) -> None:
         add("GET", handler, *paths, token=not health_without_token, draining=True)

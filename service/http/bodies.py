@@ -160,7 +160,7 @@ def _parts(body: bytes, boundary: str, max_files: int) -> list[File]:
     )
     with parser:
         for event in parser.parse(body):
-            if isinstance(event, bytearray):
+            if isinstance(event, bytes | bytearray | memoryview):
                 content += event
             elif event is None:
                 files.append(File(name, bytes(content)))

@@ -9,10 +9,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
-
-from swagger_ui_bundle import swagger_ui_path
+from typing import Any
 
 from service.errors import NotFound, quoted
+from service.http import docs
 from service.http.answers import Answer
 from service.http.requests import Request
 from service.settings import shipped
@@ -21,32 +21,7 @@ _PAGE_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-# Swagger UI sets styles from its script.
-_DOCS_POLICY = _PAGE_POLICY.replace("style-src 'self'", "style-src 'self' 'unsafe-inline'")
-_SWAGGER_FILES = ("swagger-ui.css", "swagger-ui-bundle.js", "favicon-32x32.png")
 _IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
-
-_DOCS_PAGE = b"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>HTTP interface of cifar-classifier</title>
-<link rel="icon" href="/docs/favicon-32x32.png">
-<link rel="stylesheet" href="/docs/swagger-ui.css">
-</head>
-<body>
-<div id="swagger-ui"></div>
-<script src="/docs/swagger-ui-bundle.js"></script>
-<script src="/docs/start.js"></script>
-</body>
-</html>
-"""
-_DOCS_START = b"""SwaggerUIBundle({
-  url: "/openapi.json", dom_id: "#swagger-ui", validatorUrl: null,
-  presets: [SwaggerUIBundle.presets.apis], deepLinking: true,
-});
-"""
 
 
 @dataclass(frozen=True)
@@ -79,9 +54,13 @@ class Page:
 
 
 class Pages:
-    """Answers requests for files."""
+    """Answers requests for files.
 
-    def __init__(self) -> None:
+    Args:
+        description: The OpenAPI description, which the documentation shows.
+    """
+
+    def __init__(self, description: dict[str, Any]) -> None:
         static = Path(__file__).parent / "static"
         self._static = _folder(sorted(static.iterdir()) if static.is_dir() else (), _PAGE_POLICY)
         samples = shipped("samples")
@@ -89,9 +68,10 @@ class Pages:
             (path for path in sorted(samples.iterdir()) if path.suffix in _IMAGES) if samples.is_dir() else (),
             _PAGE_POLICY,
         )
-        self._docs = _folder((Path(swagger_ui_path) / name for name in _SWAGGER_FILES), _DOCS_POLICY)
-        self._docs[""] = _page("index.html", _DOCS_PAGE, _DOCS_POLICY)
-        self._docs["start.js"] = _page("start.js", _DOCS_START, _DOCS_POLICY)
+        self._docs = {
+            "": _page("index.html", docs.page(description), _PAGE_POLICY),
+            "style.css": _page("style.css", docs.STYLE, _PAGE_POLICY),
+        }
 
     @property
     def samples(self) -> list[str]:

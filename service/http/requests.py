@@ -1,6 +1,6 @@
 """Does what all requests have in common: tokens, draining, reading, counting, logging, and turning errors into answers.
 
-`Requests.endpoint` wraps each handler once, where it is registered. Handlers receive a `Request` and return an `Answer`
+`Endpoint` wraps each handler once, where it is registered. Handlers receive a `Request` and return an `Answer`
 or raise an error of service.errors.
 """
 
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import TypeAlias
 
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from service.core.batcher import DEADLINE_SLACK
 from service.core.metrics import Metrics
@@ -123,26 +123,9 @@ class Requests:
             logger.debug("%d requests are unanswered", self.in_flight)
         return self.in_flight
 
-    def endpoint(self, rules: Rules, handler: Handler) -> ASGIApp:
-        """An application that answers requests with a handler."""
+    # Called by Endpoint and _Exchange
 
-        async def application(scope: Scope, receive: Receive, send: Send) -> None:
-            connection: Connection = scope["state"]["connection"]
-            connection.last_request = time.monotonic()
-            connection.task = asyncio.current_task()
-            try:
-                exchange = _Exchange(self, rules, scope, receive, connection)
-                with self._trace(rules, scope) as trace:
-                    await exchange.run(handler, send, trace)
-            except asyncio.CancelledError:
-                # The client has disconnected. uvicorn would log the error of a task that ends in another way.
-                logger.debug("a client disconnected before its answer was sent")
-            finally:
-                connection.task = None
-
-        return application
-
-    def _trace(self, rules: Rules, scope: Scope) -> "contextlib.AbstractContextManager[Trace | None]":
+    def trace(self, rules: Rules, scope: Scope) -> "contextlib.AbstractContextManager[Trace | None]":
         """The span of a request."""
         if self._tracing is None:
             return contextlib.nullcontext()
@@ -150,8 +133,6 @@ class Requests:
         attributes = {"http.request.method": method, "http.route": route, "url.path": scope["path"]}
         headers = [(name.decode(_ENCODING), value.decode(_ENCODING)) for name, value in scope["headers"]]
         return self._tracing.request(rules.method, headers, attributes, time.monotonic())
-
-    # Called by _Exchange
 
     def check_token(self, headers: Mapping[str, str]) -> None:
         """Accepts a request with a valid token.
@@ -199,6 +180,35 @@ class Requests:
     def closes(self, connection: Connection) -> bool:
         """Whether a connection is closed after the answer to its current request."""
         return self.draining or connection.must_close or connection.age(time.monotonic()) > self._max_connection_age
+
+
+class Endpoint:
+    """An ASGI application that answers requests with a handler.
+
+    Args:
+        requests: Counts them.
+        rules: How they are treated.
+        handler: Answers one request.
+    """
+
+    def __init__(self, requests: Requests, rules: Rules, handler: Handler) -> None:
+        self._requests, self._rules, self._handler = requests, rules, handler
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers one request."""
+        connection: Connection = scope["state"]["connection"]
+        connection.last_request = time.monotonic()
+        task = connection.task = asyncio.current_task()
+        try:
+            exchange = _Exchange(self._requests, self._rules, scope, receive, connection)
+            with self._requests.trace(self._rules, scope) as trace:
+                await exchange.run(self._handler, send, trace)
+        except asyncio.CancelledError:
+            # The client has disconnected. uvicorn would log the error of a task that ends in another way.
+            logger.debug("a client disconnected before its answer was sent")
+        finally:
+            if connection.task is task:
+                connection.task = None
 
 
 class _Exchange:
@@ -254,16 +264,16 @@ class _Exchange:
         headers = _headers(scope)
         if rules.needs_token:
             requests.check_token(headers)
-        if not rules.while_draining:
-            requests.check_draining()
         self._deadline = _deadline(headers.get(TIMEOUT_HEADER), self._arrived)
         body = b""
         if rules.reads_body:
+            # Also while the server stops: a connection that is closed while its client sends is reset, and the client
+            # would not see the answer.
             body = await requests.read(self._receive, self._connection, headers)
-            if not rules.while_draining:
-                requests.check_draining()
-            if self._deadline is not None and time.monotonic() >= self._deadline:
-                raise DeadlineExpired("the deadline passed before the body had arrived")
+        if not rules.while_draining:
+            requests.check_draining()
+        if rules.reads_body and self._deadline is not None and time.monotonic() >= self._deadline:
+            raise DeadlineExpired("the deadline passed before the body had arrived")
         requests.enter()
         self._accepted = True
         return Request(

@@ -61,7 +61,8 @@ function onEnd() {
     say(spoken(pictures[0]));
   } else {
     const took = duration((performance.now() - start) / 1000);
-    byId("summary").textContent = `${summary}; the last ${pictures.length} took ${took}`;
+    const all = pictures.length === gallery.pictures.length;
+    byId("summary").textContent = all ? `${summary}, in ${took}` : `${summary}; the last ${pictures.length} in ${took}`;
     say(`${summaryOf(pictures)}, in ${took}`);
   }
   byId("retry").hidden = !gallery.pictures.some(({ state }) => state === "failed");

@@ -39,29 +39,29 @@ function heading(picture) {
 }
 
 function originalFigure(picture) {
-  const frame = element("div", { class: "frame" });
   const image = element("img", { alt: `Your picture ${picture.file.name}`, decoding: "async", src: picture.url });
-  const figure = element("figure", {}, frame, element("figcaption", {}, "Your picture"));
-  frame.append(image);
+  const shot = element("div", { class: "shot" }, image);
+  const frame = element("div", { class: "frame" }, shot);
+  const caption = element("figcaption", {}, "Your picture");
   image.addEventListener("error", () => {
     frame.replaceChildren(element("p", { class: "hint" }, "The browser cannot show this file."));
   });
   image.addEventListener("load", () => {
     const { naturalWidth: width, naturalHeight: height } = image;
-    if (!picture.classes || width === height || !width || !height) return;
-    // The picture fits into a square frame; its central square is what the server takes.
-    const crop = element("div", { class: "crop", "aria-hidden": "true" });
-    crop.style.setProperty("--side", `${(100 * Math.min(width, height)) / Math.max(width, height)}%`);
-    frame.append(crop);
-    figure.querySelector("figcaption").textContent = "Your picture, and the square that is used";
+    if (width === height || !width || !height) return;
+    shot.classList.add(width > height ? "wide" : "tall");
+    shot.style.setProperty("aspect-ratio", `${width} / ${height}`);
+    if (!picture.classes) return;
+    shot.append(element("div", { class: "crop", "aria-hidden": "true" }));
+    caption.textContent = "Your picture, and the square that is used";
   });
-  return figure;
+  return element("figure", {}, frame, caption);
 }
 
 function pixelFigure(picture) {
   const label = `The ${IMAGE_SIZE} by ${IMAGE_SIZE} pixels that the network sees of ${picture.file.name}`;
   const frame = element("div", { class: "frame" }, pixelCanvas(picture.pixels, IMAGE_SIZE, label));
-  return element("figure", {}, frame, element("figcaption", {}, `What the network sees: ${IMAGE_SIZE} × ${IMAGE_SIZE} pixels`));
+  return element("figure", {}, frame, element("figcaption", {}, `What the network sees: ${IMAGE_SIZE}\u00a0×\u00a0${IMAGE_SIZE} pixels`));
 }
 
 function bars(classes) {

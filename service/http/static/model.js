@@ -1,10 +1,11 @@
 /** What the page shows of the model, and the server's sample pictures. */
 
 import { byId, element } from "./elements.js";
-import { percent } from "./format.js";
+import { counted, percent } from "./format.js";
 
 // So that a model with many classes does not fill the page with their names.
 const CLASSES_NAMED = 12;
+const LIST = new Intl.ListFormat("en-GB"); // no comma before "and"
 
 /** @param {object} model The answer of /v1/model. */
 export function showFacts(model) {
@@ -17,7 +18,7 @@ export function showFacts(model) {
   byId("facts").removeAttribute("aria-busy");
   const named = model.classes.slice(0, CLASSES_NAMED);
   if (model.classes.length > named.length) named.push(`${model.classes.length - named.length} more`);
-  byId("class-list").textContent = new Intl.ListFormat("en").format(named);
+  byId("class-list").textContent = `${counted(model.classes.length, "class", "classes")}: ${LIST.format(named)}`;
 }
 
 /**
@@ -32,12 +33,8 @@ export function showSamples(names, onChoose) {
     button.addEventListener("click", () => onChoose([name]));
     return button;
   });
-  if (names.length > 1) {
-    const all = element("button", { type: "button", class: "sample all" });
-    all.append(element("span", { class: "thumb", "aria-hidden": "true" }, String(names.length)), "all of them");
-    all.addEventListener("click", () => onChoose(names));
-    buttons.push(all);
-  }
+  byId("all-samples").textContent = `Classify all ${names.length}`;
+  byId("all-samples").onclick = () => onChoose(names);
   byId("samples").replaceChildren(...buttons.map((button) => element("li", {}, button)));
   byId("samples-part").hidden = !names.length;
 }

@@ -106,12 +106,14 @@ export class Server {
 /** The refusal in a response: RFC 9457 problem details if there are any, else the status. */
 async function refusalOf(response) {
   let message = "";
+  let retrySeconds = secondsOf(response.headers.get("retry-after"));
   if (/json/.test(response.headers.get("content-type") ?? "")) {
     const problem = await response.json().catch(() => ({}));
     message = problem.detail || problem.title || "";
+    retrySeconds = problem.retry_after ?? retrySeconds; // the header allows whole seconds only
   }
   message ||= `The server answered with status ${response.status} ${response.statusText}`.trim();
-  return new Refusal(response.status, message, secondsOf(response.headers.get("retry-after")));
+  return new Refusal(response.status, message, retrySeconds);
 }
 
 /** The value of a Retry-After header, in seconds: it is a number or a date. */

@@ -140,7 +140,6 @@ def test_the_model_the_limits_and_the_samples_are_described(web):
     for name in model["samples"]:
         sample = web.get(f"/samples/{name}")
         assert (sample.status, sample.kind.partition("/")[0]) == (200, "image")
-        assert web.post("/v1/classify", sample.body).status == 200
 
 
 def test_a_chunked_body_is_read(web):
@@ -153,10 +152,12 @@ def test_a_chunked_body_is_read(web):
 def test_files_of_the_docs_are_ours_and_name_no_other_host(web):
     page = web.get("/docs")
     assert (page.status, page.kind) == (200, "text/html; charset=utf-8")
-    assert b"http" not in page.body.replace(b"HTTP", b"")
+    assert b"//" not in page.body.replace(b"http://HOST:PORT", b"")
     assert "default-src 'none'" in page.headers["content-security-policy"]
-    for path in ("/docs/swagger-ui.css", "/docs/swagger-ui-bundle.js", "/docs/start.js", "/docs/favicon-32x32.png"):
-        assert web.get(path).status == 200
+    assert b"<script" not in page.body
+    for path in web.get("/openapi.json").json["paths"]:
+        assert path.encode() in page.body
+    assert web.get("/docs/style.css").kind == "text/css; charset=utf-8"
     assert web.get("/docs", If_None_Match=page.headers["etag"]).status == 304
 
 

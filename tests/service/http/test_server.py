@@ -25,7 +25,7 @@ from tests.service.http.web import Raw, Reply, Web
 
 PNG = png(pictures(1)[0])
 WITH_HTTP = ("--http-port", "0", "--metrics-port", "0")
-PACKAGES = ("starlette", "uvicorn", "h11", "multipart", "swagger_ui_bundle", "anyio", "service.http")
+PACKAGES = ("starlette", "uvicorn", "h11", "multipart", "anyio", "service.http")
 
 
 def slow_images(count: int) -> tuple[bytes, dict[str, str]]:

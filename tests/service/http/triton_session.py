@@ -95,9 +95,10 @@ async def errors(client: Any, given: triton.InferInput) -> dict[str, tuple[str, 
         "name": lambda: client.infer("cifar10", [tensor(one, name="image")]),
         "output": lambda: client.infer("cifar10", [given], outputs=[triton.InferRequestedOutput("labels")]),
         "sequence": lambda: client.infer("cifar10", [given], sequence_id=7, sequence_start=True),
-        "compressed": lambda: client.infer("cifar10", [given], request_compression_algorithm="gzip"),
         "metadata": lambda: client.get_model_metadata("resnet"),
     }
+    if isinstance(client, Blocking):
+        attempts["compressed"] = lambda: client.infer("cifar10", [given], request_compression_algorithm="gzip")
     found = {}
     for name, attempt in attempts.items():
         try:
