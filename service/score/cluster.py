@@ -1,0 +1,126 @@
+"""Scores parts on a Ray cluster: an actor per core, each with the scorer that the local run uses.
+
+Ray Data hands the numbers of parts to the actors, and gives those of an actor or a node that ends to another. The
+actors read the input and write the parts themselves, so no image passes through Ray's object store, and a part that is
+computed twice is written twice with the same content under the same name.
+"""
+
+import asyncio
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+from numpy.typing import NDArray
+from ray.data import ActorPoolStrategy, DataContext
+
+from service.score.errors import ScoreError
+from service.score.output import OutputFolder
+from service.score.parquet_rows import Content
+from service.score.progress import ScoreProgress
+from service.score.scorer import ScoreOptions, Scorer
+from service.score.sources import open_source
+
+Input = tuple[Path, str | None, Content, str | None]
+"""Path, column, content and key of the input."""
+Batch = dict[str, NDArray[np.int64]]
+
+
+class ScorerActor:
+    """A scorer in an actor of Ray Data.
+
+    Args:
+        where: The input, absolute.
+        output: The output folder, absolute.
+        options: The options of the run.
+    """
+
+    def __init__(self, where: Input, root: Path, output: Path, options: ScoreOptions) -> None:
+        # Decode processes would otherwise begin by running the main program of Ray's workers.
+        vars(sys.modules["__main__"]).pop("__file__", None)
+        self._runner = asyncio.Runner()
+        self._scorer = self._runner.run(_scorer(where, root, output, options))
+
+    def __call__(self, batch: Batch) -> Batch:
+        """Scores the parts whose numbers a batch holds; returns the number of rows of each."""
+        return {"rows": np.array([self._runner.run(self._scorer.score(int(part))) for part in batch["part"]])}
+
+
+async def _scorer(where: Input, root: Path, output: Path, options: ScoreOptions) -> Scorer:
+    _, source = open_source(*where, root=root)
+    return Scorer(options, source, OutputFolder(output))
+
+
+def score_on_cluster(
+    address: str,
+    where: Input,
+    output: OutputFolder,
+    options: ScoreOptions,
+    parts: Sequence[int],
+    progress: ScoreProgress,
+) -> None:
+    """Scores parts on a cluster.
+
+    Args:
+        address: Address of the cluster; "local" starts one on this machine for this run.
+        where: The input.
+        output: The output folder.
+        options: The options of the run.
+        parts: Numbers of the parts.
+        progress: Counts the rows of each part that was written.
+
+    Raises:
+        ScoreError: The cluster cannot be reached, or a part cannot be scored.
+    """
+    # A Ray that only this run uses listens on the loopback interface, because Ray asks nobody for a password.
+    own: dict[str, Any] = {"_node_ip_address": "127.0.0.1", "include_dashboard": False} if address == "local" else {}
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **own)
+    except ConnectionError as error:
+        raise ScoreError(f"--ray {address}: there is no Ray cluster at this address ({error})") from error
+    try:
+        _score(where, output, options, parts, progress)
+    finally:
+        ray.shutdown()
+
+
+def _score(
+    where: Input, output: OutputFolder, options: ScoreOptions, parts: Sequence[int], progress: ScoreProgress
+) -> None:
+    DataContext.get_current().enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    actors = max(1, min(len(parts), int(resources.get("CPU", 1))))
+    # A block of one row for each part, so that each call of an actor scores one part.
+    rows = ray.data.from_items([{"part": part} for part in parts], override_num_blocks=len(parts))
+    path, *rest = where
+    results = rows.map_batches(
+        ScorerActor,
+        fn_constructor_args=((path.resolve(), *rest), Path.cwd(), output.path.resolve(), options),
+        batch_size=1,
+        compute=ActorPoolStrategy(min_size=1, initial_size=actors, max_size=actors),
+        num_cpus=1,
+    )
+    try:
+        for result in results.iter_rows():
+            progress.add(int(result["rows"]))
+    except Exception as error:  # Ray wraps the error of an actor in several classes
+        cause = _score_error(error)
+        if cause is None:
+            raise
+        raise cause from error
+
+
+def _score_error(error: BaseException | None) -> ScoreError | None:
+    """The error of the scorer inside an error of Ray."""
+    while error is not None:
+        for candidate in (error, getattr(error, "cause", None)):
+            if isinstance(candidate, ScoreError):
+                return ScoreError(str(candidate))
+        error = error.__cause__
+    return None

@@ -1,0 +1,256 @@
+"""The command line of `python -m service.score`."""
+
+import argparse
+import asyncio
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from cifar_core.images import ImageLimits
+from service.core.model_store import Model
+from service.cpu_quota import usable_cpus
+from service.score.errors import ScoreError
+from service.score.output import FORMAT, Description, OutputFolder
+from service.score.progress import ScoreProgress
+from service.score.rows import Source
+from service.score.scorer import ScoreOptions, Scorer, load_model
+from service.score.sources import open_source
+from service.settings import Settings, shipped_model
+
+_PARTS_AT_ONCE = 2
+"""While one part is finished and written, the next one is read already."""
+_LOCAL = "local"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command. Exit codes: 0 all images were classified, 1 some rows have an error, 2 the run failed.
+
+    Raises:
+        ScoreError: The run cannot start or go on.
+    """
+    chosen = _parser().parse_args(arguments)
+    # Warnings of the decode processes say what the rows say, too.
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.ERROR)
+    options = _options(chosen)
+    output = OutputFolder(chosen.output)
+    with output.lock():
+        output.remove_partial_files()
+        kind, source = open_source(chosen.input, chosen.column, chosen.content, chosen.key)
+        if chosen.input.is_dir() and chosen.output.resolve().is_relative_to(chosen.input.resolve()):
+            raise ScoreError(f"{chosen.output}: the output must not lie in the input, {chosen.input}")
+        model = load_model(options)
+        description = _description(kind, chosen, options, model)
+        _start(output, source, description, resume=chosen.resume)
+        sizes = source.part_sizes(output.inventory)
+        remaining = [part for part, rows in enumerate(sizes) if not output.is_written(part, rows)]
+        done = sum(sizes) - sum(sizes[part] for part in remaining)
+        print(f"model {model.version} ({model.variant}), {sum(sizes):,} images in {len(sizes):,} parts")
+        if done:
+            print(f"{done:,} images are scored already")
+        with ScoreProgress(sum(sizes), done) as progress:
+            if chosen.ray:
+                from service.score.cluster import score_on_cluster
+
+                where = (chosen.input, chosen.column, chosen.content, chosen.key)
+                score_on_cluster(chosen.ray, where, output, options, remaining, progress)
+            else:
+                asyncio.run(_score_here(options, source, output, model, remaining, progress))
+        failed = sum(output.failed_rows(part) for part in range(len(sizes)))
+        output.write_description(description | {"rows": sum(sizes), "failed_rows": failed})
+    print(
+        f"{output.path}: finished, {progress.images_per_second:,.0f} images/s"
+        + (f"; {failed:,} images could not be classified, see column 'error'" if failed else "")
+    )
+    return 1 if failed else 0
+
+
+async def _score_here(
+    options: ScoreOptions,
+    source: Source,
+    output: OutputFolder,
+    model: Model,
+    parts: Sequence[int],
+    progress: ScoreProgress,
+) -> None:
+    """Scores parts in this process."""
+    scorer = Scorer(options, source, output, model, progress.add)
+    waiting = iter(parts)
+    running: set[asyncio.Task[int]] = set()
+    errors: list[BaseException] = []
+    try:
+        while True:
+            while len(running) < _PARTS_AT_ONCE and not errors and (part := next(waiting, None)) is not None:
+                running.add(asyncio.create_task(scorer.score(part)))
+            if not running:
+                break
+            # If one part fails, the others that were begun are finished.
+            finished, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+            errors += [error for task in finished if (error := task.exception())]
+    finally:
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+        scorer.close()
+    if errors:
+        raise errors[0]
+
+
+def _start(output: OutputFolder, source: Source, description: Description, *, resume: bool) -> None:
+    """Writes the inventory and the description of a new run, or checks that the started run is the same."""
+
+    def write(file: Path) -> None:
+        source.write_inventory(file, description["options"]["rows_per_part"])
+
+    if not output.is_started():
+        output.check_empty()
+        output.write_inventory(write)
+        output.write_description(description)
+        return
+    if not resume:
+        raise ScoreError(
+            f"{output.path}: the folder holds the output of a run; continue it with --resume, or choose another folder"
+        )
+    before = output.description()
+    for part in ("input", "model", "options"):
+        for name, value in description[part].items():
+            then = before[part].get(name)
+            if then != value:
+                raise ScoreError(
+                    f"{output.path}: this run was started with {part} {name} {then!r}, not {value!r}; continue it with "
+                    "the same, or choose another folder"
+                )
+    with output.other_inventory(write) as now:
+        difference = source.difference(output.inventory, now)
+    if difference:
+        raise ScoreError(
+            f"{output.path}: the input is not what this run was started with: {difference}; restore it, or score the "
+            "present input into another folder"
+        )
+
+
+def _description(kind: str, chosen: argparse.Namespace, options: ScoreOptions, model: Model) -> Description:
+    return {
+        "format": FORMAT,
+        "input": {"kind": kind, "column": chosen.column, "content": chosen.content, "key": chosen.key},
+        "model": {
+            "version": model.version,
+            "variant": model.variant,
+            "sha256": model.sha256,
+            "classes": list(model.classes),
+        },
+        "options": {
+            "rows_per_part": options.rows_per_part,
+            "batch_size": options.batch_size,
+            "max_image_bytes": options.image_limits.max_bytes,
+            "max_image_pixels": options.image_limits.max_pixels,
+            "max_decode_seconds": options.max_decode_seconds,
+            "device": options.device,
+        },
+    }
+
+
+def _options(chosen: argparse.Namespace) -> ScoreOptions:
+    if chosen.ray and chosen.device == "cuda":
+        raise ScoreError("--ray computes on processors only; leave out --device cuda")
+    # An actor of a cluster has one core.
+    cores = 1 if chosen.ray else usable_cpus()
+    return ScoreOptions(
+        model=chosen.model.resolve(),
+        variant=chosen.variant,
+        device="cpu" if chosen.ray else chosen.device,
+        threads=chosen.threads or cores,
+        decode_processes=chosen.decode_processes or cores,
+        batch_size=chosen.batch_size,
+        rows_per_part=chosen.rows_per_part,
+        image_limits=ImageLimits(chosen.max_image_bytes, chosen.max_image_pixels),
+        max_decode_seconds=chosen.max_decode_seconds,
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m service.score",
+        description="Classifies a folder, a list or Parquet files of images into Parquet files, without a server.",
+        epilog="exit code: 0 if all images were classified, 1 if some rows have an error, 2 if the run failed",
+    )
+    parser.add_argument(
+        "input",
+        metavar="INPUT",
+        type=Path,
+        help="a folder of image files, a text file with one path per line, a .parquet file, or a folder of these",
+    )
+    parser.add_argument("output", metavar="OUTPUT", type=Path, help="folder to write; it must be new or empty")
+    parser.add_argument("--resume", action="store_true", help="continue a run that was stopped; starts it if it is new")
+    parser.add_argument(
+        "--ray",
+        nargs="?",
+        const=_LOCAL,
+        metavar="ADDRESS",
+        help="compute on a Ray cluster, 'auto' or HOST:PORT; without ADDRESS, on a Ray that is started here. All "
+        "machines must see INPUT, OUTPUT and the model under the same paths",
+    )
+    parquet = parser.add_argument_group("Parquet input")
+    parquet.add_argument(
+        "--column", metavar="NAME", help="column with the images; default: the only one that can hold them"
+    )
+    parquet.add_argument(
+        "--content",
+        choices=("auto", "files", "pixels"),
+        default="auto",
+        help="what the column holds: image files, or the RGB pixels of 32 x 32 images; default: by the column's type",
+    )
+    parquet.add_argument("--key", metavar="NAME", help="column that identifies a row in the output; default: FILE:ROW")
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--model", type=Path, default=shipped_model(), help="folder of the export; default: the shipped model"
+    )
+    model.add_argument("--variant", default=_default("variant"), help="variant of the model; default: %(default)s")
+    model.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute; default: %(default)s"
+    )
+    _add_limits(parser)
+    return parser
+
+
+def _add_limits(parser: argparse.ArgumentParser) -> None:
+    work = parser.add_argument_group("work")
+    work.add_argument(
+        "--threads", type=_count, metavar="N", help="number of batches computed at once; default: the available cores"
+    )
+    work.add_argument(
+        "--decode-processes",
+        type=_count,
+        metavar="N",
+        help="number of processes that decode; default: the available cores",
+    )
+    work.add_argument(
+        "--batch-size", type=_count, default=64, metavar="N", help="images computed at once; default: %(default)s"
+    )
+    work.add_argument(
+        "--rows-per-part", type=_count, default=8192, metavar="N", help="rows of an output file; default: %(default)s"
+    )
+    limits = parser.add_argument_group("limits on one image, as in the server")
+    for name, unit, convert in (
+        ("max_image_bytes", "bytes of its file", _count),
+        ("max_image_pixels", "width times height", _count),
+        ("max_decode_seconds", "seconds of CPU time for decoding it", float),
+    ):
+        limits.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=convert,
+            default=_default(name),
+            metavar="N",
+            help=f"{unit}; default: %(default)s",
+        )
+
+
+def _default(name: str) -> object:
+    """The server's default of an option."""
+    return Settings.model_fields[name].default
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} must be at least 1")
+    return number

@@ -1,0 +1,46 @@
+"""Opens an input: finds out what it is."""
+
+from pathlib import Path
+
+from cifar_core.images import EXTENSIONS
+from service.score.errors import ScoreError
+from service.score.image_files import ImageFiles
+from service.score.parquet_rows import Content, ParquetRows, parquet_names
+from service.score.rows import KIND_FOLDER, KIND_LIST, KIND_PARQUET, Source
+
+
+def open_source(
+    path: Path, column: str | None, content: Content, key: str | None, root: Path | None = None
+) -> tuple[str, Source]:
+    """The kind of an input, and the input.
+
+    Args:
+        path: The input.
+        column: Column with the images, for Parquet files.
+        content: What that column holds; see `ParquetRows`.
+        key: Column that identifies the rows, for Parquet files.
+        root: Folder that relative paths of a list start from; None for the current folder.
+
+    Raises:
+        ScoreError: It does not exist, or its kind is not clear, or an option does not fit it.
+    """
+    kind = _kind_of(path)
+    if kind == KIND_PARQUET:
+        return kind, ParquetRows(path, column, content, key)
+    for option, value in (("--column", column), ("--key", key), ("--content", None if content == "auto" else content)):
+        if value is not None:
+            raise ScoreError(f"{option} is for Parquet files; {path} is a {kind}")
+    return kind, ImageFiles(kind, path, path if kind == KIND_FOLDER else root or Path.cwd())
+
+
+def _kind_of(path: Path) -> str:
+    try:
+        if path.is_dir():
+            return KIND_PARQUET if parquet_names(path) else KIND_FOLDER
+        if not path.is_file():
+            raise ScoreError(f"{path}: there is no such file or folder")
+    except OSError as error:
+        raise ScoreError(f"{path}: this cannot be read ({error.strerror})") from error
+    if path.name.lower().endswith(EXTENSIONS):
+        raise ScoreError(f"{path}: this is one image; give its folder, or a text file with the paths of images")
+    return KIND_PARQUET if path.suffix == ".parquet" else KIND_LIST
