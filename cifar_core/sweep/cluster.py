@@ -1,0 +1,62 @@
+"""Runs of a sweep as tasks of a Ray cluster. All machines must see the run folders under the same path."""
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import ray
+
+from cifar_core.errors import CifarError
+from cifar_core.sweep.processes import Children, Command
+
+# How often Ray starts a task again whose worker or machine ended.
+_RETRIES = 10
+
+
+class ClusterError(CifarError):
+    """The cluster cannot be reached."""
+
+
+def train_on_cluster(commands: Sequence[Command], address: str, gpus: int) -> Iterator[tuple[Command, int]]:
+    """Trains runs on a cluster; yields each with its exit code when it has ended.
+
+    Each run is a task that needs as many CPUs as the run has threads. A task whose worker or machine ends is started
+    again elsewhere, and continues from the checkpoint.
+
+    Args:
+        commands: The runs.
+        address: Address of the cluster; "local" starts one on this machine for this call.
+        gpus: Number of GPUs of each run.
+
+    Raises:
+        ClusterError: The cluster cannot be reached.
+    """
+    # A Ray that only this sweep uses listens on the loopback interface, because Ray asks nobody for a password.
+    own: dict[str, Any] = {"_node_ip_address": "127.0.0.1", "include_dashboard": False} if address == "local" else {}
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **own)
+    except ConnectionError as error:
+        raise ClusterError(f"--ray {address}: there is no Ray cluster at this address ({error})") from error
+    try:
+        running = {
+            ray.remote(_train)
+            .options(num_cpus=command.threads, num_gpus=gpus, max_retries=_RETRIES)
+            .remote(command): command
+            for command in commands
+        }
+        while running:
+            (finished, *_), _ = ray.wait(list(running))
+            command = running.pop(finished)
+            try:
+                code: int = ray.get(finished)
+            except ray.exceptions.WorkerCrashedError:
+                code = -1
+            yield command, code
+    finally:
+        ray.shutdown()
+
+
+def _train(command: Command) -> int:
+    return Children().train(command)
