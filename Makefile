@@ -18,13 +18,20 @@ PY    := $(VENV)/bin/python
 # .venv has two stages: the packages for serving, and all packages.
 SERVE := $(VENV)/.serve-$(PROCESSOR)
 READY := $(VENV)/.ready-$(PROCESSOR)
+# The generator of service/generated is older than the packages in .venv, so it has a folder of its own.
+GENERATOR := $(VENV)/generator
+OLDEST    := .venv-oldest
 
 DATA_OPTION  = $(if $(DATA),--data $(DATA))
 TRAIN_OPTIONS = --seed $(SEED) --device $(DEVICE) $(if $(PRECISION),--precision $(PRECISION)) --resume $(DATA_OPTION)
 
+OLDEST_TESTS := tests/service/client tests/service/core tests/service/rpc/test_classify.py tests/service/rpc/test_server.py \
+  tests/service/test_settings.py tests/service/test_logs.py tests/service/test_metrics_http.py
+OLDEST_TOOLS := pytest pytest-timeout hypothesis trustme onnx psutil
+
 # `make train export` must run in this order, even with -j.
 .NOTPARALLEL:
-.PHONY: help demo serve setup data train export evaluate report test test-slow lint format protos wheel bench-training bench-recipes bench-dependability bench-serving soak attacks chaos fuzz clean
+.PHONY: help demo serve setup data train export evaluate report test test-slow test-oldest lint format protos wheel bench-training bench-recipes bench-dependability bench-serving soak attacks chaos fuzz clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets and the variables that can be set
@@ -53,8 +60,13 @@ $(SERVE): pyproject.toml constraints.txt
 	rm -f $(VENV)/.serve-* $(VENV)/.ready-*
 	touch $@
 
-$(READY): $(SERVE)
+$(READY): $(SERVE) $(GENERATOR)/.ready
 	$(PY) -m pip install -q -c constraints.txt -e '.[$(PROCESSOR),http,tracing,score,ray,train,dev]'
+	touch $@
+
+$(GENERATOR)/.ready: constraints-oldest.txt | $(SERVE)
+	rm -rf $(GENERATOR)
+	$(PY) -m pip install -q --no-deps --target $(GENERATOR) -c constraints-oldest.txt grpcio-tools
 	touch $@
 
 data: $(READY) ## print a summary of the data and its statistics, draw figure 1
@@ -80,6 +92,11 @@ test: $(READY) ## run all tests except the slow ones
 test-slow: $(READY) ## run the slow tests
 	$(PY) -m pytest -m slow
 
+test-oldest: ## test the client and the server with the lowest versions that pyproject.toml allows, in .venv-oldest
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install -q -c constraints-oldest.txt -e '.[$(PROCESSOR)]' $(OLDEST_TOOLS)
+	$(OLDEST)/bin/python -m pytest $(OLDEST_TESTS)
+
 lint: $(READY) ## run ruff, mypy and import-linter
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -90,9 +107,9 @@ format: $(READY) ## fix and format the code with ruff
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-protos: $(READY) ## generate service/generated from protos/
-	$(PY) -m grpc_tools.protoc -Iservice/generated=protos --python_out=. --pyi_out=. --grpc_python_out=. \
-	  $(patsubst protos/%,service/generated/%,$(shell find protos -name '*.proto' | sort))
+protos: $(READY) ## generate service/generated from protos/, with the generator that constraints-oldest.txt names
+	PYTHONPATH=$(GENERATOR) $(PY) -m grpc_tools.protoc -Iservice/generated=protos --python_out=. --pyi_out=. \
+	  --grpc_python_out=. $(patsubst protos/%,service/generated/%,$(shell find protos -name '*.proto' | sort))
 
 wheel: $(READY) ## build dist/*.whl with library, server and shipped model
 	$(PY) -m build --wheel

@@ -1,8 +1,10 @@
 """The base of all errors that are caused by input or environment and not by a bug, and how commands report them."""
 
+import contextlib
 import io
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 
 class CifarError(Exception):
@@ -22,3 +24,29 @@ def run_command(main: Callable[[], int]) -> None:
         print("interrupted", file=sys.stderr)
         code = 130  # the shell's convention: 128 + SIGINT
     sys.exit(code)
+
+
+def program_name(module: str) -> str:
+    """The name by which the user started a command, for its help: `cifar-train`, say, or `python -m MODULE`."""
+    name = Path(sys.argv[0]).name
+    return name if name.startswith("cifar-") else f"python -m {module}"
+
+
+@contextlib.contextmanager
+def needs_extra(extra: str) -> Iterator[None]:
+    """Around imports of packages that only an extra installs: a missing one becomes one line and exit code 2.
+
+    Args:
+        extra: Name of the extra in pyproject.toml.
+
+    Raises:
+        SystemExit: 2, after the line was printed.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in ("", "cifar_core", "service"):
+            raise  # a bug, not an installation that lacks something
+        print(f"error: the module {package} is not installed: pip install 'cifar-classifier[{extra}]'", file=sys.stderr)
+        raise SystemExit(2) from None

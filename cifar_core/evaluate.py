@@ -21,7 +21,7 @@ from sklearn.metrics import confusion_matrix, log_loss
 from cifar_core.calibration import expected_calibration_error, negative_log_likelihood, reliability
 from cifar_core.data import Dataset, Images, add_data_argument, load_dataset, split
 from cifar_core.device import DEVICES, choose_device
-from cifar_core.errors import CifarError, run_command
+from cifar_core.errors import CifarError, program_name, run_command
 from cifar_core.files import atomic_write, to_json
 from cifar_core.predictors import BATCH, Floats, Predictor, load_predictor, predict_all
 from cifar_core.run_folder import default_folder
@@ -205,7 +205,7 @@ def _confusion_lines(result: dict[str, Any]) -> list[str]:
 def main() -> int:
     """Runs the command."""
     parser = argparse.ArgumentParser(
-        prog="python -m cifar_core.evaluate",
+        prog=program_name("cifar_core.evaluate"),
         description="Measures the accuracy and calibration of a model on a data set.",
     )
     parser.add_argument(

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from cifar_core.calibration import fit_temperature
 from cifar_core.data import Dataset, add_data_argument, load_dataset, split
 from cifar_core.device import CPU
-from cifar_core.errors import CifarError, run_command
+from cifar_core.errors import CifarError, program_name, run_command
 from cifar_core.evaluate import check_classes, evaluate
 from cifar_core.images import IMAGE_SIZE
 from cifar_core.manifest import FILE_NAME, SCHEMA_VERSION, Data, Manifest, ManifestError, Variant, read_manifest
@@ -270,7 +270,7 @@ def _summary(target: Path, manifest: Manifest) -> str:
 def main() -> int:
     """Runs the command."""
     parser = argparse.ArgumentParser(
-        prog="python -m cifar_core.export",
+        prog=program_name("cifar_core.export"),
         description="Exports a finished run as ONNX, in fp32 and int8, and compares the graph with torch.",
     )
     parser.add_argument(

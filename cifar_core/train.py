@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from cifar_core.data import add_data_argument, load_dataset
 from cifar_core.device import DEVICES, choose_device, describe_environment
-from cifar_core.errors import run_command
+from cifar_core.errors import program_name, run_command
 from cifar_core.recipes import KEYS, RECIPES, get_recipe
 from cifar_core.run_folder import RunFolder, best_epoch, default_folder
 from cifar_core.stop_signal import Interrupted, StopSignal
@@ -63,7 +63,7 @@ def _best_text(history: list[dict[str, Any]]) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m cifar_core.train", description="Trains a recipe and writes a run folder."
+        prog=program_name("cifar_core.train"), description="Trains a recipe and writes a run folder."
     )
     parser.add_argument("recipe", metavar="RECIPE", help=f"name of the recipe: {', '.join(RECIPES)}")
     parser.add_argument(

@@ -1,5 +1,6 @@
-"""`python -m service`: starts the server, or the supervisor if there are several workers."""
+"""`cifar-serve`, which is also `python -m service`: starts the server, or the supervisor of several workers."""
 
+import importlib.util
 import os
 import signal
 import sys
@@ -12,12 +13,19 @@ def main() -> int:
     if os.getpid() == 1:  # the kernel ignores the default action of SIGTERM for process 1 of a container
         signal.signal(signal.SIGTERM, lambda number, _: os._exit(128 + number))
     # Imported after the signals are handled, because the imports take time and a signal may arrive meanwhile.
-    from service import logs
-    from service.errors import StartError
-    from service.settings import parse
+    from cifar_core.errors import needs_extra
+
+    with needs_extra("cpu"):
+        from service import logs
+        from service.errors import StartError
+        from service.settings import parse
 
     try:
         settings = parse(sys.argv[1:])
+        if importlib.util.find_spec("onnxruntime") is None:  # not imported: a supervisor does not need it
+            raise StartError(
+                "the module onnxruntime is not installed: pip install 'cifar-classifier[cpu]', or [cuda] for CUDA"
+            )
         logs.configure(settings.log_level, settings.log_format)
         if settings.workers > 1:
             from service.workers.supervisor import supervise

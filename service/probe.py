@@ -2,7 +2,9 @@
 
 import sys
 
-from service.client.probe import main
+from cifar_core.errors import needs_extra
 
 if __name__ == "__main__":
+    with needs_extra("serve"):
+        from service.client.probe import main
     sys.exit(main())

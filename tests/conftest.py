@@ -5,12 +5,15 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
 from PIL import Image
 
-from cifar_core.data import Dataset, load_dataset
+# The data sets need PyTorch. Tests of the client and the server run without it: `make test-oldest`.
+if TYPE_CHECKING:
+    from cifar_core.data import Dataset
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -20,14 +23,18 @@ settings.load_profile("deterministic")
 
 
 @pytest.fixture(scope="session")
-def small() -> Dataset:
+def small() -> "Dataset":
     """300 generated training and 100 test images."""
+    from cifar_core.data import load_dataset
+
     return load_dataset("synthetic:300")
 
 
 @pytest.fixture(scope="session")
-def real() -> Dataset:
+def real() -> "Dataset":
     """The real images, if CIFAR10_DATA names them."""
+    from cifar_core.data import load_dataset
+
     data = os.environ.get("CIFAR10_DATA")
     if not data:
         pytest.skip("needs the real images: set CIFAR10_DATA")
@@ -43,7 +50,7 @@ def _own_cache(
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
 
 
-def write_folder(dataset: Dataset, folder: Path) -> Path:
+def write_folder(dataset: "Dataset", folder: Path) -> Path:
     """Writes the images of a data set as PNG files, train/<class>/* and test/<class>/*."""
     for name, part in (("train", dataset.train), ("test", dataset.test)):
         for row, (image, label) in enumerate(zip(part.images, part.labels, strict=True)):
@@ -54,7 +61,7 @@ def write_folder(dataset: Dataset, folder: Path) -> Path:
 
 
 @pytest.fixture
-def image_folder(small: Dataset, tmp_path: Path) -> Path:
+def image_folder(small: "Dataset", tmp_path: Path) -> Path:
     return write_folder(small, tmp_path / "pictures")
 
 

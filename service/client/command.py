@@ -1,39 +1,111 @@
-"""The command line of `python -m service.client`."""
+"""The command line of `cifar-classify`, which is also `python -m service.client`."""
 
 import argparse
-import json
+import asyncio
+import contextlib
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from cifar_core.errors import program_name
+from service.client.aio import AsyncClient
 from service.client.answers import ClassificationError
+from service.client.base import check_top_k
+from service.client.files import SUFFIXES, Found, Selection
 from service.client.options import DEFAULT_TARGET, Options, read_token
-from service.client.sync import Client
-from service.client.table import print_table
+from service.client.output import CsvWriter, JsonWriter, TableWriter, Writer, standard_output
+from service.client.streaming import Row, classify_files
+from service.generated.cifar.v1 import image_classifier_pb2 as messages
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Classifies the images named on the command line.
 
     Returns:
-        The exit code. 0: all images were classified. 1: the server could not read some of them. 2: a file cannot be
-        read here, an option is wrong, or the server does not answer.
+        The exit code. 0: all images were classified. 1: some of them could not be read, here or by the server, or the
+        reader of the output ended first. 2: an option is wrong, or the server does not answer. 130: interrupted.
     """
     chosen = _parser().parse_args(arguments)
-    try:
-        check_readable(chosen.images)
-        with Client(chosen.server, options_of(chosen)) as client:
-            answers = client.classify(chosen.images, chosen.top_k)
-    except (ClassificationError, OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    with standard_output():
+        try:
+            check_top_k(chosen.top_k)
+            return asyncio.run(_classify(chosen, options_of(chosen)))
+        except BrokenPipeError:
+            raise
+        except (ClassificationError, OSError, ValueError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return 130
+
+
+async def _classify(chosen: argparse.Namespace, options: Options) -> int:
+    files = Selection(chosen.images)
+    done = failed = 0
+    async with AsyncClient(chosen.server, options) as client:
+        model = await client.model()
+        with _shown(files, chosen) as (found, console):
+            writer = _writer(chosen, model, console)
+            rows = classify_files(client, found, chosen.top_k, model.limits.max_image_bytes)
+            async with contextlib.aclosing(rows):
+                try:
+                    async for row in rows:
+                        writer.write(row)
+                        done, failed = done + 1, failed + _failed(row)
+                finally:
+                    writer.finish()
+    _print_summary(done, failed, files.ignored)
+    return 1 if failed else 0
+
+
+def _failed(row: Row) -> bool:
+    return row.answer.error is not None
+
+
+def _writer(chosen: argparse.Namespace, model: messages.GetModelResponse, console: "Console | None") -> Writer:
     if chosen.json:
-        for path, answer in zip(chosen.images, answers, strict=True):
-            print(json.dumps({"image": str(path), **asdict(answer)}))
-    else:
-        print_table(chosen.images, answers)
-    return 1 if any(answer.error for answer in answers) else 0
+        return JsonWriter()
+    if chosen.csv:
+        return CsvWriter(min(chosen.top_k or len(model.classes), len(model.classes)))
+    return TableWriter(console)
+
+
+@contextlib.contextmanager
+def _shown(files: Selection, chosen: argparse.Namespace) -> "Iterator[tuple[Iterator[Found], Console | None]]":
+    """Shows the progress on the terminal while the files are iterated over.
+
+    The bar needs a terminal of its own: standard error while the rows go elsewhere. Tables can share the terminal with
+    it if they are printed through the same console, which is the second value. Other rows on a terminal are themselves
+    the progress.
+    """
+    to_terminal = sys.stdout.isatty()
+    if (to_terminal and (chosen.json or chosen.csv)) or not (to_terminal or sys.stderr.isatty()):
+        yield iter(files), None
+        return
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = [*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("remain")]
+    console = Console(stderr=not to_terminal)
+    total = sum(1 for _ in files)
+    with Progress(*columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=False) as bar:
+        yield bar.track(files, total=total, description="classifying"), console if to_terminal else None
+
+
+def _print_summary(done: int, failed: int, ignored: int) -> None:
+    """Says on standard error what the rows do not: how many images failed, and which files were no images."""
+    parts = []
+    if failed:
+        parts.append(f"{failed:,} of {done:,} images could not be read")
+    if ignored:
+        parts.append(f"{ignored:,} files in the folders have no suffix of an image and were left out")
+    if parts:
+        print("; ".join(parts), file=sys.stderr)
 
 
 def add_connection_options(parser: argparse.ArgumentParser, timeout: float) -> None:
@@ -48,7 +120,7 @@ def add_connection_options(parser: argparse.ArgumentParser, timeout: float) -> N
         type=float,
         default=timeout,
         metavar="SECONDS",
-        help="give up after this time; default: %(default)s",
+        help="give up if an answer takes longer; default: %(default)s",
     )
     parser.add_argument(
         "--tls", action="store_true", help="use TLS and trust the certificate authorities of the system"
@@ -88,13 +160,24 @@ def options_of(chosen: argparse.Namespace) -> Options:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m service.client",
-        description="Classifies images through a server and prints a table.",
-        epilog="exit code: 0 if all images were classified, 1 if the server could not read some of them, 2 otherwise",
+        prog=program_name("service.client"),
+        description="Classifies images through a server. Prints a table, lines of JSON, or CSV.",
+        epilog="exit code: 0 if all images were classified, 1 if some of them could not be read, 2 if an option is "
+        "wrong or the server does not answer",
     )
-    parser.add_argument("images", nargs="+", metavar="IMAGE", type=Path, help="image files to classify")
     parser.add_argument(
-        "--server", default=DEFAULT_TARGET, metavar="HOST:PORT", help="address of the server; default: %(default)s"
+        "images",
+        nargs="+",
+        metavar="IMAGE",
+        help="image file, folder, or pattern in quotes such as 'pictures/**/*.jpg'. Of a folder, all files with one of "
+        f"these suffixes are classified, also in its subfolders: {' '.join(sorted(SUFFIXES))}; links to other folders "
+        "are not followed",
+    )
+    parser.add_argument(
+        "--server",
+        default=DEFAULT_TARGET,
+        metavar="HOST:PORT",
+        help="address of the server; default: %(default)s. Several servers: IP:PORT,IP:PORT,… or dns:///NAME:PORT",
     )
     parser.add_argument(
         "--top-k",
@@ -103,23 +186,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="number of classes to print per image, 0 for all; default: %(default)s",
     )
-    parser.add_argument("--json", action="store_true", help="print one line of JSON per image instead of a table")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print one line of JSON per image instead of a table")
+    form.add_argument("--csv", action="store_true", help="print one line of CSV per image instead of a table")
     add_connection_options(parser, timeout=60.0)
     return parser
-
-
-def check_readable(paths: Sequence[Path]) -> None:
-    """Checks that image files can be read, before a server is asked.
-
-    Raises:
-        OSError: Some images cannot be read; the message names all of them.
-    """
-    problems = []
-    for path in paths:
-        try:
-            with path.open("rb"):
-                pass
-        except OSError as error:
-            problems.append(f"{path}: {error.strerror}")
-    if problems:
-        raise OSError("these images cannot be read: " + "; ".join(problems))

@@ -1,8 +1,8 @@
 """`Client`, for threads."""
 
 import itertools
-import time
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, Self
@@ -46,6 +46,7 @@ class Client(BaseClient):
         self._stub = rpc.ImageClassifierStub(self._channel)  # type: ignore[no-untyped-call]
         self._sharing = SyncSharing(self.options.max_shared_requests, self._classify_once, self._capacity)
         self._pool = ThreadPoolExecutor(self._WINDOW, thread_name_prefix="classify")
+        self._closed = threading.Event()
 
     def __enter__(self) -> Self:
         return self
@@ -56,9 +57,11 @@ class Client(BaseClient):
         self.close()
 
     def close(self) -> None:
-        """Ends the connection; calls that are still waiting fail."""
-        self._pool.shutdown(cancel_futures=True)
+        """Ends the connection. Calls in other threads fail at once with CANCELLED, and so do later calls."""
+        self._closed.set()
         self._channel.close()
+        # The remaining work of the pool fails at once as well, so this waits for nothing but the threads' end.
+        self._pool.shutdown()
 
     def model(self) -> messages.GetModelResponse:
         """Asks the server which model it serves now, and for its limits.
@@ -113,9 +116,18 @@ class Client(BaseClient):
             if len(window) == 1:
                 results += self._send(window[0], top_k, deadline)
             else:
-                for part in self._pool.map(lambda content: self._send(content, top_k, deadline), window):
+                for part in self._in_parallel(lambda content: self._send(content, top_k, deadline), window):
                     results += part
         return results
+
+    def _in_parallel(
+        self, send: Callable[[Content], list[Results]], window: list[Content]
+    ) -> Iterator[list[Results]]:
+        try:
+            return self._pool.map(send, window)
+        except RuntimeError:  # the pool was shut down
+            self._check_open()
+            raise
 
     def _send(self, content: Content, top_k: int, deadline: Deadline) -> list[Results]:
         """The results of one content; in several parts if the server's limits turn out to be lower than known."""
@@ -146,6 +158,9 @@ class Client(BaseClient):
     def _call(self, method: Callable[..., Any], request: Any, deadline: Deadline) -> Any:  # noqa: ANN401
         try:
             return method(request, timeout=deadline.remaining(), metadata=self.options.metadata)
+        except ValueError:  # the channel is closed
+            self._check_open()
+            raise
         except grpc.RpcError as error:
             failure = RequestFailed.of(error)
             self._note_failure(failure)
@@ -157,5 +172,11 @@ class Client(BaseClient):
             try:
                 return attempt(*arguments)
             except RequestFailed as failure:
+                self._check_open()
                 pause = attempts.pause_after(failure)
-            time.sleep(pause)
+            self._closed.wait(pause)  # ends early when the client is closed
+
+    def _check_open(self) -> None:
+        """Raises RequestFailed if the client was closed."""
+        if self._closed.is_set():
+            raise RequestFailed(grpc.StatusCode.CANCELLED, "the client was closed")

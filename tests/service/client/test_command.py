@@ -1,39 +1,176 @@
-"""The command `python -m service.client`."""
+"""The command `cifar-classify`, in its form `python -m service.client`."""
 
+import csv
+import io
 import json
+import os
+import pty
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from tests.conftest import REPOSITORY
+from tests.service.client.scripted import Scripted, serve
+from tests.service.exports import CLASSES, expected, pictures
 
 SAMPLES = REPOSITORY / "samples"
 
 
-def command(*arguments: object) -> subprocess.CompletedProcess[str]:
+def command(*arguments: object, folder: Path = REPOSITORY) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "service.client", *map(str, arguments)], cwd=REPOSITORY, capture_output=True, text=True
-    )
+        [sys.executable, "-m", "service.client", *map(str, arguments)],
+        cwd=folder, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True,
+    )  # fmt: skip
 
 
-def test_the_command_prints_a_table_with_bars(server):
-    done = command("--server", server.target, SAMPLES / "cat.jpg", SAMPLES / "ship.png")
+def rows_of(done: subprocess.CompletedProcess[str]) -> list[dict]:
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A folder with sub-folders, one damaged image, and one file that is no image."""
+    for number, image in enumerate(pictures(6)):
+        place = tmp_path / "pictures" / ("a", "a/deep", "b")[number % 3]
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(place / f"{number}.png")
+    (tmp_path / "pictures/b/damaged.JPG").write_bytes(b"no image")
+    (tmp_path / "pictures/notes.txt").write_text("not an image")
+    return tmp_path / "pictures"
+
+
+def test_the_command_prints_a_table_with_bars(server, folder):
+    done = command("--server", server.target, SAMPLES / "cat.jpg", folder / "a/0.png")
     assert done.returncode == 0
     assert "cat.jpg" in done.stdout
-    assert "ship.png" in done.stdout
+    assert "0.png" in done.stdout
     assert "━" in done.stdout
     assert "model linear-0" in done.stdout
+    assert done.stderr == ""
 
 
 def test_the_command_prints_json_and_its_exit_code_says_that_an_image_was_unreadable(server):
     done = command("--server", server.target, "--json", "--top-k", "1", SAMPLES / "cat.jpg", REPOSITORY / "LICENSE")
     assert done.returncode == 1
-    good, bad = (json.loads(line) for line in done.stdout.splitlines())
+    good, bad = rows_of(done)
     assert len(good["classes"]) == 1
     assert set(good["classes"][0]) == {"name", "index", "probability"}
     assert good["error"] is None
     assert "its header is damaged" in bad["error"]
+    assert done.stderr == "1 of 2 images could not be read\n"
+
+
+def test_a_folder_is_searched_recursively_for_files_with_the_suffix_of_an_image(server, folder):
+    done = command("--server", server.target, "--json", folder)
+    rows = rows_of(done)
+    assert [Path(row["image"]).relative_to(folder).as_posix() for row in rows] == [
+        "a/0.png", "a/3.png", "a/deep/1.png", "a/deep/4.png", "b/2.png", "b/5.png", "b/damaged.JPG",
+    ]  # fmt: skip
+    table = expected(0, pictures(6))
+    for row, number in zip(rows[:-1], [0, 3, 1, 4, 2, 5], strict=True):
+        assert row["classes"][0]["name"] == CLASSES[table[number].argmax()]
+    assert "its header is damaged" in rows[-1]["error"]
+    assert done.returncode == 1
+    assert done.stderr == (
+        "1 of 7 images could not be read; 1 files in the folders have no suffix of an image and were left out\n"
+    )
+
+
+def test_a_pattern_in_quotes_is_expanded_also_over_subfolders(server, folder):
+    done = command("--server", server.target, "--json", "pictures/**/[0-3].png", "pictures/b*", folder=folder.parent)
+    assert [row["image"] for row in rows_of(done)] == [
+        "pictures/a/0.png", "pictures/a/3.png", "pictures/a/deep/1.png", "pictures/b/2.png", "pictures/b*",
+    ]  # fmt: skip
+    assert rows_of(done)[-1]["error"] == "no file matches this pattern"  # pictures/b is a folder
+    assert done.returncode == 1
+
+
+def test_csv_has_one_line_per_image_with_the_columns_of_the_first_line(server, folder):
+    done = command("--server", server.target, "--csv", "--top-k", "2", folder)
+    rows = list(csv.DictReader(io.StringIO(done.stdout)))
+    assert list(rows[0]) == [
+        "image", "class_1", "probability_1", "class_2", "probability_2", "error", "model_version",
+    ]  # fmt: skip
+    assert len(rows) == 7
+    best = expected(0, pictures(1))[0]
+    assert (rows[0]["class_1"], rows[0]["model_version"]) == (CLASSES[best.argmax()], "linear-0")
+    assert float(rows[0]["probability_1"]) == pytest.approx(best.max(), abs=1e-5)
+    assert (rows[-1]["class_1"], rows[-1]["model_version"]) == ("", "linear-0")
+    assert "its header is damaged" in rows[-1]["error"]
+
+
+def test_each_file_that_cannot_be_read_costs_only_its_own_row(server, tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "large.png").write_bytes(bytes(8_000_001))
+    (tmp_path / "link.png").symlink_to("nowhere")
+    names = ["absent.png", "pipe.png", "empty", "large.png", "link.png"]
+    done = command("--server", server.target, "--json", *names, SAMPLES / "cat.jpg", folder=tmp_path)
+    assert [(row["image"], row["error"]) for row in rows_of(done)] == [
+        ("absent.png", "No such file or directory"),
+        ("pipe.png", "it is not a regular file"),
+        ("empty", "the folder holds no file with the suffix of an image"),
+        ("large.png", "the file has 8,000,001 bytes; the server accepts images of at most 8,000,000 bytes"),
+        ("link.png", "No such file or directory"),
+        (str(SAMPLES / "cat.jpg"), None),
+    ]
+    assert done.returncode == 1
+    assert done.stderr == "5 of 6 images could not be read\n"
+
+
+def test_a_request_that_the_server_cannot_answer_costs_only_the_image_at_fault(folder):
+    servicer = Scripted()
+    servicer.limits.max_image_bytes = 10_000
+    servicer.poison = (folder / "a/3.png").read_bytes()
+    with serve(servicer) as target:
+        done = command("--server", target, "--json", "--top-k", "1", *[folder] * 5)
+    assert {Path(row["image"]).name for row in rows_of(done) if row["error"]} == {"3.png"}
+    assert len(rows_of(done)) == 35
+    assert max(servicer.calls) > 1  # images did share requests
+    assert done.returncode == 1
+
+
+def test_several_tables_are_printed_for_many_images_and_every_image_is_in_one(server, tmp_path):
+    for number in range(230):
+        Image.fromarray(pictures(1)[0]).save(tmp_path / f"{number:03}.png")
+    done = command("--server", server.target, "--top-k", "1", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("model linear-0") == 2
+    assert all(f"{number:03}.png" in done.stdout for number in range(230))
+
+
+def test_progress_is_shown_on_the_terminal_and_not_in_the_output(server, folder):
+    terminal, other_end = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "service.client", "--server", server.target, "--json", str(folder)],
+        cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=other_end, text=True, env={**os.environ, "TERM": "xterm"},
+    )  # fmt: skip
+    os.close(other_end)
+    out, _ = process.communicate(timeout=60)
+    shown = b""
+    while True:
+        try:
+            shown += os.read(terminal, 65536)
+        except OSError:  # the other end is closed
+            break
+    os.close(terminal)
+    assert len([json.loads(line) for line in out.splitlines()]) == 7
+    assert b"classifying" in shown
+    assert b"7/7" in shown
+
+
+def test_the_command_ends_without_a_traceback_if_nobody_reads_its_output(server):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "service.client", "--server", server.target, "--csv", str(SAMPLES)],
+        cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    process.stdout.close()
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (1, b"")
 
 
 def test_names_and_errors_that_look_like_markup_are_printed_as_they_are(server, tmp_path):
@@ -45,13 +182,19 @@ def test_names_and_errors_that_look_like_markup_are_printed_as_they_are(server, 
     assert "[/b]" in done.stdout
 
 
-def test_files_that_cannot_be_read_are_named_before_the_server_is_asked(tmp_path):
-    done = command("absent.png", SAMPLES / "cat.jpg", tmp_path, "missing.jpg", "--server", "127.0.0.1:1")
-    assert done.returncode == 2
-    assert done.stderr == (
-        "error: these images cannot be read: absent.png: No such file or directory; "
-        f"{tmp_path}: Is a directory; missing.jpg: No such file or directory\n"
-    )
+@pytest.mark.parametrize("form", [[], ["--csv"], ["--json"]])
+def test_a_file_name_need_not_be_valid_text(server, tmp_path, form):
+    shutil.copy(SAMPLES / "cat.jpg", os.fsencode(tmp_path) + b"/\xff.jpg")
+    done = command("--server", server.target, *form, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert r"\udcff.jpg" in done.stdout
+
+
+def test_a_file_name_cannot_control_the_terminal(server, tmp_path):
+    shutil.copy(SAMPLES / "cat.jpg", tmp_path / "\x1b[31mred.jpg")
+    done = command("--server", server.target, tmp_path)
+    assert r"\x1b[31mred.jpg" in done.stdout
+    assert "\x1b" not in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import warnings
 
 from service.generated.cifar.v1 import image_classifier_pb2 as service_dot_generated_dot_cifar_dot_v1_dot_image__classifier__pb2
 
-GRPC_GENERATED_VERSION = '1.85.1'
+GRPC_GENERATED_VERSION = '1.72.1'
 GRPC_VERSION = grpc.__version__
 _version_not_supported = False
 
@@ -18,14 +18,14 @@ except ImportError:
 if _version_not_supported:
     raise RuntimeError(
         f'The grpc package installed is at version {GRPC_VERSION},'
-        + ' but the generated code in service/generated/cifar/v1/image_classifier_pb2_grpc.py depends on'
+        + f' but the generated code in service/generated/cifar/v1/image_classifier_pb2_grpc.py depends on'
         + f' grpcio>={GRPC_GENERATED_VERSION}.'
         + f' Please upgrade your grpc module to grpcio>={GRPC_GENERATED_VERSION}'
         + f' or downgrade your generated code using grpcio-tools<={GRPC_VERSION}.'
     )
 
 
-class ImageClassifierStub:
+class ImageClassifierStub(object):
     """Classifies images with the model that the server has loaded.
 
     The server limits the number of images, bytes and pixels; GetModel returns these limits. A request that exceeds a limit
@@ -56,7 +56,7 @@ class ImageClassifierStub:
                 _registered_method=True)
 
 
-class ImageClassifierServicer:
+class ImageClassifierServicer(object):
     """Classifies images with the model that the server has loaded.
 
     The server limits the number of images, bytes and pixels; GetModel returns these limits. A request that exceeds a limit
@@ -112,7 +112,7 @@ def add_ImageClassifierServicer_to_server(servicer, server):
 
 
  # This class is part of an EXPERIMENTAL API.
-class ImageClassifier:
+class ImageClassifier(object):
     """Classifies images with the model that the server has loaded.
 
     The server limits the number of images, bytes and pixels; GetModel returns these limits. A request that exceeds a limit

@@ -1,0 +1,102 @@
+"""Writes the answers of `cifar-classify`, row by row: as a table, as lines of JSON, or as CSV."""
+
+import contextlib
+import csv
+import io
+import json
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Protocol
+
+from service.client.streaming import Row
+from service.client.table import print_table
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+# A table needs its rows at hand to choose the widths of its columns, so a long list is printed as several tables.
+_TABLE_ROWS = 200
+
+
+class Writer(Protocol):
+    """Writes rows to standard output."""
+
+    def write(self, row: Row) -> None:
+        """Writes one row, or keeps it until there are enough of them."""
+
+    def finish(self) -> None:
+        """Writes what was kept."""
+
+
+class TableWriter:
+    """Prints a table for each 200 files.
+
+    Args:
+        console: Console to print to; None: a new one for standard output.
+    """
+
+    def __init__(self, console: "Console | None" = None) -> None:
+        self._console = console
+        self._rows: list[Row] = []
+
+    def write(self, row: Row) -> None:  # noqa: D102 -- see Writer
+        self._rows.append(row)
+        if len(self._rows) >= _TABLE_ROWS:
+            self.finish()
+
+    def finish(self) -> None:  # noqa: D102
+        rows, self._rows = self._rows, []
+        if rows:
+            print_table([row.file.label for row in rows], [row.answer for row in rows], self._console)
+
+
+class JsonWriter:
+    """Prints one line of JSON per file: image, classes, error, model_version."""
+
+    def write(self, row: Row) -> None:  # noqa: D102
+        print(json.dumps({"image": str(row.file.path), **asdict(row.answer)}))
+
+    def finish(self) -> None:  # noqa: D102
+        """Nothing was kept."""
+
+
+class CsvWriter:
+    """Prints one line of CSV per file, after a line with the names of the columns.
+
+    Args:
+        classes: Number of classes per image; each takes two columns.
+    """
+
+    def __init__(self, classes: int) -> None:
+        self._classes = classes
+        self._csv = csv.writer(sys.stdout, lineterminator="\n")
+        pairs = [f"{name}_{place}" for place in range(1, classes + 1) for name in ("class", "probability")]
+        self._csv.writerow(["image", *pairs, "error", "model_version"])
+
+    def write(self, row: Row) -> None:  # noqa: D102
+        ranked = [value for ranked in row.answer.classes for value in (ranked.name, f"{ranked.probability:.6g}")]
+        padding = [""] * (2 * self._classes - len(ranked))
+        self._csv.writerow([row.file.path, *ranked, *padding, row.answer.error or "", row.answer.model_version])
+
+    def finish(self) -> None:  # noqa: D102
+        """Nothing was kept."""
+
+
+@contextlib.contextmanager
+def standard_output() -> Iterator[None]:
+    """Lets a command print any file name, and end without a traceback if nobody reads its output any more.
+
+    Raises:
+        SystemExit: 1, because the reader of standard output, such as `head`, ended first.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file name need not be valid text
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Python writes out the rest when it ends, which would fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None

@@ -1,0 +1,70 @@
+"""Closing a client while other threads use it."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+import pytest
+
+from service.client import ClassificationError, Client, Options
+from tests.service.client.scripted import Scripted, serve
+from tests.service.conftest import until
+from tests.service.exports import pictures
+
+
+class Blocked(Scripted):
+    """Answers no request until `go_on` is set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.arrived = threading.Semaphore(0)
+        self.go_on = threading.Event()
+
+    def Classify(self, request, context):  # noqa: N802
+        self.arrived.release()
+        self.go_on.wait(60)
+        return super().Classify(request, context)
+
+
+def failure_of(call) -> ClassificationError:
+    with pytest.raises(ClassificationError) as caught:
+        call()
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("images", "coalesce"), [(1, True), (1, False), (100, True)], ids=["shared", "single", "in the pool"]
+)
+def test_calls_under_way_fail_at_once_when_the_client_is_closed(images, coalesce):
+    servicer = Blocked()
+    with serve(servicer) as target, ThreadPoolExecutor(6) as threads:
+        client = Client(target, Options(coalesce=coalesce, timeout=600))
+        client.model()
+        calls = [threads.submit(failure_of, lambda: client.classify(pictures(images))) for _ in range(6)]
+        servicer.arrived.acquire()
+        client.close()
+        failures = [call.result(timeout=60) for call in calls]  # the server still answers nothing
+        assert {failure.code for failure in failures} == {grpc.StatusCode.CANCELLED}
+        assert not servicer.calls
+        servicer.go_on.set()
+
+
+def test_a_call_that_pauses_before_its_next_attempt_ends_when_the_client_is_closed():
+    servicer = Scripted((grpc.StatusCode.UNAVAILABLE, (("grpc-retry-pushback-ms", "600000"),)))
+    with serve(servicer) as target, ThreadPoolExecutor(1) as threads:
+        client = Client(target, Options(timeout=3600))
+        client.model()
+        call = threads.submit(failure_of, lambda: client.classify(pictures(1)))
+        until(lambda: bool(servicer.calls))
+        client.close()
+        assert call.result(timeout=60).code is grpc.StatusCode.CANCELLED
+
+
+@pytest.mark.parametrize("images", [1, 100])
+def test_a_closed_client_says_so(images):
+    with serve(Scripted()) as target:
+        with Client(target) as client:
+            assert client.classify(pictures(1))
+        for _ in range(2):
+            assert str(failure_of(lambda: client.classify(pictures(images)))) == "CANCELLED: the client was closed"
+        client.close()
