@@ -22,6 +22,10 @@ logger = logging.getLogger(__name__)
 
 # A client cancels at its deadline, and its cancellation can arrive shortly before the deadline has passed here.
 DEADLINE_SLACK = 0.05
+# From this number of waiting images on, several batches are computed at once, each on one core: then a core that also
+# reads requests and writes answers does not delay the other cores after every layer. Fewer images are computed in one
+# batch on all cores, which answers them sooner.
+MIN_PARALLEL_IMAGES = 32
 
 
 class Observer(Protocol):
@@ -91,7 +95,7 @@ class Batcher:
             its `with` block.
         max_bytes: Largest number of bytes of all admitted requests.
         observer: Is notified of every batch and of every request that gets no answer.
-        threads: Largest number of batches computed at the same time. Without a backlog one batch at a time is computed.
+        threads: Largest number of batches computed at the same time.
     """
 
     def __init__(
@@ -109,6 +113,7 @@ class Batcher:
         self.admitted_bytes = 0
         self._observer = observer
         self._queue = Queue(max_batch_size)
+        self._min_parallel_images = min(MIN_PARALLEL_IMAGES, max_batch_size)
         self._changed = threading.Condition(threading.Lock())
         self._closing = False
         self._images_per_second = 1000.0  # a guess until the first batches; used for retry hints only
@@ -169,7 +174,7 @@ class Batcher:
             timer = self._loop.call_at(deadline, self._expire, request)
         with self._changed:
             self._queue.put(request)
-            if not self._running or self._queue.backlog:
+            if not self._running or self._is_enough_for_another:
                 self._changed.notify()
         try:
             return await request.future
@@ -236,26 +241,35 @@ class Batcher:
         """Waits for the next batch of a thread that has finished its last one; None when the batcher is closed.
 
         Returns:
-            The batch, and the number of batches that run now, including this one. A second batch starts only while
-            there is a backlog: one batch on all cores finishes sooner than two batches that share the cores, and images
-            that arrive meanwhile make the next batch larger.
+            The batch, and the number of batches that run now, including this one and the next if it starts at once.
         """
         with self._changed:
             self._running.pop(number, None)
             while True:
                 ready_at = 0.0 if self._closing else self._queue.ready_at(self.max_queue_delay)
                 now = time.monotonic()
-                if self._running and not self._queue.backlog and not self._closing:
+                if self._running and not self._is_enough_for_another and not self._closing:
                     ready_at = None  # the thread that is computing will take it
-                if ready_at is not None and ready_at <= now and (pieces := self._queue.take(now)):
+                if ready_at is not None and ready_at <= now and (pieces := self._queue.take(now, self._share())):
                     self._running[number] = now
-                    if self._queue.backlog:
-                        self._changed.notify()  # there is enough for another thread
-                    return pieces, len(self._running)
+                    another = self._is_enough_for_another
+                    if another:
+                        self._changed.notify()
+                    return pieces, len(self._running) + another
                 if self._closing:
                     return None
                 # If only expired requests wait, their timers will remove them.
                 self._changed.wait(ready_at - now if ready_at is not None and ready_at > now else None)
+
+    @property
+    def _is_enough_for_another(self) -> bool:
+        """Whether another batch is worth computing beside those that run, and a thread is free for it."""
+        return self._queue.images >= self._min_parallel_images and len(self._running) < len(self._threads)
+
+    def _share(self) -> int:
+        """How many of the waiting images the next batch takes, so that the free threads get equal numbers."""
+        free = len(self._threads) - len(self._running)
+        return max(self._min_parallel_images, -(-self._queue.images // free))
 
     # In the event loop
 

@@ -93,11 +93,6 @@ class Queue:
         """Number of waiting images of all requests."""
         self._requests: collections.OrderedDict[Request, None] = collections.OrderedDict()
 
-    @property
-    def backlog(self) -> bool:
-        """Whether more images wait than the next two batches can take."""
-        return self.images >= 2 * self.max_batch_size
-
     def put(self, request: Request) -> None:
         """Adds a request at the back."""
         self._requests[request] = None
@@ -120,13 +115,17 @@ class Queue:
             return 0.0
         return next(iter(self._requests)).queued_at + max_delay
 
-    def take(self, now: float) -> list[Piece]:
-        """The next batch: at most `max_batch_size` images of requests with the same `compute`, none past its deadline.
+    def take(self, now: float, limit: int | None = None) -> list[Piece]:
+        """The next batch: images of requests with the same `compute`, none past its deadline.
 
         Empty if every waiting request is past its deadline.
+
+        Args:
+            now: The time.
+            limit: Largest number of images, if it is to be smaller than `max_batch_size`.
         """
         pieces: list[Piece] = []
-        free = self.max_batch_size
+        free = self.max_batch_size if limit is None else min(limit, self.max_batch_size)
         for request in self._requests:
             if request.deadline is not None and request.deadline <= now:
                 continue  # the timer of the request removes it and informs its caller

@@ -188,24 +188,40 @@ def test_every_live_request_is_answered_once_with_its_own_images_in_order(
 # Several threads
 
 
-def test_a_second_thread_computes_only_while_more_than_two_batches_wait():
+def test_a_second_thread_computes_as_soon_as_a_whole_batch_waits():
     async def test():
         gate, events = Gate(), Events()
         batches = batcher(events, threads=2)
         tasks = [asyncio.create_task(batches.submit(numbered(0), gate))]
         await begun(gate)
-        tasks += [asyncio.create_task(batches.submit(numbered(number), gate)) for number in range(1, 8)]
+        tasks += [asyncio.create_task(batches.submit(numbered(number), gate)) for number in range(1, 4)]
         await asyncio.sleep(0.1)
-        assert gate.seen == [[0]]  # seven wait, less than two batches of four
-        tasks.append(asyncio.create_task(batches.submit(numbered(8, 9, 10, 11, 12), gate)))
+        assert gate.seen == [[0]]  # three wait, less than a batch of four
+        tasks.append(asyncio.create_task(batches.submit(numbered(4, 5, 6, 7, 8), gate)))
         await begun(gate)
         assert gate.seen == [[0], [1, 2, 3, 4]]  # while the first is still being computed
         assert gate.alone == [True, False]
         gate.permits.release(100)
         answers = [rows(await task) for task in tasks]
-        assert answers == [*([number] for number in range(8)), [8, 9, 10, 11, 12]]
+        assert answers == [[0], [1], [2], [3], [4, 5, 6, 7, 8]]
         await batches.close()
-        assert sorted(number for batch in gate.seen for number in batch) == list(range(13))
+        assert sorted(number for batch in gate.seen for number in batch) == list(range(9))
         assert max(events.batches) <= 4
+
+    run(test)
+
+
+def test_many_waiting_images_are_shared_among_the_free_threads_and_none_of_the_batches_uses_all_cores():
+    async def test():
+        gate = Gate()
+        batches = batcher(threads=2, max_batch_size=64)
+        numbers = list(range(80))
+        task = asyncio.create_task(batches.submit(numbered(*numbers), gate))
+        await begun(gate, 2)
+        assert sorted(len(batch) for batch in gate.seen) == [40, 40]
+        assert gate.alone == [False, False]
+        gate.permits.release(2)
+        assert rows(await task) == numbers
+        await batches.close()
 
     run(test)
