@@ -130,7 +130,7 @@ async def _run(
             transports.append(
                 http_server(
                     settings, inference, metrics, receiver, tokens, certificates, spans,
-                    shares_port=shares_port, healthy=lifecycle.healthy,
+                    shares_port=shares_port, healthy=lifecycle.healthy, keep=lifecycle.keep,
                 )
             )  # fmt: skip
         metrics.registry.register(Processes(lambda: {"server": os.getpid()}))

@@ -7,6 +7,9 @@ asks each connection twice a second whether it is overdue (`overdue`), because t
 
 import asyncio
 import contextlib
+import fcntl
+import struct
+import termios
 import time
 from http import HTTPStatus
 from typing import Any, cast
@@ -39,7 +42,11 @@ _MIN_CHUNK_BYTES = 256
 
 
 class _Parser(h11.Connection):
-    """h11's parser, which also limits the number of headers and of chunks."""
+    """h11's parser, with further limits.
+
+    h11 limits the size only of headers that have not arrived as a whole. It accepts versions that do not exist, and a
+    body with both of the headers that may say where it ends, which a proxy in front may understand in another way.
+    """
 
     def __init__(self) -> None:
         super().__init__(h11.SERVER, MAX_HEADERS_BYTES)
@@ -69,11 +76,29 @@ class _Parser(h11.Connection):
                 )
         elif isinstance(event, h11.Request):
             self._chunks = self._bytes = 0
-            if len(event.headers) > MAX_HEADERS:
-                raise h11.RemoteProtocolError(
-                    f"the request has {len(event.headers)} headers; at most {MAX_HEADERS} are allowed",
-                    error_status_hint=HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE,
-                )
+            _check_head(event)
+
+
+def _check_head(request: h11.Request) -> None:
+    """Accepts the line and the headers of a request.
+
+    Raises:
+        h11.RemoteProtocolError: They break a rule or a limit.
+    """
+    if request.http_version not in (b"1.0", b"1.1"):
+        raise h11.RemoteProtocolError(
+            f"its version is HTTP/{request.http_version.decode()}; it must be 1.0 or 1.1",
+            error_status_hint=HTTPStatus.HTTP_VERSION_NOT_SUPPORTED,
+        )
+    size = len(request.target) + sum(len(name) + len(value) + 4 for name, value in request.headers)
+    if len(request.headers) > MAX_HEADERS or size > MAX_HEADERS_BYTES:
+        raise h11.RemoteProtocolError(
+            f"it has {len(request.headers)} headers of {size} bytes; at most {MAX_HEADERS} headers and "
+            f"{MAX_HEADERS_BYTES} bytes are allowed",
+            error_status_hint=HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE,
+        )
+    if {b"content-length", b"transfer-encoding"} <= {name for name, _ in request.headers}:
+        raise h11.RemoteProtocolError("it has both Content-Length and Transfer-Encoding: send one of them")
 
 
 class Connection(H11Protocol):
@@ -165,8 +190,16 @@ class Connection(H11Protocol):
 
     @property
     def unread(self) -> int:
-        """Bytes of answers that the client has not read."""
-        return self.transport.get_write_buffer_size()
+        """Bytes of answers that the client has not read, here and in the kernel.
+
+        TLS hides what waits between the two. As long as it waits, the kernel's part is not empty.
+        """
+        waiting = self.transport.get_write_buffer_size()
+        descriptor = self.transport.get_extra_info("socket").fileno()
+        if descriptor >= 0:
+            (in_kernel,) = struct.unpack("i", fcntl.ioctl(descriptor, termios.TIOCOUTQ, bytes(4)))
+            waiting += in_kernel
+        return waiting
 
     @property
     def idle_since(self) -> float:

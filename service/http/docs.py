@@ -2,6 +2,7 @@
 
 import html
 import json
+from collections.abc import Sequence
 from typing import Any
 
 Described = dict[str, Any]
@@ -60,11 +61,11 @@ def _operation(path: str, method: str, operation: Described) -> str:
         parts.append(_table(("parameter", "in", "type", "meaning"), rows))
     if "requestBody" in operation:
         parts.append(_table(("body", "form"), _contents(operation["requestBody"])))
-    rows = [
+    answers = [
         (f"<code>{status}</code>", _described(answer), _forms(answer))
         for status, answer in operation["responses"].items()
     ]
-    parts.append(_table(("status", "meaning", "form"), rows))
+    parts.append(_table(("status", "meaning", "form"), answers))
     return "\n".join(parts)
 
 
@@ -93,7 +94,7 @@ def _described(holder: Described) -> str:
     return _text(holder.get("description", ""))
 
 
-def _table(heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def _table(heads: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     head = "".join(f"<th scope='col'>{each}</th>" for each in heads)
     body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"

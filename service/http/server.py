@@ -7,8 +7,8 @@ import email.utils
 import logging
 import socket
 import time
-from collections.abc import Callable
-from typing import cast
+from collections.abc import Callable, Coroutine
+from typing import Any, cast
 
 from uvicorn.config import Config
 from uvicorn.server import ServerState
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 HANDSHAKE_SECONDS = 10.0
 _TLS_CLOSE_SECONDS = 2.0
 _CHECK_SECONDS = 0.5
-# While all connections are in use, idle ones are looked for at most this often.
+# While nearly all connections are in use, idle ones are looked for at most this often.
 _SEARCH_SECONDS = 0.1
 # Pause after a connection could not be accepted, for example because no file descriptor is free.
 _ACCEPT_PAUSE_SECONDS = 0.1
@@ -55,6 +55,7 @@ class HttpServer:
         tracing: Makes spans; None if tracing is off.
         shares_port: Whether other processes listen on the same port.
         healthy: Returns whether the engine works.
+        keep: Wraps tasks that last as long as the server, and stops it if one of them fails.
 
     Attributes:
         port: The port that it listens on.
@@ -75,6 +76,7 @@ class HttpServer:
         *,
         shares_port: bool,
         healthy: Callable[[], bool],
+        keep: Callable[[Coroutine[Any, Any, None]], Coroutine[Any, Any, None]],
     ) -> None:
         self._requests = Requests(
             metrics,
@@ -87,14 +89,14 @@ class HttpServer:
         app = application(self._requests, inference, healthy, health_without_token=settings.health_without_token)
         self._state = ServerState()
         self._config = _configuration(app)
-        self._certificates = certificates
+        self._certificates, self._keep = certificates, keep
         self._max_connections = settings.max_connections
         self._max_age = settings.max_connection_age
         self._host = settings.http_address
         self._listeners = ports.listen(settings.http_address, settings.http_port or 0, shares_port=shares_port)
         self.port: int = self._listeners[0].getsockname()[1]
         self._idle: collections.deque[Connection] = collections.deque()  # found by the last search
-        self._searched = 0.0
+        self._next_search = 0.0
         self._opening: set[asyncio.Task[None]] = set()
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -116,8 +118,8 @@ class HttpServer:
     async def start(self) -> None:
         """Accepts connections and answers requests from now on."""
         for listener in self._listeners:
-            self._tasks.append(asyncio.create_task(self._accept(listener)))
-        self._tasks.append(asyncio.create_task(self._watch()))
+            self._tasks.append(asyncio.create_task(self._keep(self._accept(listener))))
+        self._tasks.append(asyncio.create_task(self._keep(self._watch())))
         scheme = "https" if self._certificates else "http"
         url = f"{scheme}://{ports.address(self._host, self.port)}/"
         logger.info("HTTP at %s", url, extra={"http_port": self.port, "http_url": url})
@@ -194,9 +196,10 @@ class HttpServer:
     def _end_longest_idle(self) -> bool:
         """Ends the connection that has been idle for longest, so that silent clients cannot lock others out."""
         now = time.monotonic()
-        if not self._idle and now - self._searched > _SEARCH_SECONDS:
-            self._searched = now
+        if not self._idle and now >= self._next_search:
             idle = [connection for connection in self._connections if connection.is_idle]
+            rare = len(idle) < len(self._connections) // 10
+            self._next_search = now + (_SEARCH_SECONDS if rare else 0.0)
             self._idle.extend(sorted(idle, key=lambda connection: connection.idle_since))
         while self._idle:
             connection = self._idle.popleft()
@@ -227,7 +230,7 @@ class HttpServer:
     # Stopping
 
     def _unsent(self) -> int:
-        return sum(connection.unread > 0 for connection in self._connections if not connection.transport.is_closing())
+        return sum(connection.unread > 0 for connection in self._connections)
 
     async def _tell_clients(self) -> None:
         """Waits until active clients have sent another request, whose answer says that the connection is closed."""

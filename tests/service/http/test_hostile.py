@@ -156,7 +156,7 @@ def test_a_client_that_closes_its_half_of_the_connection_is_not_kept(attacked):
         (b"GET / HTTP/1.1\r\nHost: x\r\n" + b"X: a\r\n" * 200 + b"\r\n", 431),
         (b"GET / HTTP/1.1\r\n\r\n", 400),
         (b"GET / HTTP/1.1\r\nHost: x\r\nHost: y\r\n\r\n", 400),
-        (b"GET / HTTP/9.9\r\nHost: x\r\n\r\n", 400),
+        (b"GET / HTTP/9.9\r\nHost: x\r\n\r\n", 505),
         (b"GET /\xff HTTP/1.1\r\nHost: x\r\n\r\n", 400),
         (b"GET / HTTP/1.1\r\nHost: x\r\nX : y\r\n\r\n", 400),
         (b"GET / HTTP/1.1\r\nHost: x\r\nX: y\r\n folded\0\r\n\r\n", 400),
@@ -168,9 +168,8 @@ def test_a_client_that_closes_its_half_of_the_connection_is_not_kept(attacked):
         (HEAD + b"Transfer-Encoding: gzip\r\n\r\n", 501),
         (HEAD + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n", 400),
         (HEAD + b"Transfer-Encoding: chunked\r\n\r\n-1\r\n", 400),
-        (HEAD + b"Transfer-Encoding: chunked\r\n\r\n1;" + b"a" * 20_000 + b"\r\nx\r\n", 431),
         (HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + b"1\r\nx\r\n" * 2000, 400),
-        (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 400),
+        (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505),
         (b"hello\r\n\r\n", 400),
         (bytes(range(256)) * 100, 400),
     ],
@@ -182,14 +181,12 @@ def test_a_request_that_is_not_http_or_too_large_has_its_status(attacked, reques
         assert reply.json["status"] == status
 
 
-def test_content_length_and_chunks_together_are_no_second_request(attacked):
-    smuggled = b"GET /v1/model HTTP/1.1\r\nHost: x\r\n\r\n"
-    head = HEAD + b"Transfer-Encoding: chunked\r\nContent-Length: 5\r\n\r\n0\r\n\r\n" + smuggled
+def test_content_length_and_chunks_together_are_refused(attacked):
+    """A proxy in front could find the end of the body at another place, and see one request where there are two."""
+    head = HEAD + b"Transfer-Encoding: chunked\r\nContent-Length: 5\r\n\r\n0\r\n\r\n"
     with Raw(attacked.http_url) as raw:
-        first = raw.send(head).reply()
-        assert first.status in (400, 422)
-        if raw.readable(1):
-            assert raw.socket.recv(65536) == b""
+        assert raw.send(head + b"GET /v1/model HTTP/1.1\r\nHost: x\r\n\r\n").reply().status == 400
+        assert raw.seconds_until_closed(30) < 5
 
 
 def test_a_hostile_content_type_costs_no_time(attacked):
@@ -207,7 +204,7 @@ def test_a_hostile_content_type_costs_no_time(attacked):
 def test_a_multipart_body_of_near_boundaries_costs_no_time(attacked):
     boundary = "a" * 60
     near = (b"\r\n--" + b"a" * 59 + b"b") * (8 * 2**20 // 70)
-    first = f"--{boundary}\r\nContent-Disposition: form-data\r\n\r\n"
+    first = f"--{boundary}\r\nContent-Disposition: form-data; name=a\r\n\r\n"
     body = first.encode() + near + f"\r\n--{boundary}--\r\n".encode()
     with Web(attacked.http_url) as web:
         began = time.monotonic()

@@ -1,6 +1,8 @@
+import importlib.util
 import json
-import os
 import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,15 +10,23 @@ import pytest
 from tests.conftest import REPOSITORY
 from tests.service.exports import expected
 
-KSERVE = "CIFAR_KSERVE_PYTHON"
+# Made by `make kserve-sdk`.
+OWN_ENVIRONMENT = REPOSITORY / ".venv-kserve/bin/python"
 
 
-def test_the_kserve_sdks_rest_client_works_unchanged(http_server):
-    python = os.environ.get(KSERVE)
-    if not python:
-        pytest.skip(f"needs the KServe SDK, which needs an environment of its own: set {KSERVE} to its interpreter")
+@pytest.fixture(scope="module")
+def sdk() -> Path:
+    """An interpreter that has KServe's SDK."""
+    if importlib.util.find_spec("kserve"):
+        return Path(sys.executable)
+    if OWN_ENVIRONMENT.exists():
+        return OWN_ENVIRONMENT
+    pytest.skip("KServe's SDK is not installed: make kserve-sdk")
+
+
+def test_the_kserve_sdks_rest_client_works_unchanged(http_server, sdk):
     done = subprocess.run(
-        [python, "tests/service/http/kserve_session.py", http_server.http_url],
+        [sdk, "tests/service/http/kserve_session.py", http_server.http_url],
         cwd=REPOSITORY, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
