@@ -65,6 +65,10 @@ function onEnd() {
     byId("summary").textContent = all ? `${summary}, in ${took}` : `${summary}; the last ${pictures.length} in ${took}`;
     say(`${summaryOf(pictures)}, in ${took}`);
   }
+  offerRetry();
+}
+
+function offerRetry() {
   byId("retry").hidden = !gallery.pictures.some(({ state }) => state === "failed");
 }
 
@@ -129,6 +133,7 @@ function cancel() {
   run = null;
   forget(unfinished);
   hideProgress();
+  offerRetry();
   byId("summary").textContent = summaryOf(gallery.pictures);
   say(`Cancelled: ${total - unfinished.length} of ${counted(total, "picture")} have an answer`);
 }
@@ -145,7 +150,7 @@ function forget(pictures) {
 function clear() {
   if (run) cancel();
   forget(gallery.pictures);
-  byId("retry").hidden = true;
+  offerRetry();
   byId("summary").textContent = "";
   byId("choose").focus();
   say("All pictures were removed from the page");

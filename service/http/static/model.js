@@ -26,6 +26,9 @@ export function showFacts(model) {
  * @param {(names: string[]) => void} onChoose
  */
 export function showSamples(names, onChoose) {
+  const shown = names.join("/");
+  if (byId("samples").dataset.names === shown) return; // keeps the focus when only the model has changed
+  byId("samples").dataset.names = shown;
   const buttons = names.map((name) => {
     const label = name.replace(/\.\w+$/, "");
     const image = element("img", { src: `samples/${encodeURIComponent(name)}`, alt: "", decoding: "async" });

@@ -1,4 +1,4 @@
-"""A real browser, Debian's Chromium driven by Playwright, and a real server with the page, for the tests of the page."""
+"""A real browser, Debian's Chromium driven by Playwright, and a real server with the page."""
 
 import json
 import re
