@@ -2,6 +2,7 @@
 
 import logging
 import os
+import socket
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from cifar_core.sweep.processes import Children, Command
 
 # How often Ray starts a task again whose worker or machine ended.
 _RETRIES = 10
+_CONNECT_SECONDS = 10.0
 
 
 class ClusterError(CifarError):
@@ -36,8 +38,9 @@ def train_on_cluster(commands: Sequence[Command], address: str, gpus: int) -> It
     own: dict[str, Any] = {"_node_ip_address": "127.0.0.1", "include_dashboard": False} if address == "local" else {}
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
+        _check_address(address)
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **own)
-    except ConnectionError as error:
+    except OSError as error:
         raise ClusterError(f"--ray {address}: there is no Ray cluster at this address ({error})") from error
     try:
         running = {
@@ -60,3 +63,10 @@ def train_on_cluster(commands: Sequence[Command], address: str, gpus: int) -> It
 
 def _train(command: Command) -> int:
     return Children().train(command)
+
+
+def _check_address(address: str) -> None:
+    """Connects once, because Ray itself waits for minutes. Raises OSError."""
+    host, _, port = address.rpartition(":")
+    if port.isdecimal() and "/" not in host:
+        socket.create_connection((host, int(port)), _CONNECT_SECONDS).close()

@@ -92,7 +92,8 @@ class Children:
                     start_new_session=True,
                 )
                 self._running.add(process)
-            code = process.wait()
+            with process:
+                code = process.wait()
         with self._lock:
             self._running.remove(process)
         return code

@@ -8,6 +8,7 @@ computed twice is written twice with the same content under the same name.
 import asyncio
 import logging
 import os
+import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +28,8 @@ from service.score.sources import open_source
 
 Input = tuple[Path, str | None, Content, str | None]
 """Path, column, content and key of the input."""
+_CONNECT_SECONDS = 10.0
+
 Batch = dict[str, NDArray[np.int64]]
 
 
@@ -80,8 +83,9 @@ def score_on_cluster(
     own: dict[str, Any] = {"_node_ip_address": "127.0.0.1", "include_dashboard": False} if address == "local" else {}
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
+        _check_address(address)
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **own)
-    except ConnectionError as error:
+    except OSError as error:
         raise ScoreError(f"--ray {address}: there is no Ray cluster at this address ({error})") from error
     try:
         _score(where, output, options, parts, progress)
@@ -124,3 +128,10 @@ def _score_error(error: BaseException | None) -> ScoreError | None:
                 return ScoreError(str(candidate))
         error = error.__cause__
     return None
+
+
+def _check_address(address: str) -> None:
+    """Connects once, because Ray itself waits for minutes. Raises OSError."""
+    host, _, port = address.rpartition(":")
+    if port.isdecimal() and "/" not in host:
+        socket.create_connection((host, int(port)), _CONNECT_SECONDS).close()

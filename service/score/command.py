@@ -137,6 +137,7 @@ def _description(kind: str, chosen: argparse.Namespace, options: ScoreOptions, m
             "variant": model.variant,
             "sha256": model.sha256,
             "classes": list(model.classes),
+            "device": model.device,
         },
         "options": {
             "rows_per_part": options.rows_per_part,
@@ -144,7 +145,6 @@ def _description(kind: str, chosen: argparse.Namespace, options: ScoreOptions, m
             "max_image_bytes": options.image_limits.max_bytes,
             "max_image_pixels": options.image_limits.max_pixels,
             "max_decode_seconds": options.max_decode_seconds,
-            "device": options.device,
         },
     }
 

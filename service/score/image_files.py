@@ -51,7 +51,7 @@ class ImageFiles:
                 empty = False
         if empty:
             looked_for = (
-                f"no file with an extension {', '.join(EXTENSIONS)}, and no .parquet file"
+                f"no file with an extension {', '.join(EXTENSIONS)}, and no .parquet file directly in it"
                 if self._kind == KIND_FOLDER
                 else "no path; write one per line"
             )

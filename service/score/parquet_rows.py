@@ -138,9 +138,7 @@ class ParquetRows:
     def _open(self, name: str) -> pq.ParquetFile:
         try:
             # Streams pages instead of reading a whole column of a row group, which may be gigabytes.
-            file = pq.ParquetFile(
-                self._folder / name, pre_buffer=False, buffer_size=_BUFFER_BYTES, page_checksum_verification=True
-            )
+            file = pq.ParquetFile(self._folder / name, pre_buffer=False, buffer_size=_BUFFER_BYTES)
         except (OSError, pa.ArrowException) as error:
             raise ScoreError(f"{self._folder / name}: this is not a readable Parquet file: {_reason(error)}") from error
         for column, kind in getattr(self, "_types", {}).items():

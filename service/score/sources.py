@@ -36,7 +36,7 @@ def open_source(
 def _kind_of(path: Path) -> str:
     try:
         if path.is_dir():
-            return KIND_PARQUET if parquet_names(path) else KIND_FOLDER
+            return _kind_of_folder(path)
         if not path.is_file():
             raise ScoreError(f"{path}: there is no such file or folder")
     except OSError as error:
@@ -44,3 +44,15 @@ def _kind_of(path: Path) -> str:
     if path.name.lower().endswith(EXTENSIONS):
         raise ScoreError(f"{path}: this is one image; give its folder, or a text file with the paths of images")
     return KIND_PARQUET if path.suffix == ".parquet" else KIND_LIST
+
+
+def _kind_of_folder(path: Path) -> str:
+    if not parquet_names(path):
+        return KIND_FOLDER
+    image = next((file.name for file in path.iterdir() if file.name.lower().endswith(EXTENSIONS)), None)
+    if image is not None:
+        raise ScoreError(
+            f"{path}: the folder holds .parquet files and images ({image}); move one kind elsewhere, or give a text "
+            "file with the paths of the images"
+        )
+    return KIND_PARQUET

@@ -114,6 +114,8 @@ def test_a_name_that_is_not_utf8_is_escaped_in_the_output(tmp_path, linear):
         (["blank.txt", "out"], "holds no path"),
         (["in", "in/out"], "the output must not lie in the input"),
         (["in", "used"], "the folder is not empty"),
+        (["in/00000.png", "out"], "this is one image; give its folder"),
+        (["mixed", "out"], r"holds .parquet files and images \(a.jpg\)"),
         (["in", "out", "--key", "id"], "--key is for Parquet files; in is a folder"),
         (["in", "out", "--variant", "int4"], "there is no variant 'int4'"),
         (["in", "blank.txt"], "cannot be written to"),
@@ -126,6 +128,9 @@ def test_a_run_that_cannot_start_says_why(tmp_path, linear, monkeypatch, argumen
     (tmp_path / "empty").mkdir()
     (tmp_path / "blank.txt").write_text("\n")
     (tmp_path / "used").mkdir()
+    (tmp_path / "mixed").mkdir()
+    for name in ("a.jpg", "b.parquet"):
+        (tmp_path / "mixed" / name).write_bytes(b"")
     (tmp_path / "used/thesis.tex").write_text("")
     with pytest.raises(ScoreError, match=message):
         score(*arguments, model=linear)

@@ -123,12 +123,10 @@ def test_files_with_different_columns_and_damaged_files_are_refused_by_name(tmp_
 
 def test_a_damaged_row_group_stops_the_run_and_is_named(tmp_path, linear):
     file = tmp_path / "in.parquet"
-    pq.write_table(
-        pa.table({"image": packed(IMAGES)}), file, use_dictionary=False, write_page_checksum=True, row_group_size=25
-    )
+    pq.write_table(pa.table({"image": packed(IMAGES)}), file, use_dictionary=False, row_group_size=25)
     content = bytearray(file.read_bytes())
     start = pq.read_metadata(file).row_group(1).column(0).data_page_offset
-    content[start + 100 : start + 1000] = bytes(900)
+    content[start : start + 30] = bytes(30)
     file.write_bytes(content)
     with pytest.raises(ScoreError, match=r"in\.parquet: row group 1 cannot be read after row 0"):
         score(file, tmp_path / "out", "--content", "pixels", "--rows-per-part", 25, model=linear)
