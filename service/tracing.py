@@ -53,17 +53,18 @@ class Trace:
         child.end(end_time=self._nanoseconds(ended))
         self._last = ended
 
-    def finish(self, attributes: Attributes, error: str | None = None) -> None:
+    def finish(self, attributes: Attributes, error: str | None = None, *, answered: bool = True) -> None:
         """Says how the request ended. Call it when the answer is about to be sent.
 
         Args:
             attributes: Attributes of the span of the request, such as its status code.
             error: Why the server failed on the request; None if it did not. A request that breaks a rule is no failure
                 of the server.
+            answered: Whether there is an answer, whose span begins at the end of the last phase.
         """
         from opentelemetry.trace import StatusCode
 
-        if error is None and self._last is not None:
+        if answered and error is None and self._last is not None:
             self.phase("answer", self._last, time.monotonic())
         self._span.set_attributes(attributes)
         if error is not None:

@@ -55,13 +55,18 @@ def request_span(maker: Tracing, method: str, context: Context) -> Iterator[None
             code = _CANCELLED
             raise
         except BaseException:
-            aborted: Any = context.code()  # a number, although its type stub says otherwise
-            code = aborted or _UNKNOWN
+            code = _number(context)
             raise
         finally:
             if trace is not None:
                 error = _NAMES.get(code, str(code)) if code in _SERVER_ERRORS else None
-                trace.finish({"rpc.grpc.status_code": code}, error)
+                trace.finish({"rpc.grpc.status_code": code}, error, answered=code == _OK)
+
+
+def _number(context: Context) -> int:
+    """The status with which a call was aborted."""
+    code: Any = context.code()  # its type stub does not say that it can be None
+    return _UNKNOWN if code is None else int(code.value[0])
 
 
 def traced(maker: Tracing, method: str, handle: Handle) -> Handle:

@@ -22,6 +22,12 @@ def test_a_flag_wins_over_the_variable_and_the_variable_over_the_default(monkeyp
     assert parse(["--max-batch-size", "9"]).max_batch_size == 9
 
 
+def test_the_name_of_the_model_can_be_given_as_kserve_spells_it():
+    assert parse([]).model_name == "cifar10"
+    for arguments in (["--model-name", "pets"], ["--model_name", "pets"], ["--model_name=pets"], ["--model-name=pets"]):
+        assert parse(arguments).model_name == "pets"
+
+
 def test_every_option_has_a_meaning_and_stands_in_the_help():
     done = subprocess.run(
         [sys.executable, "-m", "service", "--help"], cwd=REPOSITORY, capture_output=True, text=True, check=True
@@ -38,6 +44,8 @@ def test_every_option_has_a_meaning_and_stands_in_the_help():
         (["--port", "http"], "--port http: Input should be a valid integer"),
         (["--workers", "0"], "--workers 0"),
         (["--max-queue-delay-ms", "-1"], "--max-queue-delay-ms -1"),
+        (["--model-name", "a/b"], "--model-name a/b: String should match pattern"),
+        (["--model_name", ""], "--model-name : String should match pattern"),
         (["--device", "tpu"], "--device tpu: Input should be 'auto', 'cpu' or 'cuda'"),
         (["--bogus"], "unrecognized arguments: --bogus"),
         (["--port"], "expected one argument"),
