@@ -23,9 +23,11 @@ def main() -> int:
     try:
         settings = parse(sys.argv[1:])
         if importlib.util.find_spec("onnxruntime") is None:  # not imported: a supervisor does not need it
-            raise StartError(
-                "the module onnxruntime is not installed: pip install 'cifar-classifier[cpu]', or [cuda] for CUDA"
+            print(
+                "error: the module onnxruntime is not installed: pip install 'cifar-classifier[cpu]', or [cuda] for CUDA",
+                file=sys.stderr,
             )
+            return 2
         logs.configure(settings.log_level, settings.log_format)
         if settings.workers > 1:
             from service.workers.supervisor import supervise

@@ -4,7 +4,7 @@ import argparse
 import asyncio
 import contextlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -76,7 +76,7 @@ def _writer(chosen: argparse.Namespace, model: messages.GetModelResponse, consol
 
 
 @contextlib.contextmanager
-def _shown(files: Selection, chosen: argparse.Namespace) -> "Iterator[tuple[Iterator[Found], Console | None]]":
+def _shown(files: Selection, chosen: argparse.Namespace) -> "Iterator[tuple[Iterable[Found], Console | None]]":
     """Shows the progress on the terminal while the files are iterated over.
 
     The bar needs a terminal of its own: standard error while the rows go elsewhere. Tables can share the terminal with
@@ -85,7 +85,7 @@ def _shown(files: Selection, chosen: argparse.Namespace) -> "Iterator[tuple[Iter
     """
     to_terminal = sys.stdout.isatty()
     if (to_terminal and (chosen.json or chosen.csv)) or not (to_terminal or sys.stderr.isatty()):
-        yield iter(files), None
+        yield files, None
         return
     from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -101,9 +101,9 @@ def _print_summary(done: int, failed: int, ignored: int) -> None:
     """Says on standard error what the rows do not: how many images failed, and which files were no images."""
     parts = []
     if failed:
-        parts.append(f"{failed:,} of {done:,} images could not be read")
+        parts.append(f"images that could not be read: {failed:,} of {done:,}")
     if ignored:
-        parts.append(f"{ignored:,} files in the folders have no suffix of an image and were left out")
+        parts.append(f"files that were left out because they have no suffix of an image: {ignored:,}")
     if parts:
         print("; ".join(parts), file=sys.stderr)
 

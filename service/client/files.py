@@ -109,5 +109,7 @@ def read_image(path: Path, limit: int) -> bytes:
         content = file.read(limit + 1)
     if len(content) > limit:
         size = path.stat().st_size
-        raise OSError(0, f"the file has {size:,} bytes; the server accepts images of at most {limit:,} bytes", str(path))
+        raise OSError(
+            0, f"the file has {size:,} bytes; the server accepts images of at most {limit:,} bytes", str(path)
+        )
     return content

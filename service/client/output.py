@@ -41,12 +41,12 @@ class TableWriter:
         self._console = console
         self._rows: list[Row] = []
 
-    def write(self, row: Row) -> None:  # noqa: D102 -- see Writer
+    def write(self, row: Row) -> None:
         self._rows.append(row)
         if len(self._rows) >= _TABLE_ROWS:
             self.finish()
 
-    def finish(self) -> None:  # noqa: D102
+    def finish(self) -> None:
         rows, self._rows = self._rows, []
         if rows:
             print_table([row.file.label for row in rows], [row.answer for row in rows], self._console)
@@ -55,10 +55,10 @@ class TableWriter:
 class JsonWriter:
     """Prints one line of JSON per file: image, classes, error, model_version."""
 
-    def write(self, row: Row) -> None:  # noqa: D102
+    def write(self, row: Row) -> None:
         print(json.dumps({"image": str(row.file.path), **asdict(row.answer)}))
 
-    def finish(self) -> None:  # noqa: D102
+    def finish(self) -> None:
         """Nothing was kept."""
 
 
@@ -75,12 +75,12 @@ class CsvWriter:
         pairs = [f"{name}_{place}" for place in range(1, classes + 1) for name in ("class", "probability")]
         self._csv.writerow(["image", *pairs, "error", "model_version"])
 
-    def write(self, row: Row) -> None:  # noqa: D102
+    def write(self, row: Row) -> None:
         ranked = [value for ranked in row.answer.classes for value in (ranked.name, f"{ranked.probability:.6g}")]
         padding = [""] * (2 * self._classes - len(ranked))
         self._csv.writerow([row.file.path, *ranked, *padding, row.answer.error or "", row.answer.model_version])
 
-    def finish(self) -> None:  # noqa: D102
+    def finish(self) -> None:
         """Nothing was kept."""
 
 

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, Iterable
 from dataclasses import dataclass
 
 from service.client.aio import AsyncClient
@@ -31,7 +31,7 @@ class _Sent:
 
 async def classify_files(
     client: AsyncClient, files: Iterable[Found], top_k: int, max_image_bytes: int
-) -> AsyncIterator[Row]:
+) -> AsyncGenerator[Row, None]:
     """Classifies files and yields one row for each, in their order.
 
     Each file is a call of its own, and `AsyncClient` packs these calls into shared requests. So each file has its own

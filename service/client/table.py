@@ -9,9 +9,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
-def print_table(
-    names: Sequence[str], answers: Sequence[Classification], console: "Console | None" = None
-) -> None:
+def print_table(names: Sequence[str], answers: Sequence[Classification], console: "Console | None" = None) -> None:
     """Prints one row per image and class, with a bar for each probability.
 
     Args:

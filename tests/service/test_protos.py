@@ -49,7 +49,9 @@ def test_the_lowest_versions_are_the_ones_that_make_test_oldest_installs():
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     required = [*project["dependencies"], *project["optional-dependencies"]["serve"]]
     lowest = dict(text.split(">=") for text in [*required, *project["optional-dependencies"]["cpu"][1:]])
-    pinned = dict(re.findall(r"^([\w-]+)==([\d.]+)$", (REPOSITORY / "constraints-oldest.txt").read_text(), re.MULTILINE))
+    pinned = dict(
+        re.findall(r"^([\w-]+)==([\d.]+)$", (REPOSITORY / "constraints-oldest.txt").read_text(), re.MULTILINE)
+    )
     assert pinned.pop("grpcio-tools") == pinned["grpcio"]
     assert {name: Version(text) for name, text in lowest.items()} == {
         name: Version(text) for name, text in pinned.items()

@@ -61,7 +61,7 @@ def test_the_command_prints_json_and_its_exit_code_says_that_an_image_was_unread
     assert set(good["classes"][0]) == {"name", "index", "probability"}
     assert good["error"] is None
     assert "its header is damaged" in bad["error"]
-    assert done.stderr == "1 of 2 images could not be read\n"
+    assert done.stderr == "images that could not be read: 1 of 2\n"
 
 
 def test_a_folder_is_searched_recursively_for_files_with_the_suffix_of_an_image(server, folder):
@@ -76,7 +76,7 @@ def test_a_folder_is_searched_recursively_for_files_with_the_suffix_of_an_image(
     assert "its header is damaged" in rows[-1]["error"]
     assert done.returncode == 1
     assert done.stderr == (
-        "1 of 7 images could not be read; 1 files in the folders have no suffix of an image and were left out\n"
+        "images that could not be read: 1 of 7; files that were left out because they have no suffix of an image: 1\n"
     )
 
 
@@ -119,7 +119,7 @@ def test_each_file_that_cannot_be_read_costs_only_its_own_row(server, tmp_path):
         (str(SAMPLES / "cat.jpg"), None),
     ]
     assert done.returncode == 1
-    assert done.stderr == "5 of 6 images could not be read\n"
+    assert done.stderr == "images that could not be read: 5 of 6\n"
 
 
 def test_a_request_that_the_server_cannot_answer_costs_only_the_image_at_fault(folder):
