@@ -33,11 +33,11 @@ class AsyncClient(BaseClient):
     def __init__(self, target: str = DEFAULT_TARGET, options: Options | None = None) -> None:
         super().__init__(target, options)
         if self._credentials is None:
-            self._channel = grpc.aio.insecure_channel(target, self._channel_options)
+            self._channel = grpc.aio.insecure_channel(self._grpc_target, self._channel_options)
         else:
-            self._channel = grpc.aio.secure_channel(target, self._credentials, self._channel_options)
+            self._channel = grpc.aio.secure_channel(self._grpc_target, self._credentials, self._channel_options)
         self._stub: Any = rpc.ImageClassifierStub(self._channel)  # type: ignore[no-untyped-call]
-        self._sharing = AsyncSharing(self.options.max_shared_requests, self._classify_once, self._capacity)
+        self._sharing = AsyncSharing(self._shared_requests, self._classify_once, self._capacity)
 
     async def __aenter__(self) -> Self:
         return self
@@ -71,7 +71,7 @@ class AsyncClient(BaseClient):
         remaining = contents(images, self._capacity)
         results: list[Results] = []
         # Contents are made as they are sent, so that a long list of files is never in memory as a whole.
-        while window := list(itertools.islice(remaining, self._WINDOW)):
+        while window := list(itertools.islice(remaining, self._window)):
             if len(window) == 1:
                 results += await self._send(window[0], top_k, deadline)
                 continue

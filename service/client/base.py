@@ -1,33 +1,41 @@
 """What `Client` and `AsyncClient` share: everything but sending and waiting."""
 
+from service.client.addresses import Addresses
 from service.client.contents import Capacity, Content
 from service.client.options import DEFAULT_TARGET, Options, channel_options
 from service.client.packing import is_small
 from service.client.retrying import Deadline, RequestFailed
 from service.generated.cifar.v1 import image_classifier_pb2 as messages
 
+_WINDOW = 4
+
 
 class BaseClient:
     """The options of a client and what it knows about its server.
 
     Args:
-        target: Address of the server, HOST:PORT.
+        target: Address of the server, HOST:PORT. Several servers take turns: IP:PORT,IP:PORT,…, or dns:///NAME:PORT
+            for all addresses of a name.
         options: Security, time limits and coalescing.
 
     Raises:
         OSError: A file that the options name cannot be read.
-        ValueError: A file is not a PEM file, or the token would be sent to another machine without TLS.
+        ValueError: A file is not a PEM file, the token would be sent to another machine without TLS, or several
+            addresses are not IP:PORT each.
     """
-
-    # Largest number of requests of one call in progress: the server computes one while the next is sent.
-    _WINDOW = 4
 
     def __init__(self, target: str = DEFAULT_TARGET, options: Options | None = None) -> None:
         self.target = target
         self.options = options or Options()
-        self.options.check_token_is_safe(target)
+        addresses = Addresses.parse(target)
+        self.options.check_safe(addresses)
+        self._grpc_target = addresses.target
         self._credentials = self.options.credentials()
-        self._channel_options = channel_options(target)
+        self._channel_options = channel_options(addresses, self.options.server_name)
+        # Largest number of shared requests in progress, and of requests of one call: each server computes one while the
+        # next is sent.
+        self._shared_requests = self.options.max_shared_requests * len(addresses.hosts)
+        self._window = max(_WINDOW, 2 * len(addresses.hosts))
         self._known_capacity: Capacity | None = None
         self._limits_may_have_changed = True
 

@@ -5,17 +5,27 @@ from pathlib import Path
 
 import grpc
 
-from service.ports import is_loopback
+from service.client.addresses import Addresses
 
 DEFAULT_TARGET = "127.0.0.1:50051"
 
-_CHANNEL_OPTIONS = (
+_CHANNEL_OPTIONS: tuple[tuple[str, int | str], ...] = (
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 2000),
     # The client repeats calls itself: it knows the deadline of the whole call and which errors are worth repeating.
     ("grpc.enable_retries", 0),
+    # Calls go to all servers in turn, so that a repeated call reaches another server.
+    ("grpc.service_config", '{"loadBalancingConfig": [{"round_robin": {}}]}'),
+    # A name is looked up again when a connection ends, which happens at the server's --max-connection-age at the
+    # latest. gRPC's default of 30 s between two look-ups would delay that.
+    ("grpc.dns_min_time_between_resolutions_ms", 2_000),
+    # A server that vanished without closing its connection is noticed after half a minute at most, well before the
+    # deadline of a call, which is then repeated. The last limit is that of pings by which gRPC measures the bandwidth.
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.ping_timeout_ms", 10_000),
 )
 
 
@@ -32,8 +42,11 @@ class Options:
         timeout: Seconds for a whole call, including all its requests and retries; None for no limit.
         attempts: Largest number of times that a request is sent.
         coalesce: Pack small calls that are made at the same time into shared requests.
-        max_shared_requests: Largest number of shared requests in progress at once. Calls wait, and gather, only while
-            this many are in progress.
+        max_shared_requests: Largest number of shared requests in progress at once, for each address of the target.
+            Calls wait, and gather, only while this many are in progress. gRPC does not say how many addresses a DNS
+            name has: for dns:///NAME:PORT set twice the number of servers.
+        server_name: Name of the servers in their certificates, if it is not the host of the target. TLS to several
+            addresses needs it.
         allow_plaintext_token: Send the token without TLS to other machines too. Anybody on the network path can then
             read it.
 
@@ -51,6 +64,7 @@ class Options:
     coalesce: bool = True
     max_shared_requests: int = 2
     allow_plaintext_token: bool = False
+    server_name: str | None = None
 
     def __post_init__(self) -> None:
         if (self.certificate is None) != (self.key is None):
@@ -81,22 +95,37 @@ class Options:
         """Metadata of every call."""
         return (("authorization", f"Bearer {self.token}"),) if self.token else ()
 
-    def check_token_is_safe(self, target: str) -> None:
-        """Refuses to send a token that others can read on its way to HOST:PORT.
+    def check_safe(self, addresses: Addresses) -> None:
+        """Refuses to send a token that others can read on its way, and certificates that no name is compared with.
 
         Raises:
-            ValueError: The token would be sent without TLS to another machine.
+            ValueError: The token would be sent without TLS to another machine, or TLS to several addresses lacks the
+                name of the servers.
         """
-        if self.token and not (self.encrypted or self.allow_plaintext_token or is_loopback(_host(target))):
+        if self.token and not (self.encrypted or self.allow_plaintext_token or addresses.all_loopback):
             raise ValueError(
-                f"the token would be sent to {target} without encryption: use TLS (tls=True, or ca), "
+                f"the token would be sent to {addresses.target} without encryption: use TLS (tls=True, or ca), "
                 "or allow it with allow_plaintext_token=True"
+            )
+        if self.encrypted and len(addresses.hosts) > 1 and not self.server_name:
+            raise ValueError(
+                f"TLS to several addresses ({addresses.target}) needs the name in their certificates: set server_name"
             )
 
 
-def channel_options(target: str) -> tuple[tuple[str, int], ...]:
-    """Options of a gRPC channel to HOST:PORT. A proxy named in the environment is not used for this machine itself."""
-    return (*_CHANNEL_OPTIONS, ("grpc.enable_http_proxy", 0)) if is_loopback(_host(target)) else _CHANNEL_OPTIONS
+def channel_options(addresses: Addresses, server_name: str | None = None) -> tuple[tuple[str, int | str], ...]:
+    """Options of a gRPC channel. A proxy named in the environment is not used for servers on this machine.
+
+    Args:
+        addresses: The servers.
+        server_name: Name of the servers, if it is not the host of the target.
+    """
+    options = _CHANNEL_OPTIONS
+    if addresses.all_loopback:
+        options += (("grpc.enable_http_proxy", 0),)
+    if authority := server_name or addresses.authority:
+        options += (("grpc.default_authority", authority),)
+    return options
 
 
 def read_token(path: Path) -> str:
@@ -110,10 +139,6 @@ def read_token(path: Path) -> str:
         if (token := line.strip()) and not token.startswith("#"):
             return token
     raise ValueError(f"{path} holds no token: write it on a line of its own")
-
-
-def _host(target: str) -> str:
-    return target.rpartition(":")[0]
 
 
 def _read_pem(path: Path | None) -> bytes | None:

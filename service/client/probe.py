@@ -20,6 +20,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from service import ENVIRONMENT_PREFIX
+from service.client.addresses import Addresses
 from service.client.command import add_connection_options, options_of
 from service.client.options import Options, channel_options, read_token
 from service.ports import address
@@ -125,14 +126,14 @@ def _named(target: str, options: Options) -> _Place:
     host, _, port = target.rpartition(":")
     if not host or not port.isdecimal():
         raise ValueError("the address must be HOST:PORT")
-    options.check_token_is_safe(target)
+    options.check_safe(Addresses.parse(target))
     return _Place(host, int(port), options)
 
 
 def _status(place: _Place) -> str:
     """The name of the health status that the server answers."""
     credentials = place.options.credentials()
-    options: tuple[tuple[str, int | str], ...] = channel_options(place.target)
+    options = channel_options(Addresses.parse(place.target), place.options.server_name)
     if place.pinned:
         options = (*options, ("grpc.ssl_target_name_override", _certificate_name(place)))
     if credentials is None:

@@ -23,29 +23,31 @@ from service.generated.cifar.v1 import image_classifier_pb2_grpc as rpc
 
 
 class Client(BaseClient):
-    """Classifies images over one connection to a server. Several threads may use it at once.
+    """Classifies images over one connection to each server. Several threads may use it at once.
 
     Small calls that threads make at the same time travel in shared requests; each keeps its own deadline, errors and
     retries.
 
     Args:
-        target: Address of the server, HOST:PORT.
+        target: Address of the server, HOST:PORT. Several servers take turns, and a request that one of them cannot
+            accept is sent to the next: IP:PORT,IP:PORT,…, or dns:///NAME:PORT for all addresses of a name.
         options: Security, time limits and coalescing.
 
     Raises:
         OSError: A file that the options name cannot be read.
-        ValueError: A file is not a PEM file, or the token would be sent to another machine without TLS.
+        ValueError: A file is not a PEM file, the token would be sent to another machine without TLS, or several
+            addresses are not IP:PORT each.
     """
 
     def __init__(self, target: str = DEFAULT_TARGET, options: Options | None = None) -> None:
         super().__init__(target, options)
         if self._credentials is None:
-            self._channel = grpc.insecure_channel(target, self._channel_options)
+            self._channel = grpc.insecure_channel(self._grpc_target, self._channel_options)
         else:
-            self._channel = grpc.secure_channel(target, self._credentials, self._channel_options)
+            self._channel = grpc.secure_channel(self._grpc_target, self._credentials, self._channel_options)
         self._stub = rpc.ImageClassifierStub(self._channel)  # type: ignore[no-untyped-call]
-        self._sharing = SyncSharing(self.options.max_shared_requests, self._classify_once, self._capacity)
-        self._pool = ThreadPoolExecutor(self._WINDOW, thread_name_prefix="classify")
+        self._sharing = SyncSharing(self._shared_requests, self._classify_once, self._capacity)
+        self._pool = ThreadPoolExecutor(self._window, thread_name_prefix="classify")
         self._closed = threading.Event()
 
     def __enter__(self) -> Self:
@@ -112,7 +114,7 @@ class Client(BaseClient):
         remaining = contents(images, self._capacity)
         results: list[Results] = []
         # Contents are made as they are sent, so that a long list of files is never in memory as a whole.
-        while window := list(itertools.islice(remaining, self._WINDOW)):
+        while window := list(itertools.islice(remaining, self._window)):
             if len(window) == 1:
                 results += self._send(window[0], top_k, deadline)
             else:
@@ -120,9 +122,7 @@ class Client(BaseClient):
                     results += part
         return results
 
-    def _in_parallel(
-        self, send: Callable[[Content], list[Results]], window: list[Content]
-    ) -> Iterator[list[Results]]:
+    def _in_parallel(self, send: Callable[[Content], list[Results]], window: list[Content]) -> Iterator[list[Results]]:
         try:
             return self._pool.map(send, window)
         except RuntimeError:  # the pool was shut down

@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from service.client import AsyncClient, Client, Options
+from service.client.addresses import Addresses
 from service.client.options import channel_options, read_token
 from tests.conftest import REPOSITORY
 
@@ -66,8 +67,8 @@ def test_the_first_token_of_a_file_is_read(tmp_path):
 
 
 def test_a_proxy_is_used_for_other_machines_only():
-    assert ("grpc.enable_http_proxy", 0) in channel_options("localhost:1")
-    assert ("grpc.enable_http_proxy", 0) not in channel_options("classifier.example:1")
+    assert ("grpc.enable_http_proxy", 0) in channel_options(Addresses.parse("localhost:1"))
+    assert ("grpc.enable_http_proxy", 0) not in channel_options(Addresses.parse("classifier.example:1"))
 
 
 def test_importing_the_package_loads_neither_grpc_nor_numpy():
