@@ -17,7 +17,7 @@ FROM python:3.11-slim AS build
 WORKDIR /source
 COPY . .
 RUN python -m venv /server \
- && /server/bin/pip install --no-cache-dir -c constraints.txt '.[cpu]'
+ && /server/bin/pip install --no-cache-dir -c constraints.txt '.[cpu,http]'
 
 FROM python:3.11-slim
 RUN useradd --system --uid 10001 --no-create-home server

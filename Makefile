@@ -31,7 +31,7 @@ OLDEST_TOOLS := pytest pytest-timeout hypothesis trustme onnx psutil
 
 # `make train export` must run in this order, even with -j.
 .NOTPARALLEL:
-.PHONY: help demo serve setup data train export evaluate report test test-slow test-oldest lint format protos wheel bench-training bench-recipes bench-dependability bench-serving soak attacks chaos fuzz clean
+.PHONY: help demo serve setup data train export evaluate report test test-slow test-oldest lint format protos wheel bench-training bench-recipes bench-dependability bench-serving bench-scaling kserve-sdk soak attacks chaos fuzz clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets and the variables that can be set
@@ -61,7 +61,7 @@ $(SERVE): pyproject.toml constraints.txt
 	touch $@
 
 $(READY): $(SERVE) $(GENERATOR)/.ready
-	$(PY) -m pip install -q -c constraints.txt -e '.[$(PROCESSOR),http,tracing,score,ray,train,dev]'
+	$(PY) -m pip install -q -c constraints.txt -e '.[$(PROCESSOR),http,tracing,score,ray,deploy,train,dev]'
 	touch $@
 
 $(GENERATOR)/.ready: constraints-oldest.txt | $(SERVE)
@@ -126,6 +126,13 @@ bench-dependability: $(READY) ## measure start, deadlines, refusals and memory o
 
 bench-serving: $(READY) ## install Triton, MLServer, Ray Serve and LitServe and compare serving speed with theirs; half an hour
 	$(PY) benchmarks/serving.py
+
+bench-scaling: $(READY) ## measure capacity per core, and latency of one to three servers against an estimate; 12 minutes
+	$(PY) benchmarks/scaling.py measure
+
+kserve-sdk: ## install KServe's SDK into .venv-kserve, so that the tests check deploy/kserve with its classes
+	$(PYTHON) -m venv .venv-kserve
+	.venv-kserve/bin/pip install -q 'kserve==0.21.0'
 
 soak: $(READY) ## send two million images at full load; print throughput and memory by quarter; half an hour
 	$(PY) benchmarks/soak.py
