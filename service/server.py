@@ -13,16 +13,15 @@ from collections.abc import Callable, Coroutine, Sequence
 from multiprocessing.util import get_temp_dir
 from typing import TYPE_CHECKING, Any, Protocol
 
-from cifar_core.images import ImageLimits
 from service import logs, metrics_http, open_files, ports, tracing
+from service.assembly import assemble
 from service.certificates import Certificates
 from service.core.batcher import Batcher
-from service.core.decoding import Decoder
 from service.core.export_numbers import ExportNumbers
-from service.core.inference import Inference, Limits
+from service.core.inference import Inference
 from service.core.memory import limit_heap, trim_regularly
 from service.core.metrics import Metrics, Processes
-from service.core.model_store import Model, ModelStore
+from service.core.model_store import ModelStore
 from service.errors import StartError
 from service.receiving import Receiver
 from service.rpc.server import RpcServer
@@ -108,17 +107,9 @@ async def _run(
     metrics = Metrics()
     spans = tracing.start(os.environ, importlib.metadata.version("cifar-classifier"))
     async with contextlib.AsyncExitStack() as stack:
-        # Created first, so that its processes start while the model is loaded.
-        decoder = Decoder(
-            settings.decoder_processes,
-            ImageLimits(settings.max_image_bytes, settings.max_image_pixels),
-            settings.max_decode_seconds,
-            on_ended=metrics.on_decoder_ended,
-        )
-        stack.callback(decoder.close)
-        models = _model_store(settings, metrics, numbers)
-        batcher = _batcher(settings, models, metrics)
-        inference = Inference(models, batcher, decoder, _limits(settings), metrics)
+        core = assemble(settings, metrics, numbers)
+        stack.callback(core.decoder.close)
+        models, batcher, inference = core.models, core.batcher, core.inference
         lifecycle = _Lifecycle(batcher, settings.max_batch_seconds)
         tokens = Tokens(settings.token_file) if settings.token_file else None
         certificates = _certificates(settings)
@@ -262,49 +253,6 @@ class _Lifecycle:
             task.add_done_callback(reloads.discard)
 
         loop.add_signal_handler(signal.SIGHUP, reload)
-
-
-def _model_store(settings: Settings, metrics: Metrics, numbers: ExportNumbers) -> ModelStore:
-    def on_model(model: Model) -> None:
-        metrics.on_model(model.number, model.version, model.variant, model.device, model.sha256)
-
-    def on_reload(model: Model | None) -> None:
-        metrics.on_reload(model is not None)
-        if model is not None:
-            on_model(model)
-
-    models = ModelStore(
-        settings.model,
-        settings.variant,
-        device=settings.device,
-        threads=settings.engine_threads,
-        max_batch_size=settings.max_batch_size,
-        on_reload=on_reload,
-        name=settings.model_name,
-        numbers=numbers,
-    )
-    on_model(models.current)
-    return models
-
-
-def _limits(settings: Settings) -> Limits:
-    return Limits(
-        ImageLimits(settings.max_image_bytes, settings.max_image_pixels),
-        settings.max_images,
-        settings.max_message_bytes,
-        settings.max_queued_images,
-    )
-
-
-def _batcher(settings: Settings, models: ModelStore, metrics: Metrics) -> Batcher:
-    return Batcher(
-        max_batch_size=settings.max_batch_size,
-        max_queue_delay=settings.max_queue_delay_ms / 1000,
-        max_images=settings.max_queued_images,
-        max_bytes=settings.max_queued_bytes,
-        observer=metrics,
-        threads=models.current.engine.parallel,
-    )
 
 
 def _receiver(settings: Settings, metrics: Metrics) -> Receiver:

@@ -40,18 +40,22 @@ class Failure(Exception):
         self.code, self.message, self.retry_after = code, message, retry_after
 
 
+def trailing_metadata(failure: Failure) -> tuple[tuple[str, str | bytes], ...]:
+    """Metadata that says when to retry, in both forms that clients know; empty if the failure has no such hint."""
+    if failure.retry_after is None:
+        return ()
+    retry = RetryInfo(retry_delay=Duration(nanos=0))
+    retry.retry_delay.FromNanoseconds(int(failure.retry_after * 1e9))
+    detail = AnyMessage()
+    detail.Pack(retry)
+    status = Status(code=failure.code.value[0], message=failure.message, details=[detail])
+    return (
+        ("grpc-retry-pushback-ms", str(int(failure.retry_after * 1000))),
+        ("grpc-status-details-bin", status.SerializeToString()),
+    )
+
+
 async def abort(context: Context, failure: Failure) -> NoReturn:
-    """Ends a call with a status. Trailing metadata says when to retry, in both forms that clients know."""
-    metadata: tuple[tuple[str, str | bytes], ...] = ()
-    if failure.retry_after is not None:
-        retry = RetryInfo(retry_delay=Duration(nanos=0))
-        retry.retry_delay.FromNanoseconds(int(failure.retry_after * 1e9))
-        detail = AnyMessage()
-        detail.Pack(retry)
-        status = Status(code=failure.code.value[0], message=failure.message, details=[detail])
-        metadata = (
-            ("grpc-retry-pushback-ms", str(int(failure.retry_after * 1000))),
-            ("grpc-status-details-bin", status.SerializeToString()),
-        )
-    await context.abort(failure.code, failure.message, trailing_metadata=metadata)
+    """Ends a call with a status and the hint when to retry."""
+    await context.abort(failure.code, failure.message, trailing_metadata=trailing_metadata(failure))
     raise AssertionError("abort returned")
