@@ -22,7 +22,7 @@ from tests.service.workers.test_supervisor import running
 # It is given the arguments of a worker; `say` sends a message to the supervisor.
 STUB = """#!{python}
 import os, signal, subprocess, sys, time
-settings, number, pipe, log, supervisor = sys.argv[3:]
+settings, number, pipe, log, exports, supervisor = sys.argv[3:]
 def say(message):
     os.write(int(pipe), message.encode() + b"\\n")
 def serve():
