@@ -106,6 +106,7 @@ class Load {
       arguments.SetMaxReceiveMessageSize(-1);
       arguments.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);  // each channel has its own connection
       arguments.SetInt(GRPC_ARG_ENABLE_HTTP_PROXY, 0);
+      arguments.SetLoadBalancingPolicyName("round_robin");  // one target can have several addresses
       auto channel = grpc::CreateCustomChannel(options.target, grpc::InsecureChannelCredentials(), arguments);
       if (!channel->WaitForConnected(std::chrono::system_clock::now() + std::chrono::seconds(20)))
         throw std::runtime_error(options.target + " does not answer");
