@@ -21,8 +21,8 @@ def main(folder: Path) -> None:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         url = server.ready().http_url
         take(browser, url, folder / "empty.png", viewport=WIDE, samples=False)
-        take(browser, url, folder / "wide.png", viewport=WIDE)
-        take(browser, url, folder / "dark.png", viewport=WIDE, color_scheme="dark")
+        take(browser, url, folder / "wide.png", full_page=True, viewport=WIDE)
+        take(browser, url, folder / "dark.png", full_page=True, viewport=WIDE, color_scheme="dark")
         phone = {"viewport": PHONE, "is_mobile": True, "has_touch": True, "device_scale_factor": 2}
         take(browser, url, folder / "phone.png", full_page=True, **phone)
         take(browser, url, folder / "phone-dark.png", full_page=True, color_scheme="dark", **phone)
