@@ -40,13 +40,19 @@ class ScorerActor:
         where: The input, absolute.
         output: The output folder, absolute.
         options: The options of the run.
+        sha256: SHA-256 of the model's file. Another model in its place is an error, so that all rows are of one model.
+
+    Raises:
+        ScoreError: The input or the model cannot be opened.
     """
 
-    def __init__(self, where: Input, root: Path, output: Path, options: ScoreOptions) -> None:
+    def __init__(self, where: Input, root: Path, output: Path, options: ScoreOptions, sha256: str) -> None:
         # Decode processes would otherwise begin by running the main program of Ray's workers.
         vars(sys.modules["__main__"]).pop("__file__", None)
         self._runner = asyncio.Runner()
         self._scorer = self._runner.run(_scorer(where, root, output, options))
+        if self._scorer.model.sha256 != sha256:
+            raise ScoreError(f"{options.model}: the model was replaced during the run; restore it and use --resume")
 
     def __call__(self, batch: Batch) -> Batch:
         """Scores the parts whose numbers a batch holds; returns the number of rows of each."""
@@ -63,6 +69,7 @@ def score_on_cluster(
     where: Input,
     output: OutputFolder,
     options: ScoreOptions,
+    sha256: str,
     parts: Sequence[int],
     progress: ScoreProgress,
 ) -> None:
@@ -73,6 +80,7 @@ def score_on_cluster(
         where: The input.
         output: The output folder.
         options: The options of the run.
+        sha256: SHA-256 of the model's file.
         parts: Numbers of the parts.
         progress: Counts the rows of each part that was written.
 
@@ -88,24 +96,24 @@ def score_on_cluster(
     except OSError as error:
         raise ScoreError(f"--ray {address}: there is no Ray cluster at this address ({error})") from error
     try:
-        _score(where, output, options, parts, progress)
+        _score((where, Path.cwd(), output.path.resolve(), options, sha256), parts, progress)
     finally:
         ray.shutdown()
 
 
 def _score(
-    where: Input, output: OutputFolder, options: ScoreOptions, parts: Sequence[int], progress: ScoreProgress
+    arguments: tuple[Input, Path, Path, ScoreOptions, str], parts: Sequence[int], progress: ScoreProgress
 ) -> None:
+    """Scores parts on the cluster that this process is connected to, with these arguments of the actors."""
     DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     actors = max(1, min(len(parts), int(resources.get("CPU", 1))))
     # A block of one row for each part, so that each call of an actor scores one part.
     rows = ray.data.from_items([{"part": part} for part in parts], override_num_blocks=len(parts))
-    path, *rest = where
     results = rows.map_batches(
         ScorerActor,
-        fn_constructor_args=((path.resolve(), *rest), Path.cwd(), output.path.resolve(), options),
+        fn_constructor_args=arguments,
         batch_size=1,
         compute=ActorPoolStrategy(min_size=1, initial_size=actors, max_size=actors),
         num_cpus=1,

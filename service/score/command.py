@@ -51,8 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if chosen.ray:
                 from service.score.cluster import score_on_cluster
 
-                where = (chosen.input, chosen.column, chosen.content, chosen.key)
-                score_on_cluster(chosen.ray, where, output, options, remaining, progress)
+                where = (chosen.input.resolve(), chosen.column, chosen.content, chosen.key)
+                score_on_cluster(chosen.ray, where, output, options, model.sha256, remaining, progress)
             else:
                 asyncio.run(_score_here(options, source, output, model, remaining, progress))
         failed = sum(output.failed_rows(part) for part in range(len(sizes)))

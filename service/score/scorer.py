@@ -5,6 +5,7 @@ The same class works in the process of the command and in the actors of a Ray cl
 
 import asyncio
 import functools
+import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -94,7 +95,7 @@ class Scorer:
                 ("error", pa.string()),
                 ("model_version", pa.string()),
             ],
-            {"classes": ",".join(self.model.classes), "variant": self.model.variant},
+            {"classes": json.dumps(self.model.classes), "variant": self.model.variant},
         )
         self._engine = ThreadPoolExecutor(options.threads, thread_name_prefix="engine")
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="reader")
