@@ -119,10 +119,9 @@ class Connection(H11Protocol):
         self.conn = _Parser()
         self.peer = ""
         self.task: asyncio.Task[Any] | None = None
-        self._opened = self._head_since = time.monotonic()
+        self._opened = self._head_since = self._answered = time.monotonic()
         self._waits_for_head = True
         self._unread, self._unread_since = 0, 0.0
-        self._discard_since: float | None = None
         self.last_request = 0.0
 
     # Called by the transport
@@ -141,16 +140,39 @@ class Connection(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         """See asyncio.Protocol."""
-        if self.is_idle and not self._waits_for_head:
-            self._waits_for_head, self._head_since = True, time.monotonic()
+        discarded = self._discards
         try:
             super().data_received(data)
         except h11.LocalProtocolError:  # the client broke the protocol after its answer had begun
             self.transport.abort()
         if not self.is_idle:
             self._waits_for_head = False
+        elif not discarded or self._has_part_of_head:
+            self._wait_for_head()
+
+    def _wait_for_head(self) -> None:
+        """The time for the headers of the next request begins, unless it has begun already."""
+        if not self._waits_for_head:
+            self._waits_for_head, self._head_since = True, time.monotonic()
+
+    @property
+    def _discards(self) -> bool:
+        """Whether the rest of a body is dropped, after the answer to its request."""
+        return self.is_idle and self.conn.their_state is h11.SEND_BODY
+
+    @property
+    def _has_part_of_head(self) -> bool:
+        """Whether a part of the headers of the next request has arrived."""
+        return not self._discards and bool(self.conn.trailing_data[0])
 
     # Called by uvicorn
+
+    def on_response_complete(self) -> None:
+        """Begins the next request, if it has arrived. If only a part of its headers has, their time begins now."""
+        self._answered = time.monotonic()
+        super().on_response_complete()
+        if self.is_idle and self._has_part_of_head:
+            self._wait_for_head()
 
     def send_400_response(self, msg: str) -> None:
         """Answers a request that is not HTTP, and closes the connection."""
@@ -223,11 +245,13 @@ class Connection(H11Protocol):
         self._unread = unread
         if unread and now - self._unread_since > (MAX_UNREAD_SECONDS_WHEN_FULL if full else MAX_UNREAD_SECONDS):
             return True
-        discards = self.is_idle and self.conn.their_state is h11.SEND_BODY
-        self._discard_since = (self._discard_since or now) if discards else None
-        if self._discard_since is not None:
-            return now - self._discard_since > DISCARD_SECONDS
-        return self._waits_for_head and now - self._head_since > HEADERS_SECONDS
+        if not self.is_idle:
+            return False
+        if self._discards:
+            return now - self._answered > DISCARD_SECONDS
+        if self._waits_for_head:
+            return now - self._head_since > HEADERS_SECONDS
+        return now - self._answered > IDLE_SECONDS
 
     def abort(self) -> None:
         """Closes it at once. What was not sent is dropped."""

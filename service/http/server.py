@@ -165,6 +165,7 @@ class HttpServer:
                 await asyncio.sleep(_ACCEPT_PAUSE_SECONDS)
                 continue
             self._begin(client)
+            await asyncio.sleep(0)  # `sock_accept` lets no other task run while connections wait to be accepted
 
     def _accept_waiting(self, listener: socket.socket) -> None:
         """Accepts the connections that wait to be accepted. They would be reset otherwise."""

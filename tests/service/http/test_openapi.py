@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from jsonschema import Draft202012Validator
@@ -56,11 +57,14 @@ def test_answers_have_their_schemas(web, description):
         check("Problem", web.get(path).json)
 
 
-def fuzz(url: str, examples: int) -> None:
+def fuzz(url: str, examples: int, folder: Path) -> None:
     """Lets schemathesis send this many requests to each path, in a process of its own."""
+    # A deadline that passes is no error of the server: some requests have deadlines of nanoseconds.
+    settings = folder / "schemathesis.toml"
+    settings.write_text('[checks.not_a_server_error]\nexpected-statuses = ["2xx", "3xx", "4xx", 504]\n')
     done = subprocess.run(
         [
-            sys.executable, "-m", "schemathesis.cli", "run", f"{url}/openapi.json",
+            sys.executable, "-m", "schemathesis.cli", "--config-file", str(settings), "run", f"{url}/openapi.json",
             "--max-examples", str(examples), "--seed", "1", "--workers", "1", "--no-color",
             "--phases", "examples,coverage,fuzzing", "--mode", "all",
             # The schema cannot say that an image must be readable and that shape and data must agree. Tokens are off.
@@ -73,10 +77,10 @@ def fuzz(url: str, examples: int) -> None:
     assert done.returncode == 0, done.stdout[-20_000:] + done.stderr[-5000:]
 
 
-def test_no_request_made_from_the_description_gets_another_answer_than_described(http_server):
-    fuzz(http_server.http_url, 5)
+def test_no_request_made_from_the_description_gets_another_answer_than_described(http_server, tmp_path):
+    fuzz(http_server.http_url, 5, tmp_path)
 
 
 @pytest.mark.slow
-def test_many_requests_made_from_the_description_get_no_other_answer_than_described(http_server):
-    fuzz(http_server.http_url, 300)
+def test_many_requests_made_from_the_description_get_no_other_answer_than_described(http_server, tmp_path):
+    fuzz(http_server.http_url, 300, tmp_path)
