@@ -136,10 +136,12 @@ def estimates(rows: Sequence[Figures]) -> list[tuple[Figures, float, float]]:
 
     point = next(row for row in rows if (row["servers"], row["share"]) == FITTED)
     variability = servers(point, 0.0).fitted(point["share"] * point["capacity"], point["p99"] / 1000).variability
-    return [
-        (row, *(1000 * servers(row, each).p99(row["share"] * row["capacity"]) for each in (0.0, variability)))
-        for row in rows
-    ]
+    points = []
+    for row in rows:
+        rate = row["share"] * row["capacity"]
+        constant, fitted = (1000 * servers(row, each).p99(rate) for each in (0.0, variability))
+        points.append((row, constant, fitted))
+    return points
 
 
 def measure(given: argparse.Namespace) -> None:

@@ -57,6 +57,7 @@ def _family(address: str) -> str:
     """The scheme of gRPC for an address IP:PORT: "ipv4" or "ipv6"."""
     host, _, port = address.rpartition(":")
     bracketed = host.startswith("[") and host.endswith("]")
+    version: int
     try:
         version = ipaddress.ip_address(host[1:-1] if bracketed else host).version
     except ValueError:

@@ -17,14 +17,14 @@ SCALARS = {"str": (str,), "int": (int,), "bool": (bool,), "float": (int, float),
 
 
 def problems(value: Any, kind: str, path: str) -> Iterator[str]:
-    """What is wrong with a value of a type, which is named as the SDK names it."""
-    if match := re.fullmatch(r"list\[(.+)\]", kind):
+    """What is wrong with a value of a type, which is named as the SDK or the client of Kubernetes names it."""
+    if match := re.fullmatch(r"[lL]ist\[(.+)\]", kind):
         if not isinstance(value, list):
             yield f"{path}: not a list"
             return
         for number, each in enumerate(value):
             yield from problems(each, match[1], f"{path}[{number}]")
-    elif match := re.fullmatch(r"dict\(str, (.+)\)", kind):
+    elif match := re.fullmatch(r"(?:dict\(|Dict\[)str, (.+)[)\]]", kind):
         if not isinstance(value, dict):
             yield f"{path}: not a mapping"
             return
