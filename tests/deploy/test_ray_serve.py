@@ -32,10 +32,11 @@ def target(linear: Path) -> Iterator[str]:
     from deploy import ray_serve
 
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    address = {"node_ip_address": "127.0.0.1"}
+    address = {"node_ip_address": "127.0.0.1", "object_store_memory": 2**27}
     cluster = Cluster(initialize_head=True, head_node_args={**address, "num_cpus": 1, "include_dashboard": False})
     try:
         cluster.add_node(num_cpus=2, **address)
+        cluster.wait_for_nodes()
         environment = {"env_vars": {"PYTHONPATH": str(REPOSITORY)}}
         ray.init(address=cluster.address, runtime_env=environment, log_to_driver=False)
         port = free_port(["127.0.0.1"])
