@@ -24,7 +24,8 @@ def main() -> int:
         settings = parse(sys.argv[1:])
         if importlib.util.find_spec("onnxruntime") is None:  # not imported: a supervisor does not need it
             print(
-                "error: the module onnxruntime is not installed: pip install 'cifar-classifier[cpu]', or [cuda] for CUDA",
+                "error: the module onnxruntime is not installed: "
+                "pip install 'cifar-classifier[cpu]', or [cuda] for CUDA",
                 file=sys.stderr,
             )
             return 2
