@@ -30,7 +30,7 @@ Input = tuple[Path, str | None, Content, str | None]
 """Path, column, content and key of the input."""
 _CONNECT_SECONDS = 10.0
 
-Batch = dict[str, NDArray[np.int64]]
+Batch = dict[str, NDArray[Any]]
 
 
 class ScorerActor:
@@ -55,8 +55,13 @@ class ScorerActor:
             raise ScoreError(f"{options.model}: the model was replaced during the run; restore it and use --resume")
 
     def __call__(self, batch: Batch) -> Batch:
-        """Scores the parts whose numbers a batch holds; returns the number of rows of each."""
-        return {"rows": np.array([self._runner.run(self._scorer.score(int(part))) for part in batch["part"]])}
+        """Scores the part whose number a batch holds; returns its number of rows, or why it cannot be scored."""
+        (part,) = batch["part"]
+        try:
+            rows, error = self._runner.run(self._scorer.score(int(part))), ""
+        except ScoreError as failure:  # an exception would come back as text, and only after Ray's attempts to repeat
+            rows, error = 0, str(failure)
+        return {"rows": np.array([rows]), "error": np.array([error])}
 
 
 async def _scorer(where: Input, root: Path, output: Path, options: ScoreOptions) -> Scorer:
@@ -118,24 +123,10 @@ def _score(
         compute=ActorPoolStrategy(min_size=1, initial_size=actors, max_size=actors),
         num_cpus=1,
     )
-    try:
-        for result in results.iter_rows():
-            progress.add(int(result["rows"]))
-    except Exception as error:  # Ray wraps the error of an actor in several classes
-        cause = _score_error(error)
-        if cause is None:
-            raise
-        raise cause from error
-
-
-def _score_error(error: BaseException | None) -> ScoreError | None:
-    """The error of the scorer inside an error of Ray."""
-    while error is not None:
-        for candidate in (error, getattr(error, "cause", None)):
-            if isinstance(candidate, ScoreError):
-                return ScoreError(str(candidate))
-        error = error.__cause__
-    return None
+    for result in results.iter_rows():
+        if result["error"]:
+            raise ScoreError(str(result["error"]))
+        progress.add(int(result["rows"]))
 
 
 def _check_address(address: str) -> None:
