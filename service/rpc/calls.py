@@ -174,6 +174,7 @@ class Calls:
 
         async def handle(_requests: object, context: Context) -> bytes:
             connection = context.peer()
+            message, failure = b"", None
             try:
                 self.connections.check(connection)
                 if self._draining:
@@ -188,13 +189,16 @@ class Calls:
                 call = Call(method, connection, deadline_of(context), len(message), context)
                 answering = self.answer(behaviour, parse(message), call)
                 on_received()
-                del message  # it would be held in addition to the request until the answer is sent
+                message = b""  # it would be held in addition to the request until the answer is sent
                 response = serialize(await answering)
                 self.connections.check_answer(connection)
             except RequestError as error:  # raised while the request was received
-                await self.refuse(method, context, error)
-            except Failure as failure:
-                await abort(context, failure)
+                failure = self._refusal(method, error)
+            except Failure as raised:
+                failure = raised
+            if failure:
+                message = b""  # a client that reads slowly would keep it in memory
+                await abort(context, failure.without_history())
             accepted.sending(len(response))
             return response
 
@@ -208,9 +212,12 @@ class Calls:
 
     async def refuse(self, method: str, context: Context, error: RequestError) -> NoReturn:
         """Ends a call that was not accepted."""
+        await abort(context, self._refusal(method, error))
+
+    def _refusal(self, method: str, error: RequestError) -> Failure:
         code = CODES[type(error)]
         self._metrics.on_request(method, code.name, 0.0)
-        await abort(context, Failure(code, error.message, error.retry_after))
+        return Failure(code, error.message, error.retry_after)
 
     async def check(self, connection: str) -> None:
         """Accepts a new stream.

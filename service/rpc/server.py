@@ -72,7 +72,7 @@ class RpcServer:
         *,
         shares_port: bool,
     ) -> None:
-        logging.getLogger("grpc._cython.cygrpc").addFilter(_VanishedClients())
+        logging.getLogger("grpc._cython.cygrpc").addFilter(_FaultsOfClients())
         self._calls = Calls(metrics, receiver, Connections(), tracing)
         self._server = _server(settings, metrics, tokens, shares_port)
         self._statuses = Health((classify.SERVICE, open_inference.SERVICE))
@@ -117,12 +117,14 @@ class RpcServer:
                 await closing
 
 
-class _VanishedClients(logging.Filter):
-    """Drops the record that gRPC logs, with a traceback, for each client that vanishes while it is being answered."""
+class _FaultsOfClients(logging.Filter):
+    """Drops records that gRPC logs with a traceback for each client that vanishes or sends names that are no text."""
+
+    _MESSAGES = ("ExecuteBatchError raised in core", "Invalid encoding on")
 
     def filter(self, record: logging.LogRecord) -> bool:
         """False for such a record."""
-        return not str(record.msg).startswith("ExecuteBatchError raised in core")
+        return not str(record.msg).startswith(self._MESSAGES)
 
 
 def _server(settings: Settings, metrics: Metrics, tokens: Tokens | None, shares_port: bool) -> grpc.aio.Server:

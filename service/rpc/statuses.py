@@ -1,6 +1,6 @@
 """Turns errors into gRPC statuses."""
 
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, NoReturn, Self, TypeAlias
 
 import grpc
 from google.protobuf.any_pb2 import Any as AnyMessage
@@ -38,6 +38,11 @@ class Failure(Exception):
     def __init__(self, code: grpc.StatusCode, message: str, retry_after: float | None = None) -> None:
         super().__init__(message)
         self.code, self.message, self.retry_after = code, message, retry_after
+
+    def without_history(self) -> Self:
+        """This failure without the traceback and the errors that led to it, which hold the request in memory."""
+        self.__traceback__ = self.__cause__ = self.__context__ = None
+        return self
 
 
 def trailing_metadata(failure: Failure) -> tuple[tuple[str, str | bytes], ...]:
