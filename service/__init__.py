@@ -9,10 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from service.client import AsyncClient, Client
 
-__all__ = ["ENVIRONMENT_PREFIX", "AsyncClient", "Client"]
-
-# Each option of the server is also an environment variable whose name begins with this prefix.
-ENVIRONMENT_PREFIX = "CIFAR_SERVICE_"
+__all__ = ["AsyncClient", "Client"]
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401 -- one of two classes

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from service import ENVIRONMENT_PREFIX
+from service.environment import ENVIRONMENT_PREFIX
 from service.errors import StartError
 
 START_SECONDS = 60.0

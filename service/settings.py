@@ -18,8 +18,8 @@ from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from cifar_core.errors import program_name
-from service import ENVIRONMENT_PREFIX
 from service.cpu_quota import usable_cpus
+from service.environment import ENVIRONMENT_PREFIX
 from service.errors import StartError
 from service.ports import is_loopback
 

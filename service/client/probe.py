@@ -19,10 +19,10 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from service import ENVIRONMENT_PREFIX
 from service.client.addresses import Addresses
 from service.client.command import add_connection_options, options_of
 from service.client.options import Options, channel_options, read_token
+from service.environment import ENVIRONMENT_PREFIX
 from service.ports import address
 
 _EVERY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 -- nothing listens there: it is replaced
