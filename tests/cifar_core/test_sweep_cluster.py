@@ -6,13 +6,14 @@ import time
 
 import psutil
 import pytest
-from ray.cluster_utils import Cluster
 
 from cifar_core.run_folder import RunFolder
 from cifar_core.sweep.command import main
 from tests.cifar_core.training import assert_same_run
 from tests.conftest import command_line, environment
 
+pytest.importorskip("ray", reason="needs the extra ray, which `make test-slow` installs")
+Cluster = pytest.importorskip("ray.cluster_utils").Cluster
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(540)]
 
 SWEEP = [

@@ -10,13 +10,13 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import ray
-from ray.cluster_utils import Cluster
 
 from service.score.errors import ScoreError
 from tests.service import exports
 from tests.service.score.pictures import command, environment, packed, rows, score, write_images
 
+ray = pytest.importorskip("ray", reason="needs the extra ray, which `make test-slow` installs")
+Cluster = pytest.importorskip("ray.cluster_utils").Cluster
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(420)]
 
 
