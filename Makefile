@@ -10,6 +10,8 @@ OPTIONS   ?=
 HTTP_PORT ?= 8080
 RUNS      ?=
 SCRIPT    ?=
+SEEDS     ?= 3
+RECIPES   ?=
 SECONDS   ?= 600
 ATTACKS   ?=
 
@@ -18,6 +20,7 @@ PY    := $(VENV)/bin/python
 # .venv has two stages: the packages for serving, and all packages.
 SERVE := $(VENV)/.serve-$(PROCESSOR)
 READY := $(VENV)/.ready-$(PROCESSOR)
+RAY   := $(VENV)/.ray
 # The generator of service/generated is older than the packages in .venv, so it has a folder of its own.
 GENERATOR := $(VENV)/generator
 OLDEST    := .venv-oldest
@@ -31,7 +34,7 @@ OLDEST_TOOLS := pytest pytest-timeout hypothesis trustme onnx psutil
 
 # `make train export` must run in this order, even with -j.
 .NOTPARALLEL:
-.PHONY: help demo serve setup data train export evaluate report test test-slow test-oldest lint format protos wheel bench-training bench-recipes bench-dependability bench-serving bench-scaling kserve-sdk soak attacks chaos fuzz clean
+.PHONY: help demo serve setup data train export evaluate report test test-slow test-oldest lint format protos wheel bench-training bench-recipes gpu bench-dependability bench-serving bench-scaling kserve-sdk soak attacks chaos fuzz clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets and the variables that can be set
@@ -57,11 +60,16 @@ $(SERVE): pyproject.toml constraints.txt
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	if ls $(VENV)/.serve-* >/dev/null 2>&1 && ! test -e $@; then $(PY) -m pip uninstall -q -y onnxruntime onnxruntime-gpu; fi
 	$(PY) -m pip install -q -c constraints.txt -e '.[$(PROCESSOR),http]'
-	rm -f $(VENV)/.serve-* $(VENV)/.ready-*
+	rm -f $(VENV)/.serve-* $(VENV)/.ready-* $(RAY)
 	touch $@
 
 $(READY): $(SERVE) $(GENERATOR)/.ready
-	$(PY) -m pip install -q -c constraints.txt -e '.[$(PROCESSOR),http,tracing,score,ray,deploy,train,dev]'
+	$(PY) -m pip install -q -c constraints.txt -e '.[$(PROCESSOR),http,tracing,score,deploy,train,dev]'
+	touch $@
+
+# Ray is large, and only slow tests need it.
+$(RAY): $(READY)
+	$(PY) -m pip install -q -c constraints.txt -e '.[ray,ray-serve]'
 	touch $@
 
 $(GENERATOR)/.ready: constraints-oldest.txt | $(SERVE)
@@ -89,7 +97,7 @@ report: $(READY) ## write docs/results.md from the committed histories; with RUN
 test: $(READY) ## run all tests except the slow ones
 	$(PY) -m pytest
 
-test-slow: $(READY) ## run the slow tests
+test-slow: $(RAY) ## run the slow tests
 	$(PY) -m pytest -m slow
 
 test-oldest: ## test the client and the server with the lowest versions that pyproject.toml allows, in .venv-oldest
@@ -118,8 +126,11 @@ bench-training: $(READY) ## compare training throughput with a plain PyTorch loo
 	$(PY) benchmarks/training.py $(DATA_OPTION)
 	$(PY) benchmarks/training_ceiling.py $(DATA_OPTION)
 
-bench-recipes: $(READY) ## measure accuracy and time of our own recipes; under an hour; SCRIPT=FILE also runs airbench's script
-	$(PY) benchmarks/time_to_accuracy.py $(if $(SCRIPT),--script $(SCRIPT)) $(DATA_OPTION)
+bench-recipes: $(READY) ## measure accuracy and time of our recipes, SEEDS=3; hours; skips finished runs; SCRIPT=FILE also runs airbench's script
+	$(PY) benchmarks/time_to_accuracy.py --seeds $(SEEDS) $(if $(RECIPES),--recipes "$(RECIPES)") $(if $(SCRIPT),--script $(SCRIPT)) $(DATA_OPTION)
+
+gpu: $(READY) ## with a CUDA device: its tests, training, export and serving in under 25 minutes; SCRIPT=FILE also runs airbench's script
+	$(PY) benchmarks/gpu.py $(if $(SCRIPT),--script $(SCRIPT)) $(DATA_OPTION)
 
 bench-dependability: $(READY) ## measure start, deadlines, refusals and memory of the server
 	$(PY) benchmarks/dependability.py

@@ -4,12 +4,16 @@
 
 Each run is a process of its own, timed from start to end: importing, loading the data, training, validating, saving. A
 second process evaluates it on the test images and is timed too. Recipes with changed values (`NAME KEY=VALUE ...`) make
-an ablation. The script is run unchanged by peers/airbench_start.py; it is not part of this repository. Prints a
-Markdown table and writes all measurements to `--output`. Nothing else should run on the machine.
+an ablation. The script is run unchanged by peers/airbench_start.py; it is not part of this repository. The runs are
+interleaved: seed 0 of the script and of all recipes, then seed 1, so that a change of the machine's speed affects all
+alike. Each finished run leaves a file of results and is skipped when the command is started again; a run that was
+interrupted starts anew, because its time would be wrong. Prints a Markdown table of the finished runs and writes all
+measurements to `--output`. Nothing else should run on the machine.
 """
 
 import argparse
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -24,13 +28,14 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from cifar_core.data import add_data_argument, load_dataset
-from cifar_core.device import CPU, describe_environment
+from cifar_core.device import CPU, DEVICES, describe_environment
 from cifar_core.export import export_run
 from cifar_core.images import IMAGE_SIZE
 from cifar_core.models import fuse_batch_norm
 from cifar_core.predictors import build_model
-from cifar_core.recipes import Recipe, get_recipe
-from cifar_core.run_folder import RunFolder, load_checkpoint
+from cifar_core.recipe import Recipe
+from cifar_core.recipes import get_recipe
+from cifar_core.run_folder import RunFolder, best_epoch, load_checkpoint
 from cifar_core.study.markdown import markdown_table
 
 REPOSITORY = Path(__file__).parents[1]
@@ -50,16 +55,20 @@ def run_timed(*arguments: str) -> float:
     return time.perf_counter() - began
 
 
-def train(recipe: Recipe, overrides: Sequence[str], seed: int, runs: Path, data: Sequence[str]) -> Measurements:
+def train(
+    recipe: Recipe, overrides: Sequence[str], seed: int, runs: Path, data: Sequence[str], device: str
+) -> Measurements:
     """Trains and evaluates one seed; returns the earlier measurement if there is one."""
     folder = RunFolder(runs / recipe.name / str(seed))
     measured = folder.path / "time_to_accuracy.json"
     if measured.exists():
         return dict(json.loads(measured.read_bytes()))
+    if folder.path.exists():  # interrupted
+        shutil.rmtree(folder.path)
     name = recipe.name.partition("+")[0]
     changed = [argument for override in overrides for argument in ("--set", override)]
     training = run_timed(
-        "-m", "cifar_core.train", name, "--seed", str(seed), "--runs", str(runs), "--device", "cpu", *changed, *data
+        "-m", "cifar_core.train", name, "--seed", str(seed), "--runs", str(runs), "--device", device, *changed, *data
     )
     result = folder.path / "test.json"
     evaluating = run_timed("-m", "cifar_core.evaluate", "--model", str(folder.path), "--json", str(result), *data)
@@ -68,11 +77,11 @@ def train(recipe: Recipe, overrides: Sequence[str], seed: int, runs: Path, data:
     reached = [
         overhead + sum(earlier["seconds"] for earlier in history[: line["epoch"]])
         for line in history
-        if line["validation_accuracy"] >= STUDY
+        if line["validation_accuracy"] is not None and line["validation_accuracy"] >= STUDY
     ]
     result_values = {
         "accuracy": json.loads(result.read_bytes())["accuracy"],
-        "validation_accuracy": max(line["validation_accuracy"] for line in history),
+        "validation_accuracy": best_epoch(history, recipe.weights)["validation_accuracy"],
         "train_seconds": training,
         "evaluate_seconds": evaluating,
         "seconds_to_study": reached[0] if reached else None,
@@ -81,13 +90,31 @@ def train(recipe: Recipe, overrides: Sequence[str], seed: int, runs: Path, data:
     return result_values
 
 
-def run_script(script: Path, seed: int, data: Sequence[str]) -> Measurements:
-    """Runs airbench's script once."""
+def run_script(script: Path, seed: int, runs: Path, data: Sequence[str]) -> Measurements:
+    """Runs airbench's script once; returns the earlier measurement if there is one."""
+    file = runs / script.stem / str(seed) / "time_to_accuracy.json"
+    if file.exists():
+        return dict(json.loads(file.read_bytes()))
     command = [sys.executable, str(REPOSITORY / "benchmarks/peers/airbench_start.py"), str(script)]
     done = subprocess.run([*command, "--seed", str(seed), *data], check=True, stdout=subprocess.PIPE, text=True)
     measured: Measurements = json.loads(done.stdout.splitlines()[-1])
     reached = [seconds for seconds, accuracy in measured["epochs"] if accuracy >= STUDY]
-    return measured | {"train_seconds": measured["seconds"], "seconds_to_study": reached[0] if reached else None}
+    values = measured | {"train_seconds": measured["seconds"], "seconds_to_study": reached[0] if reached else None}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(values))
+    return values
+
+
+def training_flops(recipe: Recipe, classes: int, images: int) -> float:
+    """Floating-point operations of the forward and backward passes of a whole training, without the optimizer."""
+    model = recipe.make_model(classes)
+    sizes = [recipe.image_size(epoch) for epoch in range(recipe.epochs)]
+    total = 0.0
+    for size in set(sizes):
+        with FlopCounterMode(display=False) as counter:
+            model(torch.zeros(2, size, size, 3, dtype=torch.uint8)).sum().backward()
+        total += sizes.count(size) * images * counter.get_total_flops() / 2
+    return total
 
 
 def describe_network(folder: RunFolder) -> Measurements:
@@ -131,8 +158,15 @@ def spread(values: Sequence[float], form: str, scale: float = 1.0) -> str:
     return mean if len(values) < 2 else f"{mean} ± {format(scale * statistics.stdev(values), form)}"
 
 
-def table_row(name: str, runs: Sequence[Measurements], network: Measurements, speed: dict[str, float]) -> list[str]:
+def table_row(
+    name: str,
+    runs: Sequence[Measurements],
+    network: Measurements,
+    speed: dict[str, float],
+    script_seconds: float | None,
+) -> list[str]:
     """The row of a recipe in the table."""
+    seconds = statistics.fmean(run["train_seconds"] for run in runs)
     reached = [run["seconds_to_study"] for run in runs if run["seconds_to_study"] is not None]
     with_evaluation = [run["train_seconds"] + run.get("evaluate_seconds", 0.0) for run in runs]
     return [
@@ -142,6 +176,9 @@ def table_row(name: str, runs: Sequence[Measurements], network: Measurements, sp
         spread([run["accuracy"] for run in runs], ".2f", 100),
         str(len(runs)),
         spread([run["train_seconds"] for run in runs], ".0f"),
+        f"{seconds / script_seconds:.2f}" if script_seconds else "–",
+        f"{network['training_flops'] / 1e15:.3f}" if "training_flops" in network else "–",
+        f"{network['training_flops'] / 1e9 / seconds:,.0f}" if "training_flops" in network else "–",
         spread(with_evaluation, ".0f"),
         f"{spread(reached, '.0f')} ({len(reached)} of {len(runs)})" if reached else "–",
         *(
@@ -153,7 +190,8 @@ def table_row(name: str, runs: Sequence[Measurements], network: Measurements, sp
 
 HEADER = (
     "recipe", "parameters", "multiply-adds, millions", "test accuracy, %", "seeds", "seconds to train",
-    "with evaluation", "seconds to 81.96 %", "images/s, fp32, batch 1", "batch 32", "int8, batch 1", "batch 32",
+    "ratio to the script", "training PFLOP", "GFLOP/s", "with evaluation", "seconds to 81.96 %",
+    "images/s, fp32, batch 1", "batch 32", "int8, batch 1", "batch 32",
 )  # fmt: skip
 
 
@@ -162,16 +200,17 @@ def _parser() -> argparse.ArgumentParser:
     add_data_argument(parser)
     parser.add_argument(
         "--recipes",
-        default="sprint;deep-fast;best",
+        default="fast;medium;long;best;deep-fast;sprint",
         help="recipes, each as NAME or NAME KEY=VALUE ..., separated by semicolons; default: %(default)s",
     )
     parser.add_argument(
-        "--seeds", type=int, default=1, help="number of seeds per recipe, beginning with 0; default: %(default)s"
+        "--seeds",
+        type=int,
+        default=1,
+        help="number of seeds of each recipe and of the script, beginning with 0; default: %(default)s",
     )
+    parser.add_argument("--device", choices=DEVICES, default="cpu", help="device to train on; default: %(default)s")
     parser.add_argument("--script", type=Path, metavar="FILE", help="path of airbench94_muon.py, to measure it as well")
-    parser.add_argument(
-        "--script-seeds", type=int, default=1, help="number of seeds for the script; default: %(default)s"
-    )
     parser.add_argument("--no-export", action="store_true", help="do not measure the speed in onnxruntime")
     parser.add_argument(
         "--runs", type=Path, default=Path("runs"), metavar="DIR", help="folder for all runs; default: %(default)s"
@@ -194,21 +233,24 @@ def main() -> None:
     results: dict[str, list[Measurements]] = {}
     networks: dict[str, Measurements] = {SCRIPT: {}}
     exports: dict[str, Path] = {}
-    for text in arguments.recipes.split(";"):
-        recipe_name, *overrides = text.split()
-        recipe = get_recipe(recipe_name, overrides)
-        for seed in range(arguments.seeds):
-            run = train(recipe, overrides, seed, runs_folder, data)
+    chosen = [(get_recipe(name, changes), changes) for name, *changes in map(str.split, arguments.recipes.split(";"))]
+    for seed in range(arguments.seeds):
+        if arguments.script:
+            results.setdefault(SCRIPT, []).append(run_script(arguments.script, seed, runs_folder, data))
+        for recipe, overrides in chosen:
+            run = train(recipe, overrides, seed, runs_folder, data, arguments.device)
             results.setdefault(recipe.name, []).append(run)
             print(f"{recipe.name}, seed {seed}: {run}", file=sys.stderr, flush=True)
+    for recipe, _ in chosen:
         folder = RunFolder(runs_folder / recipe.name / "0")
         networks[recipe.name] = describe_network(folder)
+        trained_on = len(dataset.train) - min(recipe.validation_images, len(dataset.train) // 10)
+        networks[recipe.name]["training_flops"] = training_flops(recipe, len(dataset.classes), trained_on)
         if not arguments.no_export:
             exports[recipe.name] = arguments.output.resolve() / "exports" / recipe.name
             manifest = export_run(folder, dataset, exports[recipe.name])
             networks[recipe.name]["manifest"] = manifest.model_dump(mode="json")
     if arguments.script:
-        results[SCRIPT] = [run_script(arguments.script, seed, data) for seed in range(arguments.script_seeds)]
         networks[SCRIPT] = {"parameters": results[SCRIPT][0]["parameters"]}
     speeds = measure_inference(exports)
     machine = describe_environment(CPU)
@@ -217,7 +259,11 @@ def main() -> None:
         json.dumps({"machine": machine, "results": results, "networks": networks, "speeds": speeds}, indent=1)
     )
     print(f"{dataset.name}; {machine['device']}, {machine['threads']} threads, torch {machine['torch']}\n")
-    rows = [table_row(name, runs, networks[name], speeds.get(name, {})) for name, runs in results.items()]
+    script_runs = results.get(SCRIPT, [])
+    script_seconds = statistics.fmean(run["train_seconds"] for run in script_runs) if script_runs else None
+    rows = [
+        table_row(name, runs, networks[name], speeds.get(name, {}), script_seconds) for name, runs in results.items()
+    ]
     print(markdown_table(HEADER, rows))
 
 

@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from cifar_core.data import Dataset, add_data_argument, load_dataset
 from cifar_core.device import CPU, describe_environment
-from cifar_core.models import CIFAR10_MEAN, CIFAR10_STD
+from cifar_core.layers import CIFAR10_MEAN, CIFAR10_STD
 from cifar_core.recipes import get_recipe
 from cifar_core.run_folder import RunFolder
 from cifar_core.trainer import Precision, Trainer
@@ -110,7 +110,7 @@ def our_loop(recipe_name: str, dataset: Dataset, precision: Precision, place: Pa
     trainer = Trainer(get_recipe(recipe_name), dataset, RunFolder(place), 0, CPU, precision)
     trainer.model.train()
 
-    def endless() -> Iterator[tuple[Tensor, Tensor]]:
+    def endless() -> Iterator[tuple[Tensor, ...]]:
         while True:
             trainer.state.step = 0
             yield from trainer.batches()

@@ -22,7 +22,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cifar_core.data import Dataset, add_data_argument, load_dataset
 from cifar_core.device import CPU, describe_environment
-from cifar_core.recipes import Recipe, get_recipe
+from cifar_core.recipe import Recipe
+from cifar_core.recipes import get_recipe
 from cifar_core.run_folder import RunFolder
 from cifar_core.study.markdown import markdown_table
 from cifar_core.trainer import Trainer

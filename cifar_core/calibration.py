@@ -1,22 +1,43 @@
-"""Calibration of probabilities: the temperature, the expected calibration error, and the data of reliability diagrams.
+"""Calibration of probabilities: a scale for the logits of each image, and measures of calibration.
 
-Works on arrays of logits and probabilities only.
+One temperature multiplies the logits of all images by the same number, which cannot correct a network whose confident
+answers are underconfident and whose doubtful answers are overconfident, as label smoothing leaves them. Here the scale
+of an image is softplus(polynomial of x), where x measures how sure the network is: the gap between the two largest
+logits, or the logarithm of the entropy. The scale is positive, so the class of no image changes. Works on arrays of
+logits and probabilities only.
 """
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from scipy.optimize import minimize_scalar
-from scipy.special import log_softmax
+from scipy.optimize import minimize
+from scipy.special import entr, log_softmax, logsumexp, softmax
 
 Floats = npt.NDArray[np.floating]
+Doubles = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.integer]
 
 BINS = 15
-"""Number of bins of equal width, the usual choice for the calibration error (Guo et al. 2017)."""
-_TEMPERATURE_RANGE = (0.05, 20.0)
+"""Number of bins, the usual choice for the calibration error (Guo et al. 2017)."""
+SCALE_RANGE = (0.05, 20.0)
+"""Limits of the scale. Without them it would grow without limit if all predictions were correct."""
+ENTROPY_FLOOR = 1e-6
+"""Added to the entropy, in nats, before the logarithm."""
+FORMS: dict[str, tuple[str, int]] = {
+    "temperature": ("gap", 0),
+    "gap": ("gap", 1),
+    "log-entropy": ("log-entropy", 1),
+    "gap-quadratic": ("gap", 2),
+    "log-entropy-quadratic": ("log-entropy", 2),
+}
+"""The forms of the scale, simplest first: the measure x, and the degree of the polynomial."""
+FOLDS = 5
+"""Number of parts in the cross-validation that chooses the form."""
+SMALLEST_SAMPLE = 200
+"""Number of images below which only a temperature is fitted."""
+RESAMPLES = 1000
+"""Number of samples of a bootstrap."""
 
 
 @dataclass(frozen=True)
@@ -34,63 +55,171 @@ class Bin:
     accuracy: float
 
 
-def reliability(probabilities: Floats, labels: Integers) -> list[Bin]:
-    """Groups predictions by confidence into `BINS` intervals of equal width; empty intervals are left out.
+@dataclass(frozen=True)
+class Calibration:
+    """A scale for the logits of each image.
+
+    Attributes:
+        form: a key of `FORMS`; `temperature` has one coefficient, and its scale is 1 / temperature.
+        coefficients: the coefficients of the polynomial, the constant first.
+    """
+
+    form: str
+    coefficients: tuple[float, ...]
+
+    def scales(self, logits: Floats) -> Doubles:
+        """The scale of each image, float64 [N, 1], for logits [N, classes]."""
+        return _scales(np.asarray(self.coefficients), _measure(self.form, logits))
+
+    def probabilities(self, logits: Floats) -> Doubles:
+        """softmax(scale * logits), float64 [N, classes]."""
+        return np.asarray(softmax(logits.astype(np.float64) * self.scales(logits), axis=1))
+
+
+def _measure(form: str, logits: Floats) -> Doubles:
+    """How sure the network is of each image: float64 [N]."""
+    logits = logits.astype(np.float64)
+    if FORMS[form][0] == "log-entropy":
+        return np.asarray(np.log(entr(softmax(logits, axis=1)).sum(1) + ENTROPY_FLOOR))
+    largest = np.partition(logits, -2, axis=1)
+    return np.asarray(largest[:, -1] - largest[:, -2])
+
+
+def _scales(coefficients: Doubles, measure: Doubles) -> Doubles:
+    polynomial = np.polynomial.polynomial.polyval(measure, coefficients)
+    return np.asarray(np.logaddexp(0, polynomial).clip(*SCALE_RANGE))[:, None]
+
+
+# Fitting
+
+
+def fit(form: str, logits: Floats, labels: Integers) -> Calibration:
+    """The calibration of one form with the least cross-entropy.
+
+    Args:
+        form: a key of `FORMS`.
+        logits: [N, classes], of images that were not trained on.
+        labels: [N].
+    """
+    logits = logits.astype(np.float64)
+    measure, rows = _measure(form, logits), np.arange(len(labels))
+    # The search is over a polynomial of the standardised measure, so that all coefficients have a similar size.
+    mean, deviation = float(measure.mean()), max(float(measure.std()), 1e-9)
+    standardised, degree = (measure - mean) / deviation, FORMS[form][1]
+
+    def loss(coefficients: Doubles) -> float:
+        scaled = logits * _scales(coefficients, standardised)
+        return float((logsumexp(scaled, axis=1) - scaled[rows, labels]).mean())
+
+    start = np.asarray([0.5] + [0.0] * degree)
+    best = minimize(loss, start, method="Nelder-Mead", options={"xatol": 1e-5, "fatol": 1e-9, "maxiter": 2000})
+    line = np.polynomial.Polynomial([-mean / deviation, 1 / deviation])
+    polynomial = np.polynomial.Polynomial(best.x)(line)
+    coefficients = [float(value) for value in np.atleast_1d(polynomial.coef)]
+    return Calibration(form, tuple(coefficients + [0.0] * (degree + 1 - len(coefficients))))
+
+
+def choose_calibration(logits: Floats, labels: Integers) -> Calibration:
+    """Chooses the form by cross-validation, and fits it to all images.
+
+    Fewer than `SMALLEST_SAMPLE` images get a temperature. Each image is scored by a calibration that was fitted without
+    it. The form with the least cross-entropy is chosen; a
+    form with more coefficients than another must be better by one standard error of the difference.
+
+    Args:
+        logits: [N, classes], of images that neither were trained on nor chose the weights.
+        labels: [N].
+    """
+    if len(labels) < SMALLEST_SAMPLE:
+        return fit("temperature", logits, labels)
+    folds = np.random.RandomState(0).permutation(len(labels)) % FOLDS
+    losses = {form: np.empty(len(labels)) for form in FORMS}
+    for fold in range(FOLDS):
+        inside = folds == fold
+        for form, scores in losses.items():
+            fitted = fit(form, logits[~inside], labels[~inside])
+            scores[inside] = _losses(fitted, logits[inside], labels[inside])
+    chosen = "temperature"
+    for form, scores in losses.items():
+        gain = losses[chosen] - scores
+        error = float(gain.std(ddof=1)) / len(gain) ** 0.5 if FORMS[form][1] > FORMS[chosen][1] else 0.0
+        if gain.mean() > error:
+            chosen = form
+    return fit(chosen, logits, labels)
+
+
+def _losses(calibration: Calibration, logits: Floats, labels: Integers) -> Doubles:
+    scaled = logits.astype(np.float64) * calibration.scales(logits)
+    return np.asarray(-log_softmax(scaled, axis=1)[np.arange(len(labels)), labels])
+
+
+# Measuring
+
+
+def reliability(probabilities: Floats, labels: Integers, equal_mass: bool = False) -> list[Bin]:
+    """Groups predictions by confidence into `BINS` bins; empty ones are left out.
 
     Args:
         probabilities: [N, classes].
         labels: [N].
+        equal_mass: whether the bins hold equal numbers of predictions, instead of intervals of equal width.
     """
     confidence, correct = probabilities.max(1), probabilities.argmax(1) == labels
-    # An interval includes its upper end, as in the paper.
-    bin_numbers = np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)
+    numbers = _bin_numbers(confidence, equal_mass)
     return [
         Bin(int(inside.sum()), float(confidence[inside].mean()), float(correct[inside].mean()))
-        for inside in (bin_numbers == number for number in range(BINS))
+        for inside in (numbers == number for number in range(BINS))
         if inside.any()
     ]
 
 
-def expected_calibration_error(probabilities: Floats, labels: Integers) -> float:
+def _bin_numbers(confidence: Floats, equal_mass: bool) -> npt.NDArray[np.int64]:
+    if equal_mass:
+        numbers = np.empty(len(confidence), np.int64)
+        numbers[np.argsort(confidence, kind="stable")] = np.arange(len(confidence)) * BINS // len(confidence)
+        return numbers
+    # An interval includes its upper end, as in the paper.
+    return np.clip(np.ceil(confidence * BINS).astype(np.int64) - 1, 0, BINS - 1)
+
+
+def expected_calibration_error(probabilities: Floats, labels: Integers, equal_mass: bool = False) -> float:
     """The mean difference between confidence and accuracy over the bins, weighted by their counts; 0 is perfect.
 
-    Guo et al. 2017, "On Calibration of Modern Neural Networks" (arXiv 1706.04599), equation 3.
+    Guo et al. 2017, "On Calibration of Modern Neural Networks" (arXiv 1706.04599), equation 3. With bins of equal mass:
+    Nguyen and O'Connor 2015 (arXiv 1508.05154).
 
     Args:
         probabilities: [N, classes].
         labels: [N].
+        equal_mass: whether the bins hold equal numbers of predictions, instead of intervals of equal width.
     """
-    bins = reliability(probabilities, labels)
-    return sum(group.count * abs(group.confidence - group.accuracy) for group in bins) / len(labels)
+    return _calibration_error(probabilities.max(1), probabilities.argmax(1) == labels, equal_mass)
 
 
-def negative_log_likelihood(logits: Floats, labels: Integers, temperature: float = 1.0) -> float:
-    """The mean cross-entropy of softmax(logits / temperature), in nats.
+def _calibration_error(confidence: Floats, correct: npt.NDArray[np.bool_], equal_mass: bool) -> float:
+    difference = confidence.astype(np.float64) - correct
+    sums = np.bincount(_bin_numbers(confidence, equal_mass), weights=difference, minlength=BINS)
+    return float(np.abs(sums).sum() / len(correct))
+
+
+def calibration_interval(probabilities: Floats, labels: Integers, equal_mass: bool = False) -> tuple[float, float]:
+    """A 95 % bootstrap interval of the expected calibration error: percentiles over samples with replacement.
 
     Args:
-        logits: [N, classes].
+        probabilities: [N, classes].
         labels: [N].
-        temperature: above 0.
+        equal_mass: as in `expected_calibration_error`.
     """
-    log_probabilities = log_softmax(logits.astype(np.float64) / temperature, axis=1)
-    return float(-log_probabilities[np.arange(len(labels)), labels].mean())
+    confidence, correct = probabilities.max(1), probabilities.argmax(1) == labels
+    random = np.random.RandomState(0)
+    errors = []
+    for _ in range(RESAMPLES):
+        rows = random.randint(0, len(correct), len(correct))
+        errors.append(_calibration_error(confidence[rows], correct[rows], equal_mass))
+    low, high = np.percentile(errors, (2.5, 97.5))
+    return float(low), float(high)
 
 
-def fit_temperature(logits: Floats, labels: Integers) -> float:
-    """The temperature with the least cross-entropy. Above 1 it makes probabilities less confident, below 1 more.
-
-    Dividing the logits by it changes no predicted class (Guo et al. 2017, section 4.2). It is limited to 0.05 to 20,
-    because it would approach 0 if all predictions were correct.
-
-    Args:
-        logits: [N, classes], of images that were not trained on.
-        labels: [N].
-    """
-    # The search is over the logarithm of the temperature, where the loss also has a single minimum.
-    found = minimize_scalar(
-        lambda x: negative_log_likelihood(logits, labels, float(np.exp(x))),
-        bounds=(math.log(_TEMPERATURE_RANGE[0]), math.log(_TEMPERATURE_RANGE[1])),
-        method="bounded",
-        options={"xatol": 1e-6},
-    )
-    return float(np.exp(found.x))
+def negative_log_likelihood(logits: Floats, labels: Integers) -> float:
+    """The mean cross-entropy of softmax(logits), in nats, for logits [N, classes] and labels [N]."""
+    return float(-log_softmax(logits.astype(np.float64), axis=1)[np.arange(len(labels)), labels].mean())

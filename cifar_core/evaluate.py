@@ -18,7 +18,12 @@ from scipy.special import softmax
 from scipy.stats import binomtest
 from sklearn.metrics import confusion_matrix, log_loss
 
-from cifar_core.calibration import expected_calibration_error, negative_log_likelihood, reliability
+from cifar_core.calibration import (
+    calibration_interval,
+    expected_calibration_error,
+    negative_log_likelihood,
+    reliability,
+)
 from cifar_core.data import Dataset, Images, add_data_argument, load_dataset, split
 from cifar_core.device import DEVICES, choose_device
 from cifar_core.errors import CifarError, program_name, run_command
@@ -81,8 +86,9 @@ def evaluate(predictor: Predictor, dataset: Dataset, which: SplitName = "test") 
 
     Returns:
         Plain values: `model`, `data`, `split`, `images`, `correct`, `accuracy` (0 to 1), `interval` (95 %, Wilson),
-        `loss` (mean cross-entropy in nats), `calibration` (`ece`, the expected calibration error, and its `bins`;
-        `ece_before`, `bins_before` and `loss_before` are without the temperature of the graph, and None for a server),
+        `loss` (mean cross-entropy in nats), `calibration` (`ece`, the expected calibration error, `ece_interval` (95 %,
+        bootstrap) and its `bins`; `ece_equal_mass` and its interval, with bins of equal counts; `ece_before`,
+        `bins_before` and `loss_before` are without the calibration of the graph, and None for a server),
         `per_class` (accuracy by class name), `confusion` (rows: true classes, columns: predicted classes),
         `confident_mistakes` (ten of index in the set, label, predicted class and probability), `images_per_second`.
 
@@ -126,10 +132,13 @@ def evaluate(predictor: Predictor, dataset: Dataset, which: SplitName = "test") 
 
 
 def _calibration(probabilities: Doubles, logits: Floats | None, labels: Int64) -> dict[str, Any]:
-    """Calibration with the temperature of the graph and, from the softmax of the logits, without it ("before")."""
+    """Calibration as the graph computes it and, from the softmax of the logits, without it ("before")."""
     before = None if logits is None else softmax(logits.astype(np.float64), axis=1)
     return {
         "ece": expected_calibration_error(probabilities, labels),
+        "ece_interval": calibration_interval(probabilities, labels),
+        "ece_equal_mass": expected_calibration_error(probabilities, labels, equal_mass=True),
+        "ece_equal_mass_interval": calibration_interval(probabilities, labels, equal_mass=True),
         "ece_before": None if before is None else expected_calibration_error(before, labels),
         "loss_before": None if logits is None else negative_log_likelihood(logits, labels),
         "bins": _bins(probabilities, labels),
@@ -182,9 +191,13 @@ def report(result: dict[str, Any]) -> str:
 
 def _calibration_text(result: dict[str, Any]) -> str:
     calibration = result["calibration"]
-    text = f"expected calibration error {calibration['ece']:.2%}"
+    low, high = calibration["ece_interval"]
+    text = (
+        f"expected calibration error {calibration['ece']:.2%} (95 % interval {low:.2%} to {high:.2%}); with bins of "
+        f"equal counts {calibration['ece_equal_mass']:.2%}"
+    )
     if calibration["ece_before"] is not None and calibration["loss_before"] != result["loss"]:
-        text += f" (without the temperature {calibration['ece_before']:.2%}, loss {calibration['loss_before']:.4f})"
+        text += f"; without the calibration {calibration['ece_before']:.2%}, loss {calibration['loss_before']:.4f}"
     return text
 
 

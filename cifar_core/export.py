@@ -19,53 +19,45 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-from torch import Tensor, nn
 
-from cifar_core.calibration import fit_temperature
+from cifar_core.calibration import Calibration, choose_calibration
+from cifar_core.calibration_graph import add_calibration
 from cifar_core.data import Dataset, add_data_argument, load_dataset, split
 from cifar_core.device import CPU
 from cifar_core.errors import CifarError, program_name, run_command
 from cifar_core.evaluate import check_classes, evaluate
 from cifar_core.images import IMAGE_SIZE
-from cifar_core.manifest import FILE_NAME, SCHEMA_VERSION, Data, Manifest, ManifestError, Variant, read_manifest
+from cifar_core.manifest import (
+    FILE_NAME,
+    SCHEMA_VERSION,
+    CalibrationScale,
+    Data,
+    Manifest,
+    ManifestError,
+    Variant,
+    read_manifest,
+)
 from cifar_core.models import Network, fuse_batch_norm
-from cifar_core.parity import check_int8, compare_on, measure_parity
-from cifar_core.predictors import Predictor, UInt8, build_model, onnx_predictor, torch_predictor
+from cifar_core.parity import Comparison, check_int8, compare_on, measure_parity
+from cifar_core.predictors import Predictor, UInt8, build_model, onnx_predictor, predict_all, torch_predictor
 from cifar_core.publish import VARIANT_FILES, is_intact, publish
 from cifar_core.quantise import CALIBRATION_IMAGES, to_int8
-from cifar_core.recipes import Recipe, read_recipe
-from cifar_core.run_folder import RunFolder, best_epoch, default_folder, finished_runs, load_checkpoint
+from cifar_core.recipe import Recipe, read_recipe
+from cifar_core.run_folder import RunFolder, default_folder, finished_runs, load_checkpoint, weights_digest
+
+logger = logging.getLogger(__name__)
 
 
 class ExportError(CifarError):
     """The export failed. The target folder is unchanged."""
 
 
-class Classifier(nn.Module):
-    """The exported graph: uint8 [N, 32, 32, 3] -> logits and probabilities, float32 [N, classes] each.
-
-    Args:
-        network: maps images to logits.
-        temperature: the logits are divided by this number before the softmax; see `calibration`.
-    """
-
-    def __init__(self, network: nn.Module, temperature: float = 1.0) -> None:
-        super().__init__()
-        self.network = network
-        self.temperature = temperature
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        logits = self.network(images)
-        return logits, torch.softmax(logits / self.temperature, 1)
-
-
-def to_onnx(network: Network, metadata: Mapping[str, str], temperature: float = 1.0) -> bytes:
-    """The ONNX graph of a network, with a dynamic batch size and without batch normalisation.
+def to_onnx(network: Network, metadata: Mapping[str, str]) -> bytes:
+    """The ONNX graph of a network up to its logits, with a dynamic batch size and without batch normalisation.
 
     Args:
         network: uint8 [N, 32, 32, 3] -> logits, on the CPU; it is put into evaluation mode.
         metadata: written into the file.
-        temperature: the logits are divided by this number before the softmax.
 
     Raises:
         ExportError: torch could not export the network.
@@ -75,10 +67,10 @@ def to_onnx(network: Network, metadata: Mapping[str, str], temperature: float = 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter uses deprecated functions of its own
         program = torch.onnx.export(
-            Classifier(fuse_batch_norm(network), temperature).eval(),
+            _Named(fuse_batch_norm(network)).eval(),
             (example,),
             input_names=["images"],
-            output_names=["logits", "probabilities"],
+            output_names=["logits"],
             dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
             dynamo=True,
             optimize=True,
@@ -93,6 +85,17 @@ def to_onnx(network: Network, metadata: Mapping[str, str], temperature: float = 
     return bytes(model.SerializeToString())
 
 
+class _Named(torch.nn.Module):
+    """Gives the tensors of a network in a graph the prefix `network.`, by which `initial_weights` finds them."""
+
+    def __init__(self, network: torch.nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.network(images)  # type: ignore[no-any-return]
+
+
 def _remove_source_paths(model: onnx.ModelProto) -> None:
     """Removes the source locations that the exporter records for each node, with paths of this machine."""
     for node in model.graph.node:
@@ -103,24 +106,37 @@ def _remove_source_paths(model: onnx.ModelProto) -> None:
     model.graph.ClearField("metadata_props")
 
 
-def pick_run(runs: Path) -> RunFolder:
-    """The finished run with the best validation accuracy, of any recipe. Test accuracy plays no part.
+def pick_run(runs: Path, dataset: Dataset) -> RunFolder:
+    """The finished run with the best accuracy on held-out images that all candidates have in common.
+
+    Recipes hold out different numbers of images, so the accuracies in their histories cannot be compared. Test images
+    play no part. Candidates are the finished runs that were trained on this data.
 
     Raises:
-        ExportError: There is no finished run.
+        ExportError: There is no candidate, or there are several that have too few held-out images in common.
     """
-    finished = finished_runs(runs)
+    finished = [run for run in finished_runs(runs) if run.description()["data"]["fingerprint"] == dataset.fingerprint]
     if not finished:
-        raise ExportError(f"{runs}: there is no finished run in this folder; train one with: make train")
-    return max(finished, key=lambda run: float(best_epoch(run.history())["validation_accuracy"]))
-
-
-def weights_digest(state: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names and values of a network's tensors, in hexadecimal."""
-    digest = hashlib.sha256()
-    for name, tensor in state.items():
-        digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
-    return digest.hexdigest()
+        raise ExportError(
+            f"{runs}: there is no finished run on {dataset.name} in this folder; train one with: make train"
+        )
+    if len(finished) == 1:
+        return finished[0]
+    recipes = [read_recipe(run.description()["recipe"]) for run in finished]
+    held_out = [split(len(dataset.train), recipe.validation_images, recipe.split_seed)[1] for recipe in recipes]
+    common = sorted(set.intersection(*(set(indices.tolist()) for indices in held_out)))
+    if len(common) < min(len(indices) for indices in held_out) / 2:
+        raise ExportError(
+            f"{runs}: the {len(finished)} finished runs have only {len(common)} held-out images in common, because "
+            "their split_seed differs; choose one with --run DIR"
+        )
+    images, labels = dataset.train.images[common].numpy(), dataset.train.labels[common].numpy()
+    correct = []
+    for run in finished:
+        logits, _ = predict_all(torch_predictor(load_checkpoint(run.best), CPU), images)
+        correct.append(int((logits.argmax(1) == labels).sum()))
+        print(f"{run.path}: {correct[-1]:,} of {len(common):,} common held-out images correct")
+    return finished[correct.index(max(correct))]
 
 
 def export_run(run: RunFolder, dataset: Dataset, target: Path) -> Manifest:
@@ -149,26 +165,30 @@ def export_run(run: RunFolder, dataset: Dataset, target: Path) -> Manifest:
     if current is not None:
         return current
     comparison = compare_on(reference, dataset)
-    temperature = fit_temperature(comparison.validation_logits, comparison.labels)
-    graph = to_onnx(build_model(checkpoint), _graph_metadata(identity, recipe), temperature)
+    calibration = choose_calibration(comparison.validation_logits, comparison.labels)
+    network = to_onnx(build_model(checkpoint), _graph_metadata(identity, recipe))
+    graph = add_calibration(network, calibration)
     exported = onnx_predictor(graph, CPU)
-    parity, fp32_logits = measure_parity(comparison, exported, temperature)
-    calibration_images = _calibration_images(dataset, recipe)
-    int8_graph = to_int8(graph, calibration_images)
+    parity, fp32_logits = measure_parity(comparison, exported, calibration)
+    range_images = _range_images(dataset, recipe)
+    int8_network = to_int8(network, range_images)
+    # Its own calibration needs its logits, which any calibration leaves unchanged.
+    int8_logits = check_int8(comparison, fp32_logits, onnx_predictor(add_calibration(int8_network, calibration), CPU))
+    int8_calibration = choose_calibration(int8_logits, comparison.labels)
+    int8_graph = add_calibration(int8_network, int8_calibration)
     int8 = onnx_predictor(int8_graph, CPU)
-    check_int8(comparison, fp32_logits, int8)
+    scale, int8_scale = (_scale(each, comparison, recipe) for each in (calibration, int8_calibration))
     manifest = Manifest(
         **identity,
         variants={
-            "fp32": _variant("fp32", graph, exported, dataset),
-            "int8": _variant("int8", int8_graph, int8, dataset, calibration_images=len(calibration_images)),
+            "fp32": _variant("fp32", graph, exported, dataset, scale),
+            "int8": _variant("int8", int8_graph, int8, dataset, int8_scale, calibration_images=len(range_images)),
         },
         recipe=recipe.values(),
         seed=description["seed"],
         epoch=checkpoint["epoch"],
         precision=description["precision"],
         validation_accuracy=checkpoint["validation_accuracy"],
-        temperature=temperature,
         parity=parity,
     )
     graphs = {VARIANT_FILES["fp32"]: graph, VARIANT_FILES["int8"]: int8_graph}
@@ -208,7 +228,8 @@ def _current_export(target: Path, identity: dict[str, Any]) -> Manifest | None:
     except ManifestError:  # missing, damaged or of another version: it will be written
         return None
     same = all(getattr(manifest, field) == value for field, value in identity.items())
-    complete = manifest.variants.keys() == VARIANT_FILES.keys() and manifest.temperature is not None
+    calibrated = all(variant.calibration is not None for variant in manifest.variants.values())
+    complete = manifest.variants.keys() == VARIANT_FILES.keys() and calibrated
     return manifest if same and complete and is_intact(target, manifest) else None
 
 
@@ -222,7 +243,24 @@ def _graph_metadata(identity: dict[str, Any], recipe: Recipe) -> dict[str, str]:
     }
 
 
-def _calibration_images(dataset: Dataset, recipe: Recipe) -> UInt8:
+def _scale(calibration: Calibration, comparison: Comparison, recipe: Recipe) -> CalibrationScale:
+    """The entry of a calibration in the manifest; warns if its images also chose the epoch."""
+    chose_epoch = recipe.weights == "best"
+    if chose_epoch:
+        logger.warning(
+            "%s keeps the epoch with the best validation accuracy, and the probabilities were calibrated on the same "
+            "validation images; for a calibration on images that chose nothing, train with --set weights=last",
+            recipe.name,
+        )
+    return CalibrationScale(
+        form=calibration.form,
+        coefficients=calibration.coefficients,
+        images=len(comparison.labels),
+        chose_epoch=chose_epoch,
+    )
+
+
+def _range_images(dataset: Dataset, recipe: Recipe) -> UInt8:
     """A random sample of the images that were trained on, the same in every export."""
     train_indices, _ = split(len(dataset.train), recipe.validation_images, recipe.split_seed)
     chosen = np.random.RandomState(0).permutation(train_indices.numpy())[:CALIBRATION_IMAGES]
@@ -230,7 +268,12 @@ def _calibration_images(dataset: Dataset, recipe: Recipe) -> UInt8:
 
 
 def _variant(
-    name: str, graph: bytes, predictor: Predictor, dataset: Dataset, calibration_images: int | None = None
+    name: str,
+    graph: bytes,
+    predictor: Predictor,
+    dataset: Dataset,
+    calibration: CalibrationScale,
+    calibration_images: int | None = None,
 ) -> Variant:
     """A graph's entry in the manifest, with its accuracy and calibration on the test images."""
     result = evaluate(predictor, dataset, "test")
@@ -240,6 +283,8 @@ def _variant(
         "test_loss_before": result["calibration"]["loss_before"],
         "test_ece": result["calibration"]["ece"],
         "test_ece_before": result["calibration"]["ece_before"],
+        "test_ece_equal_mass": result["calibration"]["ece_equal_mass"],
+        "calibration": calibration,
     }
     if calibration_images is not None:
         measured["calibration_images"] = calibration_images
@@ -277,7 +322,8 @@ def main() -> int:
         "--run",
         type=Path,
         metavar="DIR",
-        help="run folder to export; default: the finished run with the best validation accuracy",
+        help="run folder to export; default: the finished run with the best accuracy on held-out images that all runs "
+        "have in common",
     )
     parser.add_argument(
         "--runs",
@@ -297,7 +343,7 @@ def main() -> int:
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     dataset = load_dataset(arguments.data)
     runs = arguments.runs or default_folder(dataset.kind, "runs")
-    run = RunFolder(arguments.run) if arguments.run else pick_run(runs)
+    run = RunFolder(arguments.run) if arguments.run else pick_run(runs, dataset)
     target = arguments.output or default_folder(dataset.kind, "exported")
     print(_summary(target, export_run(run, dataset, target)))
     return 0

@@ -42,6 +42,18 @@ class Data(_Part):
     fingerprint: str = Field(default="", description="SHA-256 over class names, images and labels, in hexadecimal")
 
 
+class CalibrationScale(_Part):
+    """The scale of the logits before the softmax: softplus of a polynomial of a measure of each image."""
+
+    form: str = Field(
+        description="temperature (a constant), or gap, gap-quadratic (the measure is the difference of the two largest "
+        "logits), log-entropy, log-entropy-quadratic (the logarithm of the entropy of the softmax of the logits)"
+    )
+    coefficients: tuple[float, ...] = Field(min_length=1, description="of the polynomial, the constant first")
+    images: Count = Field(description="number of held-out images that the scale was fitted on")
+    chose_epoch: bool = Field(description="whether these images also chose the epoch whose weights were exported")
+
+
 class Variant(_Part):
     """One form of the model, such as fp32 or int8, with its measurements on the test images."""
 
@@ -50,11 +62,15 @@ class Variant(_Part):
     test_accuracy: Share = Field(description="share of the test images that are classified correctly, 0 to 1")
     test_images: Count | None = Field(default=None, description="number of test images")
     test_loss: float | None = Field(default=None, description="mean cross-entropy on the test images, in nats")
-    test_loss_before: float | None = Field(default=None, description="test_loss without the temperature")
+    test_loss_before: float | None = Field(default=None, description="test_loss without the calibration")
     test_ece: Share | None = Field(
-        default=None, description="expected calibration error on the test images, with 15 bins, 0 to 1"
+        default=None, description="expected calibration error on the test images, with 15 bins of equal width, 0 to 1"
     )
-    test_ece_before: Share | None = Field(default=None, description="test_ece without the temperature")
+    test_ece_before: Share | None = Field(default=None, description="test_ece without the calibration")
+    test_ece_equal_mass: Share | None = Field(default=None, description="test_ece with 15 bins of equal counts")
+    calibration: CalibrationScale | None = Field(
+        default=None, description="the calibration of this variant; exports of earlier versions have `temperature`"
+    )
     calibration_images: Count | None = Field(
         default=None,
         description="int8 only: number of training images that determined the ranges of activations",
@@ -88,7 +104,7 @@ class Manifest(_Part):
         default=None, description="accuracy on the held-out training images, 0 to 1"
     )
     temperature: float | None = Field(
-        default=None, gt=0, description="the graph divides the logits by this number before the softmax"
+        default=None, gt=0, description="exports of earlier versions: the graph divides the logits by this number"
     )
     parity: Parity | None = Field(default=None, description="agreement of the fp32 graph with the network in torch")
 

@@ -15,155 +15,21 @@ from torch.nn.functional import adaptive_max_pool2d, relu
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from cifar_core.images import IMAGE_SIZE
+from cifar_core.layers import (
+    Activation,
+    ConvBlock,
+    ConvGroup,
+    GlobalMaxPool,
+    Normalise,
+    activate,
+    batch_norm_layer,
+    small_head,
+)
 
-CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
-CIFAR10_STD = (0.247, 0.243, 0.261)
-"""Per-channel statistics of CIFAR-10's training images, scaled to [0, 1], as the study uses them (section 1.1)."""
 HIDDEN_UNITS = 512
 """Units of the hidden fully connected layer of the study's networks."""
-
-
-# Layers
-
-
-class Normalise(nn.Module):
-    """uint8 [N, H, W, 3], values 0 to 255 -> float32 [N, 3, H, W]: scaled to [0, 1], then (x - mean) / std.
-
-    The transposition costs nothing: a channels-last image, permuted, is a tensor in torch's channels-last memory
-    format, which is also the layout in which convolutions run fastest on a CPU.
-
-    Args:
-        mean: mean per channel of images scaled to [0, 1].
-        std: standard deviation per channel, each above 0.
-    """
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, mean: Sequence[float] = CIFAR10_MEAN, std: Sequence[float] = CIFAR10_STD) -> None:
-        super().__init__()
-        # Buffers, so that the statistics are saved with the weights.
-        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1))
-        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))
-
-    def forward(self, images: Tensor) -> Tensor:
-        return (images.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std
-
-
-class Dropout(nn.Module):
-    """Inverted dropout like `nn.Dropout`, but faster on a CPU.
-
-    During training it zeroes each activation with probability p and scales the others by 1 / (1 - p); otherwise it is
-    the identity. `nn.Dropout` draws one double at a time in a single thread, which takes a tenth of a training step of
-    the deep network in bf16. Here four activations share one 64-bit random number, 16 bits each, so p is rounded to a
-    multiple of 2**-16. The scale uses the rounded p, so expectations are preserved exactly.
-
-    Args:
-        p: probability in [0, 1).
-    """
-
-    def __init__(self, p: float) -> None:
-        super().__init__()
-        self.p = p
-        self._threshold = round(p * 2**16)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self._threshold == 0:
-            return x
-        if x.device.type != "cpu":
-            return nn.functional.dropout(x, self.p)
-        if not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)):
-            x = x.contiguous()
-        draws = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
-        bits = draws.view(torch.int16)[: x.numel()].as_strided(x.shape, x.stride())
-        keep = (bits >= self._threshold - 2**15).to(x.dtype)
-        return x * keep.mul_(2**16 / (2**16 - self._threshold))
-
-    def extra_repr(self) -> str:
-        return f"p={self.p}"
-
-
-class GlobalMaxPool(nn.Module):
-    """The maximum of each channel over all pixels: [N, C, H, W] -> [N, C]."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.amax((2, 3))
-
-
-def _batch_norm(channels: int, kind: type[nn.BatchNorm1d] | type[nn.BatchNorm2d] = nn.BatchNorm2d) -> nn.Module:
-    """Batch normalisation with its scale fixed at 1, whose statistics follow the last few batches.
-
-    The weights of the next layer can take over any scale. A positive scale commutes with the maximum, so batch
-    normalisation after max-pooling, where there is a quarter as much to normalise, can still be fused into the
-    convolution before the pooling. Both after Jordan 2024, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU"
-    (arXiv 2404.00498).
-    """
-    layer = kind(channels, momentum=0.4)
-    layer.weight.requires_grad_(False)
-    return layer
-
-
-def _small_head(features: int, classes: int, bias: bool = True) -> nn.Linear:
-    """An output layer with small initial logits, which allows large learning rates for the biases before it."""
-    layer = nn.Linear(features, classes, bias)
-    nn.init.normal_(layer.weight, std=1 / features)
-    if bias:
-        nn.init.zeros_(layer.bias)
-    return layer
-
-
-class ConvBlock(nn.Module):
-    """Two 3x3 convolutions of stride 1, each followed by ReLU; then 2x2 max-pooling of stride 2, and dropout.
-
-    The second ReLU is computed after the pooling: the result is the same, for a quarter of the work.
-
-    Args:
-        channels_in: channels of the input.
-        channels: channels of both convolutions.
-        padding: padding of both convolutions, in pixels.
-        dropout: probability in [0, 1).
-        batch_norm: whether to normalise before each ReLU; the convolutions then have no bias.
-    """
-
-    def __init__(self, channels_in: int, channels: int, padding: int, dropout: float, batch_norm: bool) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(channels_in, channels, 3, padding=padding, bias=not batch_norm)
-        self.norm1 = _batch_norm(channels) if batch_norm else nn.Identity()
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=padding, bias=not batch_norm)
-        self.pool = nn.MaxPool2d(2)
-        self.norm2 = _batch_norm(channels) if batch_norm else nn.Identity()
-        self.dropout = Dropout(dropout)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = relu(self.norm1(self.conv1(x)), inplace=True)
-        x = relu(self.norm2(self.pool(self.conv2(x))), inplace=True)
-        return self.dropout(x)  # type: ignore[no-any-return]
-
-
-class ConvGroup(nn.Module):
-    """Convolution, 2x2 max-pooling, convolution; each convolution is normalised and followed by ReLU.
-
-    After airbench94 (Jordan 2024, arXiv 2404.00498). The convolutions are 3x3 with padding 1; at the start of training
-    they pass their input on unchanged (Dirac initialisation).
-
-    Args:
-        channels_in: channels of the input.
-        channels: channels of both convolutions.
-    """
-
-    def __init__(self, channels_in: int, channels: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(channels_in, channels, 3, padding=1, bias=False)
-        self.pool = nn.MaxPool2d(2)
-        self.norm1 = _batch_norm(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.norm2 = _batch_norm(channels)
-        for convolution in (self.conv1, self.conv2):
-            nn.init.dirac_(convolution.weight.data[: convolution.in_channels])
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = relu(self.norm1(self.pool(self.conv1(x))), inplace=True)
-        return relu(self.norm2(self.conv2(x)), inplace=True)
+WHITENING_DIRECTIONS = 12
+"""Principal directions of image patches that the whitening layer keeps; each has two filters, of opposite sign."""
 
 
 # Networks
@@ -203,13 +69,20 @@ class ConvNet(Network):
         dropout: probability, in [0, 1), of zeroing an activation at the end of each block during training.
         classes: number of logits, at least 2.
         batch_norm: whether to normalise over the batch before each ReLU; see `fuse_batch_norm`.
+        identity_init: whether the convolutions pass their input on at the start of training.
 
     Raises:
         ValueError: dropout or classes is out of range.
     """
 
     def __init__(
-        self, widths: Sequence[int], padding: int, dropout: float, classes: int, batch_norm: bool = False
+        self,
+        widths: Sequence[int],
+        padding: int,
+        dropout: float,
+        classes: int,
+        batch_norm: bool = False,
+        identity_init: bool = False,
     ) -> None:
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout is {dropout}, but must be at least 0 and below 1")
@@ -220,12 +93,12 @@ class ConvNet(Network):
         blocks = []
         channels, self.size = 3, IMAGE_SIZE
         for width in widths:
-            blocks.append(ConvBlock(channels, width, padding, dropout, batch_norm))
+            blocks.append(ConvBlock(channels, width, padding, dropout, batch_norm, identity_init))
             channels, self.size = width, (self.size + 2 * (2 * padding - 2)) // 2
         self.blocks = nn.Sequential(*blocks)
         self.hidden = nn.Linear(channels * self.size**2, HIDDEN_UNITS, bias=not batch_norm)
-        self.hidden_norm = _batch_norm(HIDDEN_UNITS, nn.BatchNorm1d) if batch_norm else nn.Identity()
-        self.head = _small_head(HIDDEN_UNITS, classes) if batch_norm else nn.Linear(HIDDEN_UNITS, classes)
+        self.hidden_norm = batch_norm_layer(HIDDEN_UNITS, nn.BatchNorm1d) if batch_norm else nn.Identity()
+        self.head = small_head(HIDDEN_UNITS, classes) if batch_norm else nn.Linear(HIDDEN_UNITS, classes)
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.blocks(self.normalise(images))
@@ -253,50 +126,89 @@ class DeepConvNet(ConvNet):
     parameters for ten classes, and just as many with `batch_norm` after fusing.
     """
 
-    def __init__(self, dropout: float = 0.2, classes: int = 10, batch_norm: bool = False) -> None:
-        super().__init__((32, 64, 128, 256), padding=1, dropout=dropout, classes=classes, batch_norm=batch_norm)
+    def __init__(
+        self, dropout: float = 0.2, classes: int = 10, batch_norm: bool = False, identity_init: bool = False
+    ) -> None:
+        super().__init__((32, 64, 128, 256), 1, dropout, classes, batch_norm, identity_init)
+
+
+@dataclass(frozen=True)
+class NetworkOptions:
+    """The values that a recipe can choose for a network; each network uses some of them.
+
+    Attributes:
+        dropout: probability in [0, 1) of zeroing an activation at the end of each block (all but `whitened`).
+        widths: channels of the three groups of `whitened`.
+        depth: convolutions in each group of `whitened`, 2 or 3.
+        activation: the activation function of `whitened`.
+        whiten_size: height and width of the filters of the first layer of `whitened`, 2 or 3.
+        whiten_bias: whether the first layer of `whitened` has a bias.
+        identity_init: whether convolutions pass their input on at the start of training (`deep-batch-norm`).
+    """
+
+    dropout: float = 0.0
+    widths: tuple[int, ...] = ()
+    depth: int = 2
+    activation: Activation = "relu"
+    whiten_size: int = 2
+    whiten_bias: bool = False
+    identity_init: bool = False
 
 
 class WhitenedConvNet(Network):
     """A small network that trains fast, after airbench94 (Jordan 2024, arXiv 2404.00498).
 
-    A 2x2 convolution with fixed filters whitens the patches of the images; three groups of convolutions follow; then
-    the maximum over the remaining pixels and a linear layer. It uses ReLU, which costs nothing after a convolution in
-    fp32 and int8, where airbench uses GELU. Accepts images of any size from 16 pixels.
+    A convolution with fixed filters whitens the patches of the images; three groups of convolutions follow; then the
+    maximum over the remaining pixels and a linear layer. ReLU costs nothing after a convolution in fp32 and int8;
+    airbench uses GELU. Accepts images of any size from 16 pixels.
 
     Args:
         widths: channels of each group.
         classes: number of logits.
+        options: depth, activation and first layer; `options.widths` is not used.
     """
 
-    def __init__(self, widths: Sequence[int], classes: int = 10) -> None:
+    def __init__(
+        self,
+        widths: Sequence[int],
+        classes: int = 10,
+        options: NetworkOptions = NetworkOptions(),
+    ) -> None:
         super().__init__()
+        self.activation: Activation = options.activation
         self.normalise = Normalise()
-        # The filters are fixed, and there is no bias: no gradient has to be computed for the largest activation.
-        self.whiten = nn.Conv2d(3, 2 * 3 * 2 * 2, 2, bias=False)
+        # The filters are fixed. Without a bias no gradient has to be computed for the largest activation.
+        self.whiten = nn.Conv2d(3, 2 * WHITENING_DIRECTIONS, options.whiten_size, bias=options.whiten_bias)
         self.whiten.weight.requires_grad_(False)
         inputs = (self.whiten.out_channels, *widths)
-        self.blocks = nn.Sequential(*(ConvGroup(before, width) for before, width in zip(inputs, widths, strict=False)))
+        self.blocks = nn.Sequential(
+            *(
+                ConvGroup(before, width, options.depth, options.activation)
+                for before, width in zip(inputs, widths, strict=False)
+            )
+        )
         self.pool = GlobalMaxPool()
-        self.head = _small_head(widths[-1], classes, bias=False)
+        self.head = small_head(widths[-1], classes, bias=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        x = relu(self.whiten(self.normalise(images)), inplace=True)
+        x = activate(self.whiten(self.normalise(images)), self.activation)
         x = self.pool(self.blocks(x))
         return self.head(x)  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def init_whiten(self, images: Tensor) -> None:
-        """Sets the whitening filters to the eigenvectors of the covariance of 2x2 patches, scaled to variance 1.
+        """Sets the whitening filters to the eigenvectors of the covariance of patches, scaled to variance 1.
 
-        Each filter occurs with both signs, because ReLU follows.
+        Each filter occurs with both signs. Of larger patches, the directions of greatest variance are used.
 
         Args:
-            images: uint8 [N, H, W, 3], from the training set; a few thousand are enough.
+            images: uint8 [N, H, W, 3], a random sample of the training set; a few thousand are enough.
         """
-        patches = nn.functional.unfold(self.normalise(images), 2).transpose(1, 2).reshape(-1, 12)
+        size = self.whiten.kernel_size[0]
+        values_per_patch = 3 * size * size
+        patches = nn.functional.unfold(self.normalise(images), size).transpose(1, 2).reshape(-1, values_per_patch)
         values, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))
-        filters = (vectors / (values + 5e-4).sqrt()).T.reshape(12, 3, 2, 2)
+        filters = (vectors / (values + 5e-4).sqrt()).T[-WHITENING_DIRECTIONS:].reshape(-1, 3, size, size)
         self.whiten.weight.copy_(torch.cat([filters, -filters]))
 
 
@@ -305,54 +217,53 @@ class NetworkKind:
     """A network that a recipe can name.
 
     Attributes:
-        build: returns a network with fresh weights, given the number of classes, the dropout probability, and the
-            channels of the first group.
+        build: returns a network with fresh weights, given the number of classes and the options.
         batch_norm: whether the network has batch normalisation. Only such networks can be trained with Muon, which
             fixes the norm of weights, or on smaller images.
-        has_width: whether the channels of the first group can be chosen.
+        options: names of the `NetworkOptions` that the network uses, apart from `dropout`.
     """
 
-    build: Callable[[int, float, int], Network]
+    build: Callable[[int, NetworkOptions], Network]
     batch_norm: bool = False
-    has_width: bool = False
+    options: frozenset[str] = frozenset()
 
 
 NETWORKS: dict[str, NetworkKind] = {
-    "baseline": NetworkKind(lambda classes, dropout, _: BaselineConvNet(dropout, classes)),
-    "deep": NetworkKind(lambda classes, dropout, _: DeepConvNet(dropout, classes)),
+    "baseline": NetworkKind(lambda classes, options: BaselineConvNet(options.dropout, classes)),
+    "deep": NetworkKind(lambda classes, options: DeepConvNet(options.dropout, classes)),
     "deep-batch-norm": NetworkKind(
-        lambda classes, dropout, _: DeepConvNet(dropout, classes, batch_norm=True), batch_norm=True
+        lambda classes, options: DeepConvNet(options.dropout, classes, True, options.identity_init),
+        batch_norm=True,
+        options=frozenset({"identity_init"}),
     ),
     "whitened": NetworkKind(
-        lambda classes, _, width: WhitenedConvNet((width, 4 * width, 8 * width), classes),
+        lambda classes, options: WhitenedConvNet(options.widths, classes, options),
         batch_norm=True,
-        has_width=True,
+        options=frozenset({"widths", "depth", "activation", "whiten_size", "whiten_bias"}),
     ),
 }
 """Every network, by the name that recipes use."""
 
 
-def make_model(name: str, classes: int, dropout: float = 0.0, width: int = 0) -> Network:
+def make_model(name: str, classes: int, options: NetworkOptions) -> Network:
     """A network with fresh weights.
 
     Args:
         name: a key of `NETWORKS`.
         classes: number of logits.
-        dropout: dropout probability; ignored by `whitened`.
-        width: channels of the first group of `whitened`, whose other groups have four and eight times as many; ignored
-            by other networks.
+        options: the choices of the recipe; options that the network does not use are ignored.
 
     Raises:
         ValueError: There is no such network, or a value is out of range.
     """
     if name not in NETWORKS:
         raise ValueError(f"there is no network {name!r}; the networks are: {', '.join(NETWORKS)}")
-    return NETWORKS[name].build(classes, dropout, width)
+    return NETWORKS[name].build(classes, options)
 
 
 # Fusing
 
-_NORMALISED = (("conv1", "norm1"), ("conv2", "norm2"), ("hidden", "hidden_norm"))
+NORMALISED_LAYERS = (("conv1", "norm1"), ("conv2", "norm2"), ("conv3", "norm3"), ("hidden", "hidden_norm"))
 """Names of layers and of the batch normalisation that follows them."""
 
 
@@ -370,7 +281,7 @@ def fuse_batch_norm(model: Network) -> Network:
         return model
     fused = copy.deepcopy(model)
     for module in list(fused.modules()):
-        for layer_name, norm_name in _NORMALISED:
+        for layer_name, norm_name in NORMALISED_LAYERS:
             layer, norm = getattr(module, layer_name, None), getattr(module, norm_name, None)
             if isinstance(norm, nn.BatchNorm2d) and isinstance(layer, nn.Conv2d):
                 setattr(module, layer_name, fuse_conv_bn_eval(layer, norm))

@@ -1,13 +1,13 @@
 """The optimizers that recipes use, their parameter groups, and the learning rate over time."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, overload
 
 import torch
 from torch import Tensor
 
 from cifar_core.models import Network
-from cifar_core.recipes import Recipe
+from cifar_core.recipe import Recipe
 
 _NEWTON_SCHULZ_STEPS = 3
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -45,8 +45,9 @@ class Muon(torch.optim.Optimizer):
     the norm. After airbench94 (Jordan 2024).
 
     Args:
-        groups: parameter groups with `params`, `lr`, `momentum` in [0, 1) and `orthogonal`. The first dimension of
-            orthogonal weights is that of the output channels.
+        groups: parameter groups with `params`, `lr`, `momentum` in [0, 1), `orthogonal`, and optionally `weight_decay`,
+            a multiple of the weights that is added to their gradients. The first dimension of orthogonal weights is
+            that of the output channels.
     """
 
     def __init__(self, groups: list[dict[str, Any]]) -> None:
@@ -75,6 +76,8 @@ class Muon(torch.optim.Optimizer):
         state = self.state[weight]
         if not state:
             state["momentum_buffer"] = torch.zeros_like(weight)
+        if group.get("weight_decay"):
+            gradient = gradient.add(weight, alpha=group["weight_decay"])
         buffer = state["momentum_buffer"].mul_(group["momentum"]).add_(gradient)
         step = gradient.add(buffer, alpha=group["momentum"])
         if group["orthogonal"]:
@@ -86,19 +89,30 @@ class Muon(torch.optim.Optimizer):
 def muon_groups(recipe: Recipe, model: Network) -> list[dict[str, Any]]:
     """The parameter groups of `Muon`, in this order: hidden weights, the output layer, hidden biases.
 
-    Parameters that are not trained, such as fixed filters and scales, are in no group.
+    A whitening bias has a fourth group, whose learning rate falls to 0 after `share` of all steps. Parameters that are
+    not trained, such as fixed filters and scales, are in no group.
     """
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     head = [parameter for name, parameter in trained.items() if name.startswith("head.")]
     hidden = {name: parameter for name, parameter in trained.items() if not name.startswith("head.")}
     weights = [parameter for name, parameter in hidden.items() if name.endswith(".weight")]
-    biases = [parameter for name, parameter in hidden.items() if name.endswith(".bias")]
-    sgd = {"momentum": _SGD_MOMENTUM, "orthogonal": False}
-    return [
+    whitening = [parameter for name, parameter in hidden.items() if name == "whiten.bias"]
+    biases = [value for name, value in hidden.items() if name.endswith(".bias") and name != "whiten.bias"]
+    groups = [
         {"params": weights, "lr": recipe.learning_rate, "momentum": recipe.momentum, "orthogonal": True},
-        {"params": head, "lr": recipe.output_learning_rate, **sgd},
-        {"params": biases, "lr": recipe.bias_learning_rate, **sgd},
+        _sgd_group(head, recipe.output_learning_rate, recipe.weight_decay),
+        _sgd_group(biases, recipe.bias_learning_rate, recipe.weight_decay),
     ]
+    if whitening:
+        share = recipe.whiten_bias_epochs / recipe.epochs
+        groups.append(_sgd_group(whitening, recipe.bias_learning_rate, recipe.weight_decay) | {"share": share})
+    return groups
+
+
+def _sgd_group(parameters: Sequence[Tensor], learning_rate: float, decay: float) -> dict[str, Any]:
+    """A group that Muon trains with SGD. A step at the highest learning rate removes the share `decay` of weights."""
+    group = {"params": parameters, "lr": learning_rate, "momentum": _SGD_MOMENTUM, "orthogonal": False}
+    return group | ({"weight_decay": decay / learning_rate} if decay else {})
 
 
 def make_optimizer(recipe: Recipe, model: Network) -> torch.optim.Optimizer:
@@ -124,4 +138,5 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, recipe: Recipe, done: fl
         return
     factor = done / recipe.warmup if done < recipe.warmup else (1 - done) / (1 - recipe.warmup)
     for group in optimizer.param_groups:
-        group["lr"] = group["initial_lr"] * factor
+        share = group.get("share")
+        group["lr"] = group["initial_lr"] * (factor if share is None else max(0.0, 1 - done / share))

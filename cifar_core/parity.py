@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import softmax
 
+from cifar_core.calibration import Calibration
 from cifar_core.data import Dataset
 from cifar_core.errors import CifarError
 from cifar_core.evaluate import choose_split
@@ -61,13 +62,13 @@ def compare_on(reference: Predictor, dataset: Dataset) -> Comparison:
     return Comparison(images, held_out.labels.numpy(), logits)
 
 
-def measure_parity(comparison: Comparison, exported: Predictor, temperature: float) -> tuple[Parity, Floats]:
+def measure_parity(comparison: Comparison, exported: Predictor, calibration: Calibration) -> tuple[Parity, Floats]:
     """Compares an exported graph with torch on `PARITY_IMAGES` images, in batches of 1, 7 and 256.
 
     Args:
         comparison: images and torch's logits.
         exported: the graph.
-        temperature: the temperature of the graph.
+        calibration: the calibration of the graph.
 
     Returns:
         The measured differences, and the graph's logits of all images of the comparison, computed in batches of 256.
@@ -79,8 +80,8 @@ def measure_parity(comparison: Comparison, exported: Predictor, temperature: flo
     images, expected_logits = comparison.images[:PARITY_IMAGES], comparison.logits[:PARITY_IMAGES]
     outputs = [predict_all(exported, images, size) for size in PARITY_BATCHES[:-1]]
     outputs.append((all_logits[:PARITY_IMAGES], all_probabilities[:PARITY_IMAGES]))
-    # Also without the temperature: a high one makes all classes nearly equal and would hide a difference.
-    expected, expected_before = softmax(expected_logits / temperature, axis=1), softmax(expected_logits, axis=1)
+    # Also without the calibration: a small scale makes all classes nearly equal and would hide a difference.
+    expected, expected_before = calibration.probabilities(expected_logits), softmax(expected_logits, axis=1)
     difference, logit_difference, differing = 0.0, 0.0, 0
     for logits, probabilities in outputs:
         difference = max(
@@ -106,8 +107,12 @@ def measure_parity(comparison: Comparison, exported: Predictor, temperature: flo
     return parity, all_logits
 
 
-def check_int8(comparison: Comparison, fp32_logits: Floats, int8: Predictor) -> None:
-    """Raises ParityError if int8 classifies too few of the validation images correctly, compared with fp32."""
+def check_int8(comparison: Comparison, fp32_logits: Floats, int8: Predictor) -> Floats:
+    """Compares int8 with fp32 on the validation images. Returns int8's logits of them, float32 [V, classes].
+
+    Raises:
+        ParityError: int8 classifies too few images correctly.
+    """
     count = len(comparison.labels)
     int8_logits, _ = predict_all(int8, comparison.images[:count])
     before, after = comparison.correct(fp32_logits), comparison.correct(int8_logits)
@@ -116,3 +121,4 @@ def check_int8(comparison: Comparison, fp32_logits: Floats, int8: Predictor) -> 
             f"int8 classifies {after} of {count} validation images correctly, fp32 {before} (allowed loss: "
             f"{INT8_LIMIT:.0%}); nothing was exported; train the run longer, or export another run"
         )
+    return int8_logits

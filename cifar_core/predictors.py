@@ -12,8 +12,8 @@ import torch
 
 from cifar_core.errors import CifarError
 from cifar_core.images import IMAGE_SIZE
-from cifar_core.models import Network, make_model
-from cifar_core.recipes import RecipeError, read_recipe
+from cifar_core.models import Network
+from cifar_core.recipe import RecipeError, read_recipe
 from cifar_core.run_folder import RunFolder, load_checkpoint
 
 BATCH = 256
@@ -86,7 +86,7 @@ def build_model(checkpoint: dict[str, Any]) -> Network:
     """
     try:
         recipe = read_recipe(checkpoint["recipe"])
-        model = make_model(recipe.model, len(checkpoint["classes"]), recipe.dropout, recipe.width)
+        model = recipe.make_model(len(checkpoint["classes"]))
         model.load_weights(checkpoint["model"])
     except (RecipeError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise PredictorError(f"the weights of this checkpoint do not fit its recipe ({error}); train again") from error

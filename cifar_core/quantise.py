@@ -47,7 +47,7 @@ def move_relu_before_pooling(model: onnx.ModelProto) -> onnx.ModelProto:
 def to_int8(graph: bytes, images: npt.NDArray[np.uint8]) -> bytes:
     """A graph of `export.to_onnx` with convolutions and matrix products in int8.
 
-    The output layer and the softmax stay in fp32. Weights are int8 with one scale per channel, activations uint8 with
+    The output layer stays in fp32. Weights are int8 with one scale per channel, activations uint8 with
     the range that they have on `images` (static quantisation, QDQ format; Jacob et al. 2018, "Quantization and Training
     of Neural Networks for Efficient Integer-Arithmetic-Only Inference"). Inputs, outputs and metadata do not change. It
     is fast on processors with int8 multiplication (VNNI, AMX).

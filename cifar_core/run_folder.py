@@ -2,7 +2,7 @@
 
     recipe.json     values of the recipe, seed, precision, data and machine
     history.jsonl   one line per epoch
-    best.pt         weights of the epoch with the best validation accuracy
+    best.pt         weights that the run ends with: those of the epoch with the best validation accuracy, or the last
     last.pt         state from which the run can be resumed
     events.*        TensorBoard
 
@@ -11,16 +11,18 @@ are read without pickle. This module must not depend on models or data sets.
 """
 
 import fcntl
+import hashlib
 import io
 import json
 import pickle
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from cifar_core.errors import CifarError
 from cifar_core.files import atomic_write, to_json
@@ -156,7 +158,7 @@ class RunFolder:
         """One dictionary per finished epoch; empty before the first.
 
         Each holds `epoch` (from 1), `train_loss`, `train_accuracy`, `validation_loss`, `validation_accuracy`
-        (accuracies from 0 to 1), `learning_rate` and `seconds`.
+        (accuracies from 0 to 1; both are None if the recipe did not validate the epoch), `learning_rate` and `seconds`.
 
         Raises:
             RunError: The file is damaged.
@@ -178,15 +180,29 @@ class RunFolder:
         return (self.path / "recipe.json").exists() and len(self.history()) == self.description()["recipe"]["epochs"]
 
 
-def best_epoch(history: list[dict[str, Any]]) -> dict[str, Any]:
-    """The line of the epoch with the best validation accuracy; the first of several."""
-    return max(history, key=lambda line: line["validation_accuracy"])
+def best_epoch(history: list[dict[str, Any]], weights: str = "best") -> dict[str, Any]:
+    """The line of the epoch whose weights a run ends with.
+
+    Args:
+        history: the lines of at least one epoch.
+        weights: the recipe's `weights`: `best` is the epoch with the best validation accuracy, the first of several;
+            `last` is the last epoch.
+    """
+    return history[-1] if weights == "last" else max(history, key=lambda line: line["validation_accuracy"])
 
 
 def finished_runs(runs: Path) -> list[RunFolder]:
     """Every finished run in a folder of runs, ordered by recipe and seed."""
     folders = [RunFolder(path.parent) for path in sorted(runs.glob("*/*/recipe.json"))]
     return [folder for folder in folders if folder.is_finished()]
+
+
+def weights_digest(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names and values of a network's tensors, in hexadecimal."""
+    digest = hashlib.sha256()
+    for name, tensor in state.items():
+        digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def default_folder(data_kind: str, name: str) -> Path:

@@ -1,6 +1,6 @@
 """Trains a recipe and writes a run folder.
 
-python -m cifar_core.train RECIPE [--seed 0] [--resume]
+python -m cifar_core.train RECIPE [--seed 0] [--data FOLDER] [--init exported] [--resume]
 
 A signal stops the run after the current step and saves its state; `--resume` continues it.
 """
@@ -12,12 +12,14 @@ from typing import Any
 
 from tqdm import tqdm
 
-from cifar_core.data import add_data_argument, load_dataset
+from cifar_core.data import Dataset, add_data_argument, class_lines, load_dataset
 from cifar_core.device import DEVICES, choose_device, describe_environment
 from cifar_core.errors import program_name, run_command
-from cifar_core.recipes import KEYS, RECIPES, get_recipe
+from cifar_core.initial_weights import InitialWeights, read_initial_weights
+from cifar_core.recipes import KEYS, RECIPES, batch_size_note, get_recipe
 from cifar_core.run_folder import RunFolder, best_epoch, default_folder
 from cifar_core.stop_signal import Interrupted, StopSignal
+from cifar_core.teacher import read_teacher
 from cifar_core.trainer import Trainer
 
 
@@ -37,7 +39,7 @@ def run(trainer: Trainer, resume: bool) -> list[dict[str, Any]]:
     with folder.lock(), StopSignal() as stop:
         trainer.start(resume)
         if state.epoch == recipe.epochs:
-            print(f"{folder.path}: already finished; {_best_text(state.history)}")
+            print(f"{folder.path}: already finished; {_best_text(state.history, recipe.weights)}")
             return state.history
         device = describe_environment(trainer.device)["device"]
         print(f"{recipe!r}\nseed {trainer.seed}, {trainer.precision} on {device}, {trainer.dataset.name}")
@@ -49,16 +51,40 @@ def run(trainer: Trainer, resume: bool) -> list[dict[str, Any]]:
             tqdm.write(
                 f"epoch {line['epoch']:2d}/{recipe.epochs}  {line['seconds']:.1f} s  "
                 f"training loss {line['train_loss']:.4f} accuracy {line['train_accuracy']:.2%}  "
-                f"validation loss {line['validation_loss']:.4f} accuracy {line['validation_accuracy']:.2%}  "
-                f"({_best_text(state.history)}; {minutes_left:.0f} min left)"
+                f"{_validation_text(line)}({_best_text(state.history, recipe.weights)}; {minutes_left:.0f} min left)"
             )
-    print(f"{folder.path}: finished; {_best_text(state.history)}")
+    print(f"{folder.path}: finished; {_best_text(state.history, recipe.weights)}")
     return state.history
 
 
-def _best_text(history: list[dict[str, Any]]) -> str:
-    best = best_epoch(history)
-    return f"best validation accuracy {best['validation_accuracy']:.2%} at epoch {best['epoch']}"
+def _validation_text(line: dict[str, Any]) -> str:
+    if line["validation_accuracy"] is None:
+        return ""
+    return f"validation loss {line['validation_loss']:.4f} accuracy {line['validation_accuracy']:.2%}  "
+
+
+def _best_text(history: list[dict[str, Any]], weights: str) -> str:
+    chosen = best_epoch(history, weights)
+    if chosen["validation_accuracy"] is None:
+        return "validation follows after the last epochs"
+    which = "best validation accuracy" if weights == "best" else "validation accuracy"
+    return f"{which} {chosen['validation_accuracy']:.2%} at epoch {chosen['epoch']}"
+
+
+def _print_start(dataset: Dataset, initial: InitialWeights | None, note: str | None) -> None:
+    """Prints what a user should know before the run: what a folder holds, and what is kept of the initial weights."""
+    if dataset.kind == "folder":
+        sizes = f"{len(dataset.train):,} training images, {len(dataset.test):,} test images"
+        print(f"{dataset.name}: {sizes}", *class_lines(dataset), sep="\n")
+    if initial is not None:
+        head = (
+            "all layers"
+            if initial.is_for(dataset.classes)
+            else f"all layers but the output layer, which is new: the classes were {', '.join(initial.classes)}"
+        )
+        print(f"starting from {initial.name}: {head}")
+    if note is not None:
+        print(f"note: {note}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -93,6 +119,19 @@ def _parser() -> argparse.ArgumentParser:
         f"keys: {', '.join(KEYS)}",
     )
     parser.add_argument(
+        "--init",
+        type=Path,
+        metavar="exported|RUN|FILE",
+        help="trained weights to start from: the folder of an export, a run folder, an .onnx or a .pt file; with other "
+        "classes the output layer is new",
+    )
+    parser.add_argument(
+        "--teacher",
+        type=Path,
+        metavar="RUN|FILE",
+        help="trained model whose outputs are learned in addition to the labels, for recipes with distillation above 0",
+    )
+    parser.add_argument(
         "--runs",
         type=Path,
         metavar="DIR",
@@ -119,8 +158,14 @@ def main() -> int:
     device = choose_device(arguments.device)
     dataset = load_dataset(arguments.data)
     runs = arguments.runs or default_folder(dataset.kind, "runs")
-    folder = RunFolder(runs / recipe.name / str(arguments.seed))
-    trainer = Trainer(recipe, dataset, folder, arguments.seed, device, arguments.precision or recipe.precision)
+    initial = read_initial_weights(arguments.init) if arguments.init else None
+    teacher = read_teacher(arguments.teacher, device) if arguments.teacher else None
+    # A run that starts from trained weights has a folder of its own, next to that of the same recipe from scratch.
+    name = recipe.name + (f"+init={initial.digest[:8]}" if initial else "")
+    folder = RunFolder(runs / name / str(arguments.seed))
+    precision = arguments.precision or recipe.precision
+    trainer = Trainer(recipe, dataset, folder, arguments.seed, device, precision, initial, teacher)
+    _print_start(dataset, initial, batch_size_note(arguments.recipe, recipe))
     try:
         run(trainer, arguments.resume)
     except Interrupted as interrupted:

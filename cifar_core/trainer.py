@@ -9,9 +9,10 @@ import datetime
 import logging
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
@@ -22,6 +23,7 @@ from cifar_core.data import (
     Batches,
     Dataset,
     Images,
+    batch_sizes,
     epoch_generator,
     resize,
     split,
@@ -32,11 +34,14 @@ from cifar_core.device import describe_environment, keep_freed_memory
 from cifar_core.errors import CifarError
 from cifar_core.files import FileWriteError
 from cifar_core.images import IMAGE_SIZE
-from cifar_core.models import Network, WhitenedConvNet, make_model
+from cifar_core.initial_weights import InitialWeights, start_from
+from cifar_core.models import Network, WhitenedConvNet
 from cifar_core.optimizers import make_optimizer, set_learning_rate
-from cifar_core.recipes import Recipe, read_recipe
+from cifar_core.passes import recompute_statistics, validate
+from cifar_core.recipe import Recipe, read_recipe
 from cifar_core.run_folder import RunError, RunFolder, best_epoch, load_checkpoint
 from cifar_core.stop_signal import Interrupted, StopSignal
+from cifar_core.teacher import Teacher, check_teacher, distillation_loss
 from cifar_core.train_state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -44,28 +49,12 @@ logger = logging.getLogger(__name__)
 Precision = Literal["fp32", "bf16"]
 LOG_EVERY = 200
 """Steps between two log lines, as in the study (section 1.3.1)."""
-VALIDATION_BATCH = 500
 WHITENING_IMAGES = 5000
+"""Number of random training images from which the whitening filters are computed."""
 
 
 class TrainingError(CifarError):
     """Training cannot continue: the loss is not finite, or a checkpoint cannot be written."""
-
-
-@torch.inference_mode()
-def validate(model: nn.Module, data: Images) -> tuple[float, float]:
-    """Mean cross-entropy and accuracy (0 to 1), in fp32 for every precision of training, because fp32 is exported."""
-    was_training = model.training
-    model.eval()
-    loss = torch.zeros((), dtype=torch.float64)
-    correct = 0
-    for first in range(0, len(data), VALIDATION_BATCH):
-        labels = data.labels[first : first + VALIDATION_BATCH]
-        logits = model(data.images[first : first + VALIDATION_BATCH])
-        loss += nn.functional.cross_entropy(logits, labels, reduction="sum").cpu()
-        correct += int((logits.argmax(1) == labels).sum())
-    model.train(was_training)
-    return float(loss) / len(data), correct / len(data)
 
 
 class Trainer:
@@ -78,13 +67,30 @@ class Trainer:
         seed: seed of the initial weights, the order of the images, augmentation and dropout.
         device: the device to compute on; all images are copied to it.
         precision: fp32, or bf16 for autocast; weights, optimizer and validation are in fp32 in both.
+        initial: trained weights to start from; None for fresh weights.
+        teacher: the model whose outputs are learned in addition to the labels; required if the recipe has
+            `distillation`, and None otherwise.
+
+    Raises:
+        InitialWeightsError: The initial weights do not fit the recipe.
+        TeacherError: There is a teacher and no `distillation`, or the reverse; or the teacher has other classes.
     """
 
     def __init__(
-        self, recipe: Recipe, dataset: Dataset, folder: RunFolder, seed: int, device: torch.device, precision: Precision
+        self,
+        recipe: Recipe,
+        dataset: Dataset,
+        folder: RunFolder,
+        seed: int,
+        device: torch.device,
+        precision: Precision,
+        initial: InitialWeights | None = None,
+        teacher: Teacher | None = None,
     ) -> None:
         self.recipe, self.dataset, self.folder, self.seed = recipe, dataset, folder, seed
-        self.device, self.precision = device, precision
+        self.device, self.precision, self.initial = device, precision, initial
+        check_teacher(teacher, recipe, dataset)
+        self.teacher = teacher
         if device.type == "cpu":
             keep_freed_memory()
         self.train_indices, validation_indices = split(len(dataset.train), recipe.validation_images, recipe.split_seed)
@@ -92,7 +98,8 @@ class Trainer:
             device
         )
         self.train_data = dataset.train.to(device)
-        self.steps = -(-len(self.train_indices) // recipe.batch_size)
+        self.batch_sizes = batch_sizes(len(self.train_indices), recipe.batch_size, even=recipe.batch_norm)
+        self.steps = len(self.batch_sizes)
         self.model = self._make_model()
         self.state = TrainState(
             self.model,
@@ -101,16 +108,27 @@ class Trainer:
             correct=torch.zeros(self.steps, dtype=torch.int64, device=device),
         )
         self._augmentation: Augmentation | None = None
+        self._teacher_logits: Tensor | None = None
 
     def _make_model(self) -> Network:
         recipe = self.recipe
         torch.manual_seed(self.seed)
-        model = make_model(recipe.model, len(self.dataset.classes), recipe.dropout, recipe.width)
+        model = recipe.make_model(len(self.dataset.classes))
         # The images are channels-last already, and on CPUs and GPUs it is the faster layout.
         model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         if isinstance(model, WhitenedConvNet):
-            model.init_whiten(self.train_data.images[self.train_indices[:WHITENING_IMAGES].to(self.device)])
+            model.init_whiten(self._random_training_images(WHITENING_IMAGES))
+        if self.initial is not None:
+            start_from(self.initial, model, self.dataset.classes, self._random_training_images(WHITENING_IMAGES))
         return model
+
+    def _random_training_images(self, count: int) -> Tensor:
+        """At most `count` of the images to train on, uint8 [N, 32, 32, 3]; the same ones whenever a seed is used.
+
+        A folder is ordered by class, so its first images would be nearly all of one class.
+        """
+        order = np.random.RandomState(self.seed).permutation(len(self.train_indices))[:count]
+        return self.train_data.images[self.train_indices[torch.from_numpy(order)].to(self.device)]
 
     def description(self) -> dict[str, Any]:
         """The content of recipe.json."""
@@ -122,6 +140,8 @@ class Trainer:
             "data": data,
             "classes": list(self.dataset.classes),
             "environment": describe_environment(self.device),
+            **({"initial": self.initial.description()} if self.initial else {}),
+            **({"teacher": self.teacher.description()} if self.teacher else {}),
         }
 
     # Starting and resuming
@@ -153,12 +173,19 @@ class Trainer:
             # The same data may have another name by now; the fingerprint decides.
             "data": before["data"]["fingerprint"] == now["data"]["fingerprint"],
             **{key: before[key] == now[key] for key in ("seed", "precision", "classes")},
+            **{
+                key: before.get(key, {}).get("weights") == now.get(key, {}).get("weights")
+                for key in ("initial", "teacher")
+            },
         }
         different = [key for key, equal in same.items() if not equal]
         if different:
             key = different[0]
+            was, is_now = before.get(key, "none"), now.get(key, "none")
+            if key == "recipe":  # only the values that differ
+                was, is_now = _differences(read_recipe(was).values(), is_now)
             raise RunError(
-                f"{self.folder.path}: this run was started with {key} {before[key]}, not {now[key]}; resume it with "
+                f"{self.folder.path}: this run was started with {key} {was}, not {is_now}; resume it with "
                 "the same values, or choose another folder with --runs DIR"
             )
         if before.get("environment") != now["environment"]:
@@ -171,20 +198,32 @@ class Trainer:
 
     # Steps
 
-    def batches(self) -> Batches:
-        """The remaining batches of the current epoch, in order."""
+    def batches(self) -> Iterable[tuple[Tensor, ...]]:
+        """The remaining batches of the current epoch, in order: images, labels, and the teacher's logits if any."""
         generator = epoch_generator(self.seed, self.state.epoch)
         if self.recipe.sampler == "weighted":
             sampler = weighted_sampler(self.train_indices, len(self.train_data), generator)
         else:
             sampler = subset_sampler(self.train_indices, generator)  # type: ignore[assignment]
-        return Batches(self.train_data, sampler, self.recipe.batch_size, start=self.state.step, augment=self._augment())
+        data, augment, even = self.train_data, self._augment(), self.recipe.batch_norm
+        if self._teacher_logits is None:
+            return Batches(data, sampler, self.recipe.batch_size, self.state.step, augment, even)
+        indexed = Images(data.images, torch.arange(len(data), device=self.device))
+        batches = Batches(indexed, sampler, self.recipe.batch_size, self.state.step, augment, even)
+        return self._with_teacher(batches, self._teacher_logits)
+
+    def _with_teacher(self, batches: Batches, logits: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        for images, indices in batches:
+            mirrored = self._augmentation.is_mirrored(indices) if self._augmentation else torch.zeros_like(indices)
+            yield images, self.train_data.labels[indices], logits[mirrored.long(), indices]
 
     def _augment(self) -> Callable[[Tensor], Tensor] | None:
         """Returns the augmented images of the current epoch by index; None if the recipe does not change them."""
         recipe, epoch = self.recipe, self.state.epoch
         size = recipe.image_size(epoch)
-        if recipe.flip == "none" and not recipe.translate and not recipe.cutout and size == IMAGE_SIZE:
+        unchanged = not (recipe.translate or recipe.cutout or recipe.brightness or recipe.contrast)
+        if recipe.flip == "none" and unchanged and size == IMAGE_SIZE:
+            self._augmentation = None
             return None
         if self._augmentation is None or self._augmentation.size != (size, size):
             scale = size / IMAGE_SIZE
@@ -194,18 +233,28 @@ class Trainer:
                 recipe.flip,
                 round(recipe.translate * scale),
                 round(recipe.cutout * scale),
+                recipe.brightness,
+                recipe.contrast,
             )
         self._augmentation.start_epoch(epoch)
         return self._augmentation.batch
 
-    def train_step(self, images: Tensor, labels: Tensor) -> None:
-        """One optimizer step on a batch. The loss stays on the device, so that no step waits for a copy."""
+    def train_step(self, images: Tensor, labels: Tensor, teacher: Tensor | None = None) -> None:
+        """One optimizer step on a batch. The loss stays on the device, so that no step waits for a copy.
+
+        Args:
+            images: uint8 [B, H, W, 3].
+            labels: int64 [B].
+            teacher: logits of the teacher, float32 [B, classes]; None without a teacher.
+        """
         state, recipe = self.state, self.recipe
         steps_done = state.epoch * self.steps + state.step
         set_learning_rate(state.optimizer, recipe, (steps_done + 0.5) / (recipe.epochs * self.steps))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             logits = self.model(images)
             loss = nn.functional.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
+            if teacher is not None:
+                loss = loss.lerp(distillation_loss(logits, teacher), recipe.distillation)
         state.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         state.optimizer.step()
@@ -229,8 +278,9 @@ class Trainer:
             self.model.train()
             while state.epoch < self.recipe.epochs:
                 started = time.perf_counter() - state.seconds
-                for images, labels in self.batches():
-                    self.train_step(images, labels)
+                self._start_epoch()
+                for batch in self.batches():
+                    self.train_step(*batch)
                     state.seconds = time.perf_counter() - started
                     bar.update()
                     if state.step % LOG_EVERY == 0:
@@ -239,10 +289,21 @@ class Trainer:
                         raise self.interrupt(stop.number)
                 line = self.finish_epoch()
                 for key in ("train_loss", "train_accuracy", "validation_loss", "validation_accuracy", "learning_rate"):
-                    events.add_scalar(f"epoch/{key}", line[key], state.epoch * self.steps)
+                    if line[key] is not None:
+                        events.add_scalar(f"epoch/{key}", line[key], state.epoch * self.steps)
                 yield line
                 if stop.number is not None and state.epoch < self.recipe.epochs:
                     raise self.interrupt(stop.number)
+
+    def _start_epoch(self) -> None:
+        """Freezes a whitening bias that is trained no longer; computes the teacher's outputs if they are missing."""
+        bias = self.model.whiten.bias if isinstance(self.model, WhitenedConvNet) else None
+        if bias is not None and self.state.epoch >= self.recipe.whiten_bias_epochs:
+            bias.requires_grad_(False)
+            bias.grad = None
+        if self.teacher is not None and self._teacher_logits is None:
+            cache = self.folder.path / "teacher.npz"
+            self._teacher_logits = self.teacher.logits(self.dataset.train.images, cache).to(self.device)
 
     def _log_steps(self, events: SummaryWriter) -> None:
         self._check_finite()
@@ -258,9 +319,7 @@ class Trainer:
 
     def training_metrics(self, first: int, last: int) -> tuple[float, float]:
         """Mean loss and accuracy of the steps `first` to `last` - 1 of the current epoch."""
-        sizes = torch.full((self.steps,), self.recipe.batch_size, dtype=torch.float64)
-        sizes[-1] = len(self.train_indices) - (self.steps - 1) * self.recipe.batch_size
-        sizes = sizes[first:last]
+        sizes = torch.tensor(self.batch_sizes[first:last], dtype=torch.float64)
         losses, correct = self.state.losses[first:last].cpu().double(), self.state.correct[first:last].cpu()
         return float((losses * sizes).sum() / sizes.sum()), float(correct.sum() / sizes.sum())
 
@@ -288,10 +347,14 @@ class Trainer:
 
     def finish_epoch(self) -> dict[str, Any]:
         """Validates, extends the history and saves. Returns the new line of the history."""
-        state, started = self.state, time.perf_counter()
+        state, recipe, started = self.state, self.recipe, time.perf_counter()
         self._check_finite()
         train_loss, train_accuracy = self.training_metrics(0, self.steps)
-        validation_loss, validation_accuracy = validate(self.model, self.validation)
+        if recipe.statistics_images and state.epoch == recipe.epochs - 1:
+            recompute_statistics(self.model, self._random_training_images(recipe.statistics_images))
+        validation_loss, validation_accuracy = None, None
+        if recipe.is_validated(state.epoch):
+            validation_loss, validation_accuracy = validate(self.model, self.validation)
         line = {
             "epoch": state.epoch + 1,
             "train_loss": train_loss,
@@ -303,7 +366,7 @@ class Trainer:
         }
         state.history.append(line)
         state.epoch, state.step, state.seconds = state.epoch + 1, 0, 0.0
-        self._save(is_best=best_epoch(state.history) is line)
+        self._save(is_best=best_epoch(state.history, recipe.weights) is line)
         return line
 
     def interrupt(self, signal_number: int) -> Interrupted:
@@ -318,7 +381,8 @@ class Trainer:
 
     def _save(self, is_best: bool) -> None:
         description = self.description()
-        about = {key: description[key] for key in ("recipe", "seed", "precision", "classes", "data")}
+        keys = ("recipe", "seed", "precision", "classes", "data", "initial", "teacher")
+        about = {key: description[key] for key in keys if key in description}
         checkpoint = about | self.state.to_dict(self.device)
         best = None
         if is_best:
@@ -328,3 +392,9 @@ class Trainer:
             self.folder.save(checkpoint, best)
         except FileWriteError as error:
             raise TrainingError(f"{error}; with --resume the run continues from its last checkpoint") from error
+
+
+def _differences(one: dict[str, Any], other: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The entries of two dictionaries with the same keys that differ."""
+    keys = [key for key in one if one[key] != other[key]]
+    return {key: one[key] for key in keys}, {key: other[key] for key in keys}

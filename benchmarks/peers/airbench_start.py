@@ -19,10 +19,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import nn
 
-from cifar_core.data import Dataset, add_data_argument, load_dataset
+from cifar_core.data import Dataset, Images, add_data_argument, load_dataset
 from cifar_core.device import keep_freed_memory
 
 Unchanged = TypeVar("Unchanged")
@@ -63,10 +64,16 @@ def stand_in_for_cuda() -> None:
         kind.half = kind.bfloat16  # type: ignore[method-assign]
 
 
-def lay_out(dataset: Dataset) -> None:
-    """Writes the images to the files that the script reads."""
+def lay_out(dataset: Dataset, seed: int) -> None:
+    """Writes the images to the files that the script reads.
+
+    The script computes its whitening filters from the first 5,000 training images. In a folder these are nearly all of
+    one class, and in the official archive they are in random order, so the training images are shuffled.
+    """
     Path("cifar10").mkdir()
-    for name, part in (("train", dataset.train), ("test", dataset.test)):
+    order = np.random.RandomState(seed).permutation(len(dataset.train))
+    train = Images(dataset.train.images[order], dataset.train.labels[order])
+    for name, part in (("train", train), ("test", dataset.test)):
         content = {"images": part.images, "labels": part.labels, "classes": list(dataset.classes)}
         torch.save(content, f"cifar10/{name}.pt")
 
@@ -100,7 +107,7 @@ def main() -> None:
     epochs: list[tuple[float, float, int]] = []
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
-        lay_out(dataset)
+        lay_out(dataset, arguments.seed)
         script = load_script(script_file)
         torch.manual_seed(arguments.seed)
         evaluate = script.evaluate

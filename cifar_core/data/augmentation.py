@@ -1,4 +1,4 @@
-"""Flips, translations and cutout for whole batches, and resizing.
+"""Flips, translations, cutout, and changes of brightness and contrast for whole batches, and resizing.
 
 The random choices depend only on seed and epoch, so a resumed run sees the same images as an uninterrupted one.
 """
@@ -34,10 +34,22 @@ class Augmentation:
         flip: `none`, `random` or `alternating`.
         translate: largest shift of an image in each direction, in pixels.
         cutout: side of the square that is set to grey, in pixels; 0 for none.
+        brightness: largest change of all pixels of an image, as a share of 255.
+        contrast: largest change of the distances of the pixels of an image from grey, as a share.
     """
 
-    def __init__(self, images: Tensor, seed: int, flip: str, translate: int, cutout: int) -> None:
+    def __init__(
+        self,
+        images: Tensor,
+        seed: int,
+        flip: str,
+        translate: int,
+        cutout: int,
+        brightness: float = 0.0,
+        contrast: float = 0.0,
+    ) -> None:
         self.seed, self.flip, self.translate, self.cutout = seed, flip, translate, cutout
+        self.brightness, self.contrast = brightness, contrast
         count, height, width, channels = images.shape
         self.size = (height, width)
         if translate:
@@ -65,6 +77,7 @@ class Augmentation:
             mirrored = torch.zeros(count, dtype=torch.bool)
         centres = torch.rand((2, count), generator=generator)
         self._shifts, self._mirrored, self._centres = shifts.to(device), mirrored.to(device), centres.to(device)
+        self._jitter = (2 * torch.rand((2, count), generator=generator) - 1).to(device)
 
     def batch(self, indices: Tensor) -> Tensor:
         """The augmented images at these indices, uint8 [B, H, W, 3]."""
@@ -72,9 +85,17 @@ class Augmentation:
         mirrored = self._mirrored[indices].view(-1, 1, 1, 1)
         if self.flip != "none":
             images = torch.where(mirrored, images.flip(2), images)
+        if self.brightness or self.contrast:
+            shift, scale = self._jitter[:, indices].view(2, -1, 1, 1, 1)
+            changed = (images - float(_GREY)) * (1 + self.contrast * scale) + _GREY + 255 * self.brightness * shift
+            images = changed.round().clamp(0, 255).to(torch.uint8)
         if self.cutout:
             images = images.masked_fill(self._cutout_mask(indices), _GREY)
         return images
+
+    def is_mirrored(self, indices: Tensor) -> Tensor:
+        """Whether the images at these indices are mirrored in the present epoch, bool [B]."""
+        return self._mirrored[indices]
 
     def _cutout_mask(self, indices: Tensor) -> Tensor:
         """True within the square of each image: bool [B, H, W, 1]."""

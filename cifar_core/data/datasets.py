@@ -1,6 +1,7 @@
 """Reading a data set into memory: the official CIFAR-10 archive, a folder of image files, or generated images."""
 
 import argparse
+import dataclasses
 import hashlib
 import os
 from collections.abc import Iterable
@@ -13,7 +14,8 @@ import torch
 from torch import Tensor
 
 from cifar_core.data.errors import OTHER_DATA, DataError
-from cifar_core.data.image_folder import Split, read_image_folder
+from cifar_core.data.image_folder import left_out_lines, read_image_folder
+from cifar_core.data.stratify import Labelled
 from cifar_core.data.synthetic import SYNTHETIC_CLASSES, synthetic_images
 
 SYNTHETIC_SIZE = 1000
@@ -51,6 +53,7 @@ class Dataset:
         test: test images.
         classes: class names; labels index this tuple.
         fingerprint: SHA-256 over class names, images and labels, in hexadecimal. Equal data has an equal fingerprint.
+        remarks: lines for a summary: how a folder was split, and which files were left out and why.
     """
 
     kind: Kind
@@ -59,6 +62,7 @@ class Dataset:
     test: Images
     classes: tuple[str, ...]
     fingerprint: str
+    remarks: tuple[str, ...] = ()
 
 
 def load_dataset(data: str | None = None) -> Dataset:
@@ -66,9 +70,9 @@ def load_dataset(data: str | None = None) -> Dataset:
 
     Args:
         data: `cifar10` for the official archive, which is downloaded into `data/` if necessary; `synthetic` or
-            `synthetic:N` for N generated training images; otherwise a folder that holds the official archive, or
-            train/<class>/* and test/<class>/*. None means the value of the environment variable CIFAR10_DATA, or
-            `cifar10` if that is not set.
+            `synthetic:N` for N generated training images; otherwise a folder that holds the official archive,
+            train/<class>/* and test/<class>/*, or <class>/*, of which a fifth becomes the test set. None means the
+            value of the environment variable CIFAR10_DATA, or `cifar10` if that is not set.
 
     Raises:
         DataError: The data is missing, cannot be downloaded, is incomplete, corrupt, or not in the expected form.
@@ -84,7 +88,7 @@ def load_dataset(data: str | None = None) -> Dataset:
     if unpacked or (folder / _OFFICIAL_ARCHIVE).is_file():
         # torchvision unpacks an archive only if it is allowed to download one.
         return _load_official(folder, download=not unpacked)
-    return _dataset("folder", folder.resolve().name, *read_image_folder(folder))
+    return _load_folder(folder)
 
 
 def add_data_argument(parser: argparse.ArgumentParser) -> None:
@@ -93,18 +97,26 @@ def add_data_argument(parser: argparse.ArgumentParser) -> None:
         "--data",
         metavar="cifar10|FOLDER|synthetic[:N]",
         help="data set to use: cifar10 is the official archive (downloaded into data/ if necessary), FOLDER holds "
-        "train/<class>/* and test/<class>/*, synthetic:N generates N training images "
+        "train/<class>/* and test/<class>/*, or only <class>/*, of which a fifth becomes the test set; synthetic:N "
+        "generates N training images "
         f"(N is {SYNTHETIC_SIZE:,} if left out); default: $CIFAR10_DATA if set, otherwise cifar10",
     )
 
 
-def _dataset(kind: Kind, name: str, train: Split, test: Split, classes: Iterable[str]) -> Dataset:
+def _dataset(kind: Kind, name: str, train: Labelled, test: Labelled, classes: Iterable[str]) -> Dataset:
     classes = tuple(classes)
     digest = hashlib.sha256("\0".join(classes).encode())
     for array in (*train, *test):
         digest.update(np.ascontiguousarray(array).data)
     sets = [Images(torch.from_numpy(images), torch.from_numpy(labels)) for images, labels in (train, test)]
     return Dataset(kind, name, sets[0], sets[1], classes, digest.hexdigest())
+
+
+def _load_folder(folder: Path) -> Dataset:
+    content = read_image_folder(folder)
+    dataset = _dataset("folder", folder.resolve().name, content.train, content.test, content.classes)
+    left_out = (f"left out: {line}" for line in left_out_lines(content.left_out))
+    return dataclasses.replace(dataset, remarks=(*content.notes, *left_out))
 
 
 def _load_official(root: Path, download: bool) -> Dataset:

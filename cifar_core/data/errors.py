@@ -4,7 +4,7 @@ from cifar_core.errors import CifarError
 
 OTHER_DATA = (
     "; or use other data: --data cifar10 (the official archive), --data FOLDER (with train/<class>/* and "
-    "test/<class>/*), or --data synthetic (generated images, no download)"
+    "test/<class>/*, or only <class>/*), or --data synthetic (generated images, no download)"
 )
 """The end of the message of every error of this package: how to continue with other data."""
 

@@ -1,7 +1,8 @@
 """A folder of image files -> uint8 arrays, decoded once and cached.
 
-The folder holds `train/<class>/*` and `test/<class>/*`, as `torchvision.datasets.ImageFolder` reads them. Files are
-decoded by `cifar_core.images`, the decoder of the server, so that a model sees the same pixels in both.
+The folder holds `train/<class>/*` and `test/<class>/*`, or only `<class>/*`, which `data.stratify` then splits. Files
+are decoded by `cifar_core.images`, the decoder of the server, so that a model sees the same pixels in both. Files that
+cannot be read as images are left out and reported.
 """
 
 import contextlib
@@ -9,8 +10,8 @@ import hashlib
 import logging
 import os
 import zipfile
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,129 +19,238 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from cifar_core.data.errors import OTHER_DATA, DataError
+from cifar_core.data.stratify import Labelled, stratified_split
 from cifar_core.images import DECODER_VERSION, EXTENSIONS, IMAGE_SIZE, ImageRejected, decode
 
 logger = logging.getLogger(__name__)
 
-_CACHE_VERSION = 2
+_CACHE_VERSION = 3
 """Version of the layout of the cache; the decoder has a version of its own."""
 _SPLITS = ("train", "test")
-_ARRAYS = ("train_images", "train_labels", "test_images", "test_labels", "classes")
+_ARRAYS = ("train_images", "train_labels", "test_images", "test_labels", "classes", "left_out", "notes")
+_NAMED = 5
+"""Number of files that a warning names for each reason."""
 
-Split = tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]
-"""Images, uint8 [N, 32, 32, 3], and their labels, int64 [N]."""
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A file or folder that is not part of the data set.
+
+    Attributes:
+        path: its path below the folder of the data set.
+        reason: why it was left out.
+    """
+
+    path: str
+    reason: str
 
 
-def read_image_folder(folder: Path) -> tuple[Split, Split, list[str]]:
-    """Reads both splits of a folder, from the cache if the folder has not changed since it was written.
+@dataclass(frozen=True)
+class ImageFolder:
+    """The images of a folder.
 
-    Files whose extension is not in `images.EXTENSIONS` are left out; a warning in the log counts them.
+    Attributes:
+        train: the training set.
+        test: the test set.
+        classes: the class names that the labels index.
+        left_out: what is not part of the data set, ordered by path.
+        notes: remarks on the split that a summary should show.
+    """
 
-    Returns:
-        The training set, the test set, and the class names that the labels index.
+    train: Labelled
+    test: Labelled
+    classes: list[str]
+    left_out: list[LeftOut]
+    notes: list[str]
+
+
+def read_image_folder(folder: Path) -> ImageFolder:
+    """Reads a folder, from the cache if it has not changed since the cache was written.
+
+    Files with an extension that is not in `images.EXTENSIONS` and damaged files are left out; a warning in the log
+    counts and names them.
 
     Raises:
-        DataError: A folder or class is missing or empty, there is only one class, the splits have different classes,
-            or a file cannot be decoded.
+        DataError: The folder or a class is missing or has no image, there is only one class, train/ and test/ have
+            different classes, or a class is too small to be split.
     """
     if not folder.is_dir():
         raise DataError(f"{folder}: this folder does not exist; check the path{OTHER_DATA}")
-    missing = [split for split in _SPLITS if not (folder / split).is_dir()]
-    if missing:
-        raise DataError(f"{folder}: there is no {' and no '.join(f'{name}/' for name in missing)}; add it{OTHER_DATA}")
     try:
-        file, key = _cache_file(folder), _content_key(folder)
-    except OSError as error:  # for example a broken link, or a folder without read permission
+        parts = _parts(folder)
+        file, key = _cache_file(folder), _content_key(folder, parts)
+    except OSError as error:  # for example a folder without read permission
         raise DataError(
             f"{error.filename}: this file cannot be read ({error.strerror}); replace or remove it{OTHER_DATA}"
         ) from error
-    cached = _read_cache(file, key)
-    if cached is not None:
-        return cached
-    train_images, train_labels, classes = _decode_split(folder / "train")
-    test_images, test_labels, test_classes = _decode_split(folder / "test")
-    if classes != test_classes:
-        different = ", ".join(sorted(set(classes) ^ set(test_classes)))
+    content = _read_cache(file, key)
+    if content is None:
+        content = _decode_folder(folder, parts)
+        _write_cache(file, key, content)
+    _warn(folder, content.left_out)
+    return content
+
+
+def _parts(folder: Path) -> tuple[str, ...]:
+    """The folders that hold the class folders: `train` and `test`, or the folder itself.
+
+    A class can have the name `train`, for example of railway trains: its folder then holds images and no folders.
+    """
+    found = [name for name in _SPLITS if (folder / name).is_dir() and not _is_class(folder / name)]
+    if not found:
+        return (".",)
+    missing = [name for name in _SPLITS if name not in found]
+    if missing:
         raise DataError(
-            f"{folder}: train/ and test/ must have the same classes, but only one of them has: {different}; add the "
-            f"missing class folders{OTHER_DATA}"
+            f"{folder}: there is {found[0]}/, but no {missing[0]}/ with class folders; add it, or remove the level "
+            f"{found[0]}/ and put all class folders into {folder}, which is then split{OTHER_DATA}"
         )
-    train, test = (train_images, train_labels), (test_images, test_labels)
-    _write_cache(file, key, train, test, classes)
-    return train, test, classes
+    return _SPLITS
 
 
 def _is_image(name: str) -> bool:
     return name.lower().endswith(EXTENSIONS)
 
 
+def _is_class(folder: Path) -> bool:
+    return not _classes(folder) and any(_is_image(entry.name) and entry.is_file() for entry in os.scandir(folder))
+
+
+def _classes(folder: Path) -> list[str]:
+    """Names of the class folders, in order. Hidden folders are no classes."""
+    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+
+
+def _files(folder: Path) -> Iterator[str]:
+    """The path of every file below a class folder, at any depth, in the order of torchvision's ImageFolder.
+
+    Hidden files, which tools write, are ignored.
+    """
+    for path, _, names in sorted(os.walk(folder, followlinks=True)):
+        yield from (f"{path}/{name}" for name in sorted(names) if not name.startswith("."))
+
+
+def _decode_folder(folder: Path, parts: tuple[str, ...]) -> ImageFolder:
+    left_out = _outside_classes(folder, parts)
+    labelled, classes = [], []
+    for part in parts:
+        images, names = _decode_classes(folder, folder / part, left_out)
+        labelled.append(images)
+        classes.append(names)
+    left_out.sort(key=lambda entry: entry.path)
+    if classes[0] != classes[-1]:
+        different = ", ".join(sorted(set(classes[0]) ^ set(classes[1])))
+        raise DataError(
+            f"{folder}: train/ and test/ must have the same classes, but only one of them has: {different}; add the "
+            f"missing class folders{OTHER_DATA}"
+        )
+    if len(parts) == 1:
+        split = stratified_split(*labelled[0], classes[0], str(folder))
+        return ImageFolder(split.train, split.test, classes[0], left_out, split.notes)
+    return ImageFolder(labelled[0], labelled[1], classes[0], left_out, [])
+
+
+def _outside_classes(folder: Path, parts: tuple[str, ...]) -> list[LeftOut]:
+    """Files and folders that lie in no class folder. Hidden ones are ignored: they belong to tools."""
+    read = {folder: set(parts)} | {folder / part: set(_classes(folder / part)) for part in parts}
+    return [
+        LeftOut(_printable(folder, entry.path), "not in a class folder")
+        for place, names in read.items()
+        for entry in os.scandir(place)
+        if entry.name not in names and not entry.name.startswith(".")
+    ]
+
+
+def _printable(folder: Path, path: str) -> str:
+    """A path below a folder; bytes of a file name that are not UTF-8 are written as escapes."""
+    return os.fsencode(os.path.relpath(path, folder)).decode(errors="backslashreplace")
+
+
+def _decode_classes(folder: Path, place: Path, left_out: list[LeftOut]) -> tuple[Labelled, list[str]]:
+    """Decodes all images of `<place>/<class>/*`, in the order of class and file name; extends `left_out`."""
+    classes = _classes(place)
+    if len(classes) < 2:
+        found = f"only one class ({classes[0]})" if classes else "no class folder"
+        raise DataError(f"{place}: there is {found}; at least 2 classes are needed; add one{OTHER_DATA}")
+    for name in classes:
+        if name.encode(errors="replace").decode() != name:
+            raise DataError(f"{_printable(folder, str(place / name))}: the name of this class is not UTF-8; rename it")
+    paths = [(label, path) for label, name in enumerate(classes) for path in _files(place / name)]
+    images = np.empty((len(paths), IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
+    labels: list[int] = []
+    # disable=None: no progress bar unless the output is a terminal
+    for label, path in tqdm(paths, desc=f"decoding {place.resolve().name}", unit="image", disable=None):
+        try:
+            images[len(labels)] = _decode_file(path)
+        except ImageRejected as error:
+            left_out.append(LeftOut(_printable(folder, path), str(error)))
+        else:
+            labels.append(label)
+    empty = sorted(set(range(len(classes))) - set(labels))
+    if empty:
+        raise DataError(
+            f"{place / classes[empty[0]]}: this class has no readable image (extensions of image files: "
+            f"{' '.join(EXTENSIONS)}); add images or remove the empty class{OTHER_DATA}"
+        )
+    return (images[: len(labels)].copy(), np.asarray(labels, np.int64)), classes
+
+
 def _decode_file(path: str) -> npt.NDArray[np.uint8]:
-    """The pixels of one file, uint8 [32, 32, 3]."""
+    """The pixels of one file, uint8 [32, 32, 3].
+
+    Raises:
+        ImageRejected: The file is no image, or a damaged one.
+    """
+    name = Path(path).name
+    if not _is_image(name):
+        extension = Path(name).suffix.lower() or "none"
+        raise ImageRejected(f"extension: {extension}; extensions of image files: {' '.join(EXTENSIONS)}")
+    if not Path(path).is_file():
+        raise ImageRejected("not a file, or a link to a missing file")
     try:
         return decode(Path(path).read_bytes())
-    except ImageRejected as error:
-        raise DataError(f"{path}: this file cannot be decoded ({error}); replace or remove it{OTHER_DATA}") from error
     except OSError as error:
-        raise DataError(
-            f"{path}: this file cannot be read ({error.strerror}); replace or remove it{OTHER_DATA}"
-        ) from error
+        raise ImageRejected(f"cannot be read ({error.strerror})") from error
 
 
-def _decode_split(folder: Path) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64], list[str]]:
-    """Decodes all images of `<folder>/<class>/*`, in the order of class and file name."""
-    import torchvision
-
-    try:
-        listing = torchvision.datasets.ImageFolder(folder, is_valid_file=_is_image)
-    except FileNotFoundError as error:  # there is no class, or a class has no image
-        raise DataError(
-            f"{folder}: {error} (extensions of image files: {' '.join(EXTENSIONS)}); add images or remove the empty "
-            f"class{OTHER_DATA}"
-        ) from error
-    if len(listing.classes) < 2:
-        raise DataError(
-            f"{folder}: there is only one class ({listing.classes[0]}); at least 2 are needed; add one{OTHER_DATA}"
-        )
-    images = np.empty((len(listing.samples), IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
-    # disable=None: no progress bar unless the output is a terminal
-    progress = tqdm(listing.samples, desc=f"decoding {folder.name}", unit="image", disable=None)
-    for row, (path, _) in enumerate(progress):
-        images[row] = _decode_file(path)
-    return images, np.asarray(listing.targets, np.int64), listing.classes
+def _warn(folder: Path, left_out: Sequence[LeftOut]) -> None:
+    """Logs how many files were left out for which reason, with the first names."""
+    if not left_out:
+        return
+    lines = "".join(f"\n  {line}" for line in left_out_lines(left_out))
+    logger.warning("%s: %s files or folders were left out:%s", folder, f"{len(left_out):,}", lines)
 
 
-def _files(folder: Path) -> Iterator[tuple[str, str]]:
-    """Folder and name of every file below <split>/<class>/, at any depth, as torchvision's ImageFolder finds them."""
-    for split in _SPLITS:
-        for directory in sorted(os.scandir(folder / split), key=lambda entry: entry.name):
-            if directory.is_dir():
-                for path, _, names in sorted(os.walk(directory.path, followlinks=True)):
-                    yield from ((path, name) for name in sorted(names))
+def left_out_lines(left_out: Sequence[LeftOut]) -> list[str]:
+    """One line for each reason: how many files it applies to, and the first of them."""
+    reasons: dict[str, list[str]] = {}
+    for entry in left_out:
+        reasons.setdefault(entry.reason, []).append(entry.path)
+    return [
+        f"{len(paths):,} because of: {reason} ({', '.join(paths[:_NAMED])}{', …' if len(paths) > _NAMED else ''})"
+        for reason, paths in reasons.items()
+    ]
 
 
-def _content_key(folder: Path) -> str:
-    """A key that changes when an image below train/ or test/ is added, removed, renamed or written.
+def _content_key(folder: Path, parts: tuple[str, ...]) -> str:
+    """A key that changes when a file or class is added, removed, renamed or written.
 
     It is computed from names, sizes and times: reading 60,000 files would delay every start. The change time (ctime) is
-    included because, unlike the modification time, no program can set it. Counts the files left out on the way.
+    included because, unlike the modification time, no program can set it.
     """
     digest = hashlib.sha256(f"cache {_CACHE_VERSION}, decoder {DECODER_VERSION}\n".encode())
-    for split in _SPLITS:
-        classes = sorted(entry.name for entry in os.scandir(folder / split) if entry.is_dir())
-        digest.update(f"{split}: {classes}\n".encode())
-    left_out: Counter[str] = Counter()
-    for path, name in _files(folder):
-        if not _is_image(name):
-            left_out[os.path.splitext(name)[1].lower() or "without extension"] += 1  # noqa: PTH122
-            continue
-        status = os.stat(f"{path}/{name}")  # noqa: PTH116 (three times as fast as pathlib)
-        digest.update(f"{path}/{name}\0{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}\n".encode())
-    if left_out:
-        counts = ", ".join(f"{extension}: {count:,}" for extension, count in sorted(left_out.items()))
-        logger.warning(
-            "%s: %s files were left out because of their extension (%s); extensions of image files: %s",
-            folder, f"{left_out.total():,}", counts, " ".join(EXTENSIONS),
-        )  # fmt: skip
+    for place in (folder, *(folder / part for part in parts)):
+        digest.update(f"{sorted(entry.name for entry in os.scandir(place))}\n".encode(errors="surrogateescape"))
+    for part in parts:
+        for name in _classes(folder / part):
+            digest.update(f"{part}: {name}\n".encode(errors="surrogateescape"))
+            for path in _files(folder / part / name):
+                try:
+                    status = os.stat(path)  # noqa: PTH116 (three times as fast as pathlib)
+                except FileNotFoundError:  # a link to a missing file
+                    status = os.lstat(path)
+                text = f"{path}\0{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}\n"
+                digest.update(text.encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 
@@ -150,13 +260,21 @@ def _cache_file(folder: Path) -> Path:
     return cache / "cifar-core" / (hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16] + ".npz")
 
 
-def _read_cache(file: Path, key: str) -> tuple[Split, Split, list[str]] | None:
+def _read_cache(file: Path, key: str) -> ImageFolder | None:
     try:
         with np.load(file, allow_pickle=False) as arrays:
             if str(arrays["key"]) != key:
                 return None
-            train_images, train_labels, test_images, test_labels, classes = (arrays[name] for name in _ARRAYS)
-            return (train_images, train_labels), (test_images, test_labels), classes.tolist()
+            train_images, train_labels, test_images, test_labels, classes, left_out, notes = (
+                arrays[name] for name in _ARRAYS
+            )
+            return ImageFolder(
+                (train_images, train_labels),
+                (test_images, test_labels),
+                classes.tolist(),
+                [LeftOut(*map(str, row)) for row in left_out],
+                notes.tolist(),
+            )
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
@@ -164,8 +282,10 @@ def _read_cache(file: Path, key: str) -> tuple[Split, Split, list[str]] | None:
         return None
 
 
-def _write_cache(file: Path, key: str, train: Split, test: Split, classes: list[str]) -> None:
-    arrays: dict[str, npt.ArrayLike] = dict(zip(_ARRAYS, (*train, *test, np.asarray(classes)), strict=True))
+def _write_cache(file: Path, key: str, content: ImageFolder) -> None:
+    left_out = np.asarray([(entry.path, entry.reason) for entry in content.left_out], str).reshape(-1, 2)
+    values = (*content.train, *content.test, np.asarray(content.classes), left_out, np.asarray(content.notes, str))
+    arrays: dict[str, npt.ArrayLike] = dict(zip(_ARRAYS, values, strict=True))
     partial = file.with_suffix(f".{os.getpid()}.partial")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

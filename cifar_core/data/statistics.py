@@ -32,6 +32,19 @@ def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, 
     return tuple(means), tuple(stds)
 
 
+def class_lines(dataset: Dataset) -> list[str]:
+    """The classes, with the number of images if the numbers differ; and the remarks on a folder."""
+    train, test = (
+        torch.bincount(part.labels, minlength=len(dataset.classes)) for part in (dataset.train, dataset.test)
+    )
+    if len(set(train.tolist())) == len(set(test.tolist())) == 1:
+        lines = [f"  classes: {', '.join(dataset.classes)}"]
+    else:
+        counts = zip(dataset.classes, train.tolist(), test.tolist(), strict=True)
+        lines = ["  classes: " + ", ".join(f"{name} ({first:,} + {second:,})" for name, first, second in counts)]
+    return lines + [f"  {remark}" for remark in dataset.remarks]
+
+
 def summary(dataset: Dataset) -> str:
     """Sizes and classes of both sets, and the statistics of the training images next to the published ones, as text."""
     lines = [f"{dataset.name} (fingerprint {dataset.fingerprint[:12]})"]
@@ -44,7 +57,7 @@ def summary(dataset: Dataset) -> str:
             f"  {name:5s} {len(part):6,} images of {tuple(part.images.shape[1:])}, uint8; {per_class} per class"
         )
     lines.append(f"  split {len(train_indices):6,} to train on, {len(validation_indices):,} for validation")
-    lines.append(f"  classes: {', '.join(dataset.classes)}")
+    lines += class_lines(dataset)
     means, stds = channel_statistics(dataset.train.images)
     lines.append("  channel     mean      published   difference   std       published   difference")
     for row, channel in enumerate(("red", "green", "blue")):

@@ -9,6 +9,7 @@ set; they are written to `reports/`, which git ignores.
 import argparse
 import json
 import logging
+import math
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -201,7 +202,8 @@ def figure_block(rows: Rows, names: FigureNames, dropout_rates: bool, reliabilit
 
 
 def _series(row: Row, key: str, scale: float) -> list[Series]:
-    return [[scale * line[key] for line in run.history] for run in row.runs]
+    # An epoch that was not validated leaves a gap in the line.
+    return [[math.nan if line[key] is None else scale * line[key] for line in run.history] for run in row.runs]
 
 
 def _model_of_figure_10(runs: Iterable[Run], exported: Path) -> Path | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cifar_core.errors import CifarError
-from cifar_core.recipes import Recipe, RecipeError, read_recipe
+from cifar_core.recipe import Recipe, RecipeError, read_recipe
 from cifar_core.run_folder import RunError, RunFolder, best_epoch, finished_runs
 
 
@@ -76,7 +76,7 @@ class Run:
     @property
     def best(self) -> dict[str, Any]:
         """The line of the epoch with the best validation accuracy."""
-        return best_epoch(self.history)
+        return best_epoch(self.history, self.recipe.weights)
 
     @property
     def minutes(self) -> float:

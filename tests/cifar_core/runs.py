@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from cifar_core.data import Dataset
-from cifar_core.models import make_model
 from cifar_core.recipes import RECIPES
 from cifar_core.run_folder import RunFolder
 
@@ -15,7 +14,7 @@ def make_run(dataset: Dataset, path: Path, name: str, validation_accuracy: float
     """A finished run with random weights, scaled so that its logits differ as much as those of a trained network."""
     recipe = RECIPES[name].model_copy(update={"epochs": 1})
     torch.manual_seed(seed)
-    model = make_model(recipe.model, len(dataset.classes), recipe.dropout, recipe.width)
+    model = recipe.make_model(len(dataset.classes))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter *= 1.7

@@ -1,13 +1,32 @@
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
 from sklearn.metrics import log_loss
 
-from cifar_core.calibration import expected_calibration_error, fit_temperature, negative_log_likelihood, reliability
+from cifar_core.calibration import (
+    FORMS,
+    SCALE_RANGE,
+    Calibration,
+    calibration_interval,
+    choose_calibration,
+    expected_calibration_error,
+    fit,
+    negative_log_likelihood,
+    reliability,
+)
+from cifar_core.calibration_graph import add_calibration
 
 
 def softmax(logits):
     exponentials = np.exp(logits - logits.max(1, keepdims=True))
     return exponentials / exponentials.sum(1, keepdims=True)
+
+
+def drawn(probabilities):
+    """Labels drawn from these probabilities."""
+    random = np.random.default_rng(1).random((len(probabilities), 1))
+    return (random > probabilities.cumsum(1)).sum(1).clip(0, probabilities.shape[1] - 1)
 
 
 @pytest.fixture
@@ -18,8 +37,7 @@ def logits():
 @pytest.fixture
 def labels(logits):
     """Labels drawn from the probabilities of the logits."""
-    totals = softmax(logits).cumsum(1)
-    return (np.random.default_rng(1).random((len(logits), 1)) > totals).sum(1).clip(0, 4)
+    return drawn(softmax(logits))
 
 
 def test_the_calibration_error_is_the_weighted_difference_of_confidence_and_accuracy():
@@ -47,21 +65,112 @@ def test_the_probabilities_that_labels_were_drawn_from_are_calibrated(logits, la
 
 @pytest.mark.parametrize("factor", [0.25, 1.0, 3.0])
 def test_the_temperature_is_the_factor_by_which_logits_were_scaled(logits, labels, factor):
-    assert fit_temperature(factor * logits, labels) == pytest.approx(factor, rel=0.03)
+    scales = fit("temperature", factor * logits, labels).scales(logits)
+    assert 1 / scales == pytest.approx(factor, rel=0.03)
+    assert np.ptp(scales) == 0
 
 
-def test_the_temperature_has_the_least_loss_and_changes_no_class(logits, labels):
+def loss(calibration, logits, labels):
+    return float(-np.log(calibration.probabilities(logits)[np.arange(len(labels)), labels]).mean())
+
+
+def test_the_fitted_scale_has_the_least_loss_and_changes_no_class(logits, labels):
     sharp = 3 * logits
-    temperature = fit_temperature(sharp, labels)
-    least = negative_log_likelihood(sharp, labels, temperature)
-    assert all(least <= negative_log_likelihood(sharp, labels, temperature * factor) for factor in (0.9, 1.1, 1 / 3))
-    assert (softmax(sharp / temperature).argmax(1) == sharp.argmax(1)).all()
+    for form, (_, degree) in FORMS.items():
+        calibration = fit(form, sharp, labels)
+        least = loss(calibration, sharp, labels)
+        for power in range(degree + 1):
+            for change in (-0.1, 0.1):
+                changed = list(calibration.coefficients)
+                changed[power] += change
+                assert least <= loss(Calibration(form, tuple(changed)), sharp, labels) + 1e-6
+        assert (calibration.probabilities(sharp).argmax(1) == sharp.argmax(1)).all()
+
+
+def smoothed(logits):
+    """Logits whose confident answers are underconfident and whose doubtful answers are overconfident."""
+    largest = np.sort(logits, axis=1)
+    gap = (largest[:, -1] - largest[:, -2])[:, None]
+    return logits / np.logaddexp(0, -0.5 + 0.5 * gap)
+
+
+def test_a_scale_that_depends_on_the_gap_mends_what_one_temperature_cannot(logits, labels):
+    distorted = smoothed(logits)
+    chosen = choose_calibration(distorted[::2], labels[::2])
+    one_temperature = fit("temperature", distorted[::2], labels[::2])
+    others, true = distorted[1::2], labels[1::2]
+    assert FORMS[chosen.form][1] > 0
+    before = expected_calibration_error(one_temperature.probabilities(others), true)
+    assert expected_calibration_error(chosen.probabilities(others), true) < 0.6 * before
+    assert loss(chosen, others, true) < loss(one_temperature, others, true)
+
+
+def test_few_images_get_a_temperature(logits, labels):
+    assert choose_calibration(smoothed(logits)[:199], labels[:199]).form == "temperature"
+
+
+def test_a_form_that_is_not_needed_costs_next_to_nothing(logits, labels):
+    chosen = choose_calibration(2 * logits[:2000], labels[:2000])
+    others, true = 2 * logits[2000:], labels[2000:]
+    least = loss(fit("temperature", others, true), others, true)
+    assert loss(chosen, others, true) < least + 0.002
+
+
+def test_the_scale_stays_within_its_limits_for_any_logits():
+    logits = np.array([[1e4, 0.0, -1e4], [0.0, 0.0, 0.0], [30.0, 29.0, 0.0]])
+    for coefficients in ((0.0, 5.0, -1.0), (-50.0, -3.0, 0.0)):
+        calibration = Calibration("gap-quadratic", coefficients)
+        scales = calibration.scales(logits)
+        assert ((scales >= SCALE_RANGE[0]) & (scales <= SCALE_RANGE[1])).all()
+        assert np.isfinite(calibration.probabilities(logits)).all()
+        assert calibration.probabilities(logits)[2].argmax() == 0
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("classes", [2, 5])
+def test_the_operators_of_a_graph_compute_the_calibration(form, classes):
+    shape = ["batch", classes]
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("Identity", ["x"], ["logits"])],
+        "logits",
+        [onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, shape)],
+        [onnx.helper.make_tensor_value_info("logits", onnx.TensorProto.FLOAT, shape)],
+    )
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=8)
+    calibration = Calibration(form, (0.9, -0.28, 0.1)[: FORMS[form][1] + 1])
+    content = add_calibration(model.SerializeToString(), calibration)
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    logits = np.random.default_rng(3).normal(0, 4, (200, classes)).astype(np.float32)
+    logits[0] = 0  # equal logits
+    logits[1] = [60] + [0] * (classes - 1)
+    for batch in (1, 200):
+        (found,) = session.run(["probabilities"], {"x": logits[:batch]})
+        np.testing.assert_allclose(found, calibration.probabilities(logits[:batch]), atol=2e-6)
+
+
+def test_bins_of_equal_mass_hold_equal_numbers_and_weigh_equally():
+    confidence = np.linspace(0.6, 0.99, 150)
+    probabilities = np.stack([confidence, 1 - confidence], axis=1)
+    labels = np.zeros(150, int)  # all correct
+    assert [group.count for group in reliability(probabilities, labels, equal_mass=True)] == [10] * 15
+    assert expected_calibration_error(probabilities, labels, True) == pytest.approx(1 - confidence.mean())
+
+
+def test_the_bootstrap_interval_contains_the_error_and_shrinks_with_the_number_of_images(logits, labels):
+    sharp = softmax(2 * logits)
+    widths = []
+    for count in (500, 20_000):
+        low, high = calibration_interval(sharp[:count], labels[:count])
+        assert low < expected_calibration_error(sharp[:count], labels[:count]) < high
+        widths.append(high - low)
+    assert widths[1] < widths[0] / 3
 
 
 def test_the_loss_is_that_of_scikit_learn(logits, labels):
     assert negative_log_likelihood(logits, labels) == pytest.approx(log_loss(labels, softmax(logits)))
 
 
-def test_the_temperature_stays_above_zero_if_all_predictions_are_correct():
+def test_the_scale_has_a_limit_if_all_predictions_are_correct():
     logits = np.eye(4) * 9
-    assert fit_temperature(logits, np.arange(4)) >= 0.049
+    for form in FORMS:
+        assert fit(form, logits, np.arange(4)).scales(logits).max() <= SCALE_RANGE[1]

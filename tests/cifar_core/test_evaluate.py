@@ -54,7 +54,7 @@ def test_every_measurement_is_that_of_the_predictions(small, probabilities):
     assert result["images_per_second"] > 0
 
 
-def test_the_calibration_is_measured_with_and_without_the_temperature_of_the_graph(small, probabilities):
+def test_the_calibration_is_measured_with_and_without_the_calibration_of_the_graph(small, probabilities):
     overconfident = np.log(probabilities) * 2  # logits of an overconfident network, in a graph with temperature 2
 
     def predict(images):
@@ -71,14 +71,14 @@ def test_the_calibration_is_measured_with_and_without_the_temperature_of_the_gra
     assert measured["loss_before"] == pytest.approx(-np.log(sharp[np.arange(100), labels]).mean(), rel=1e-5)
     assert sum(group["count"] for group in measured["bins"]) == 100
     assert sum(group["count"] for group in measured["bins_before"]) == 100
-    assert "without the temperature" in report(evaluate(predictor, small))
+    assert "without the calibration" in report(evaluate(predictor, small))
 
 
 def test_the_evaluation_of_a_server_has_no_measurements_that_need_logits(small, probabilities):
     predictor = dataclasses.replace(answers(small, [*probabilities, *probabilities]), has_logits=False)
     result = evaluate(predictor, small)
     assert result["calibration"]["ece_before"] is result["calibration"]["loss_before"] is None
-    assert "without the temperature" not in report(result)
+    assert "without the calibration" not in report(result)
 
 
 def test_the_ten_most_confident_mistakes_are_listed_the_most_confident_first(small, probabilities):

@@ -7,10 +7,9 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from scipy.special import softmax
 
 from cifar_core import export
-from cifar_core.calibration import fit_temperature
+from cifar_core.calibration import Calibration, choose_calibration
 from cifar_core.data import load_dataset, split
 from cifar_core.device import CPU
 from cifar_core.evaluate import evaluate
@@ -48,6 +47,11 @@ def test_the_graph_has_the_inputs_and_outputs_that_servers_rely_on(exported):
     onnx.checker.check_model(onnx.load(exported / "model.onnx"), full_check=True)
 
 
+def calibration_of(manifest, variant):
+    scale = manifest.variants[variant].calibration
+    return Calibration(scale.form, scale.coefficients)
+
+
 @pytest.mark.parametrize("batch", [1, 7, 256])
 def test_the_graph_computes_what_torch_computes_at_every_batch_size(exported, run, small, batch):
     images = small.train.images[:batch].numpy()
@@ -55,8 +59,8 @@ def test_the_graph_computes_what_torch_computes_at_every_batch_size(exported, ru
     logits, probabilities = load_predictor(exported / "model.onnx", CPU).predict(images)
     assert probabilities.shape == (batch, 10)
     np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
-    temperature = json.loads((exported / "manifest.json").read_text())["temperature"]
-    np.testing.assert_allclose(probabilities, softmax(expected / temperature, axis=1), atol=1e-5)
+    calibration = calibration_of(read_manifest(exported), "fp32")
+    np.testing.assert_allclose(probabilities, calibration.probabilities(expected), atol=1e-5)
     assert (logits.argmax(1) == expected.argmax(1)).all()
 
 
@@ -80,15 +84,33 @@ def test_the_graph_has_no_batch_normalisation_and_computes_the_same_function(sma
     assert manifest.recipe == recipe.values()
 
 
-def test_the_temperature_is_fitted_on_the_held_out_images(exported, run, small):
-    manifest = json.loads((exported / "manifest.json").read_text())
+@pytest.mark.parametrize("variant", ["fp32", "int8"])
+def test_each_variant_is_calibrated_on_its_own_logits_of_the_held_out_images(exported, small, variant):
+    manifest = read_manifest(exported)
     _, held_out = split(len(small.train))
-    logits, _ = torch_predictor(load_checkpoint(run.best), CPU).predict(small.train.images[held_out].numpy())
-    assert manifest["temperature"] == pytest.approx(fit_temperature(logits, small.train.labels[held_out].numpy()))
-    assert manifest["temperature"] != pytest.approx(1, abs=0.01)
+    predictor = load_predictor(exported / manifest.variants[variant].file, CPU)
+    images = small.train.images[held_out].numpy()
+    logits, probabilities = predictor.predict(images)
+    expected = choose_calibration(logits, small.train.labels[held_out].numpy())
+    found = calibration_of(manifest, variant)
+    assert found.form == expected.form
+    np.testing.assert_allclose(found.scales(logits), expected.scales(logits), rtol=1e-3)
+    np.testing.assert_allclose(probabilities, found.probabilities(logits), atol=1e-5)
+    assert not np.allclose(found.scales(logits), 1, atol=0.01)
+    assert manifest.variants[variant].calibration.images == 30
 
 
-def test_the_manifest_holds_the_calibration_with_and_without_the_temperature(exported, small):
+def test_the_manifest_says_whether_the_calibration_images_chose_the_epoch_and_a_warning_too(small, tmp_path, caplog):
+    chose = export_run(make_run(small, tmp_path, "dropout-0.2", 0.5), small, tmp_path / "chose")
+    assert "train with --set weights=last" in caplog.text
+    caplog.clear()
+    free = export_run(trained(small, tmp_path, "epochs=2", validation_accuracy=0.5), small, tmp_path / "free")
+    assert "weights=last" not in caplog.text
+    for manifest, expected in ((chose, True), (free, False)):
+        assert {variant.calibration.chose_epoch for variant in manifest.variants.values()} == {expected}
+
+
+def test_the_manifest_holds_the_calibration_error_with_and_without_the_calibration(exported, small):
     for variant in json.loads((exported / "manifest.json").read_text())["variants"].values():
         result = evaluate(load_predictor(exported / variant["file"], CPU), small)
         assert variant["test_loss"] == result["loss"]
@@ -142,19 +164,40 @@ def test_a_damaged_export_is_written_again(run, small, tmp_path):
     assert len(contents(target)["model.onnx"]) == len(whole["model.onnx"])
 
 
-def test_the_run_with_the_best_validation_accuracy_is_exported(small, tmp_path):
-    make_run(small, tmp_path, "dropout-0.2", 0.7)
-    make_run(small, tmp_path, "deep", 0.6)
-    make_run(small, tmp_path, "deep", 0.8, seed=1)
-    make_run(small, tmp_path, "sprint", 0.9)
+def trained(small, path, *overrides, validation_accuracy):
+    """A run trained for some epochs, whose history then claims this validation accuracy."""
+    recipe = get_recipe("sprint", ["batch_size=27", "sizes=", "width=4", *overrides])
+    folder = RunFolder(path / recipe.name / "0")
+    train(Trainer(recipe, small, folder, 0, CPU, "fp32"), resume=False)
+    folder.write_history([line | {"validation_accuracy": validation_accuracy} for line in folder.history()])
+    return folder
+
+
+def test_the_run_with_the_best_accuracy_on_common_held_out_images_is_exported(small, tmp_path):
+    good = trained(small, tmp_path, "epochs=6", validation_accuracy=0.6)
+    # A worse run, whose few validation images flatter it.
+    trained(small, tmp_path, "epochs=1", "learning_rate=0.001", "validation_images=20", validation_accuracy=0.9)
     unfinished = make_run(small, tmp_path, "deep", 0.95, seed=2)
     unfinished.write_history([])
-    assert pick_run(tmp_path).path == tmp_path / "sprint" / "0"
+    assert pick_run(tmp_path, small).path == good.path
 
 
-def test_the_error_without_a_finished_run_says_how_to_train_one(tmp_path):
-    with pytest.raises(ExportError, match="there is no finished run in this folder; train one with: make train"):
-        pick_run(tmp_path)
+def test_runs_without_common_held_out_images_cannot_be_compared(small, tmp_path):
+    make_run(small, tmp_path, "deep", 0.6)
+    other = make_run(small, tmp_path, "dropout-0.2", 0.6)
+    description = other.description()
+    description["recipe"]["split_seed"] = 1
+    other.write_description(description)
+    with pytest.raises(ExportError, match=r"only \d held-out images in common, .*; choose one with --run DIR"):
+        pick_run(tmp_path, small)
+
+
+def test_the_error_without_a_finished_run_says_how_to_train_one(small, tmp_path):
+    with pytest.raises(ExportError, match=r"there is no finished run on .* in this folder; train one with: make train"):
+        pick_run(tmp_path, small)
+    make_run(small, tmp_path, "deep", 0.6)  # a run on other data is no candidate
+    with pytest.raises(ExportError, match="no finished run"):
+        pick_run(tmp_path, dataclasses.replace(small, fingerprint="other"))
 
 
 @pytest.fixture
@@ -221,7 +264,7 @@ def test_held_out_logits_are_computed_once_by_torch_and_once_by_each_graph(run, 
         label: sum(int((batch == first).all((1, 2, 3)).any()) for batch in batches if len(batch) not in (1, 7))
         for label, batches in seen.items()
     }
-    assert counts == {"torch 0": 1, "onnx 0": 1, "onnx 1": 1}
+    assert counts == {"torch 0": 1, "onnx 0": 1, "onnx 1": 1, "onnx 2": 0}
 
 
 def test_an_unfinished_run_is_not_exported(before, other_run, small):

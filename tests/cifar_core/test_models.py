@@ -3,17 +3,20 @@ import torch
 from torch import nn
 from torchvision import transforms
 
+from cifar_core.layers import Dropout, GlobalMaxPool
 from cifar_core.models import (
     NETWORKS,
     BaselineConvNet,
     DeepConvNet,
-    Dropout,
-    GlobalMaxPool,
+    NetworkOptions,
     WhitenedConvNet,
     fuse_batch_norm,
     make_model,
 )
 from tests.cifar_core.runs import number_layers
+
+SMALL = NetworkOptions(widths=(4, 16, 32))
+AIRBENCH96 = NetworkOptions(widths=(4, 16, 32), depth=3, activation="gelu", whiten_size=3, whiten_bias=True)
 
 
 def parameters(model):
@@ -149,10 +152,10 @@ def has_batch_norm(model):
     return any(isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d) for layer in model.modules())
 
 
-def trained_a_little(name, images):
+def trained_a_little(name, images, options=SMALL):
     """A network whose batch normalisation has statistics of images, and random scales and shifts."""
     torch.manual_seed(4)
-    model = make_model(name, 10, width=4 if name == "whitened" else 0)
+    model = make_model(name, 10, options)
     for layer in model.modules():
         if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
             nn.init.uniform_(layer.weight, 0.5, 1.5)
@@ -162,9 +165,11 @@ def trained_a_little(name, images):
     return model.eval()
 
 
-@pytest.mark.parametrize("name", ["deep-batch-norm", "whitened"])
-def test_fusing_preserves_the_function_and_removes_batch_normalisation(images, name):
-    model = trained_a_little(name, images)
+@pytest.mark.parametrize(
+    ("name", "options"), [("deep-batch-norm", SMALL), ("whitened", SMALL), ("whitened", AIRBENCH96)]
+)
+def test_fusing_preserves_the_function_and_removes_batch_normalisation(images, name, options):
+    model = trained_a_little(name, images, options)
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     fused = fuse_batch_norm(model)
     assert not has_batch_norm(fused)
@@ -177,7 +182,7 @@ def test_fusing_preserves_the_function_and_removes_batch_normalisation(images, n
 
 
 def test_the_fused_deep_network_is_the_network_of_the_study(images):
-    fused, study = fuse_batch_norm(make_model("deep-batch-norm", 10)), DeepConvNet()
+    fused, study = fuse_batch_norm(make_model("deep-batch-norm", 10, SMALL)), DeepConvNet()
     assert parameters(fused) == parameters(study) == 1_702_186
     shapes = [{name: tensor.shape for name, tensor in model.state_dict().items()} for model in (fused, study)]
     assert shapes[0] == shapes[1]
@@ -192,7 +197,7 @@ def test_fusing_a_network_without_batch_normalisation_returns_it():
 
 
 def test_a_batch_normalisation_that_cannot_be_fused_is_an_error():
-    model = make_model("deep-batch-norm", 10)
+    model = make_model("deep-batch-norm", 10, SMALL)
     model.blocks[0].dropout = nn.BatchNorm2d(32)
     with pytest.raises(TypeError, match="no entry in the table of fusible layers"):
         fuse_batch_norm(model)
@@ -202,16 +207,21 @@ def test_a_batch_normalisation_that_cannot_be_fused_is_an_error():
 @pytest.mark.parametrize("size", [16, 24, 32])
 def test_networks_with_batch_normalisation_accept_smaller_images(name, size):
     images = torch.randint(0, 256, (4, size, size, 3), dtype=torch.uint8)
-    assert make_model(name, 10, width=4 if name == "whitened" else 0)(images).shape == (4, 10)
+    assert make_model(name, 10, SMALL)(images).shape == (4, 10)
 
 
-def test_the_first_convolution_whitens_patches_with_both_signs():
+def photographs():
+    """200 images in which neighbouring pixels are similar, uint8 [200, 32, 32, 3]."""
     torch.manual_seed(5)
-    # Neighbouring pixels are similar, as in photographs.
     noise = torch.rand(200, 3, 8, 8)
     images = (nn.functional.interpolate(noise, size=32, mode="bicubic").clamp(0, 1) * 255).to(torch.uint8)
-    images = images.permute(0, 2, 3, 1).contiguous()
-    model = WhitenedConvNet((4, 16, 32))
+    return images.permute(0, 2, 3, 1).contiguous()
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_the_first_convolution_whitens_patches_with_both_signs(size):
+    images = photographs()
+    model = WhitenedConvNet((4, 16, 32), options=NetworkOptions(whiten_size=size))
     model.init_whiten(images)
     white = model.whiten(model.normalise(images)).permute(1, 0, 2, 3).flatten(1)
     torch.testing.assert_close(white[:12], -white[12:])
@@ -223,9 +233,56 @@ def test_the_first_convolution_whitens_patches_with_both_signs():
     assert not model.whiten.weight.requires_grad
 
 
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("pixels", [20, 24, 32])
+def test_the_whitening_layer_computes_in_bf16_what_it_computes_in_fp32(size, pixels):
+    """Some processors were reported to compute 2x2 convolutions in bf16 wrongly."""
+    images = photographs()[:50, :pixels, :pixels]
+    model = WhitenedConvNet((4, 16, 32), options=NetworkOptions(whiten_size=size, whiten_bias=True))
+    model.to(memory_format=torch.channels_last)
+    model.init_whiten(images)
+    results = []
+    for enabled in (False, True):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            white = model.whiten(model.normalise(images))
+        (white.float().square().mean()).backward()
+        results.append((white.detach().float(), model.whiten.bias.grad.clone()))
+    (exact, exact_gradient), (rounded, gradient) = results
+    # bf16 has 8 bits: each of at most 28 rounded products is off by up to 2**-8 of its size.
+    scale = model.whiten.weight.abs().sum((1, 2, 3)).max() * 2.5
+    assert (rounded - exact).abs().max() < 2**-7 * scale
+    assert float(torch.corrcoef(torch.stack([rounded.flatten(), exact.flatten()]))[0, 1]) > 0.999
+    torch.testing.assert_close(gradient, exact_gradient, rtol=0.05, atol=0.02 * float(exact_gradient.abs().max()))
+
+
+def test_convolutions_with_identity_initialisation_pass_their_input_on():
+    for model in (
+        make_model("whitened", 10, AIRBENCH96),
+        make_model("deep-batch-norm", 10, NetworkOptions(identity_init=True)),
+    ):
+        convolutions = [layer for layer in model.blocks.modules() if isinstance(layer, nn.Conv2d)]
+        assert len(convolutions) in (8, 9)
+        for layer in convolutions:
+            x = torch.randn(1, layer.in_channels, 5, 5)
+            passed = min(layer.in_channels, layer.out_channels)
+            torch.testing.assert_close(layer(x)[:, :passed], x[:, :passed])
+    plain = make_model("deep-batch-norm", 10, NetworkOptions()).blocks[0].conv2
+    assert not torch.allclose(plain(torch.ones(1, 32, 5, 5)), torch.ones(1, 32, 5, 5))
+
+
+def test_a_third_convolution_adds_the_input_of_the_second_one(images):
+    torch.manual_seed(7)
+    group = make_model("whitened", 10, AIRBENCH96).blocks[0].eval()
+    x = torch.randn(2, 24, 16, 16)
+    first = nn.functional.gelu(group.norm1(group.pool(group.conv1(x))))
+    second = group.norm3(group.conv3(nn.functional.gelu(group.norm2(group.conv2(first)))))
+    torch.testing.assert_close(group(x), nn.functional.gelu(first + second))
+
+
 def test_an_unknown_network_is_refused():
     with pytest.raises(ValueError, match=f"the networks are: {', '.join(NETWORKS)}"):
-        make_model("shallow", 10)
+        make_model("shallow", 10, SMALL)
 
 
 def test_global_max_pooling_returns_the_maximum_of_each_channel():
@@ -238,9 +295,8 @@ def test_global_max_pooling_returns_the_maximum_of_each_channel():
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_weights_saved_before_layers_had_names_are_loaded_number_layers(images, name):
-    width = 4 if name == "whitened" else 0
     torch.manual_seed(6)
-    saved, loaded = (make_model(name, 10, width=width) for _ in range(2))
+    saved, loaded = (make_model(name, 10, SMALL) for _ in range(2))
     state = number_layers(saved.state_dict())
     assert "0.mean" in state
     loaded.load_weights(state)

@@ -2,7 +2,6 @@ import pytest
 import torch
 from torch import nn
 
-from cifar_core.models import make_model
 from cifar_core.optimizers import Muon, make_optimizer, orthogonalise, set_learning_rate
 from cifar_core.recipes import RECIPES, get_recipe
 
@@ -80,7 +79,7 @@ def test_a_weight_without_a_gradient_is_not_changed():
 
 def test_muon_orthogonalises_hidden_weights_but_not_the_output_layer_and_biases():
     recipe = RECIPES["deep-fast"]
-    model = make_model(recipe.model, 10)
+    model = recipe.make_model(10)
     orthogonal, output, biases = make_optimizer(recipe, model).param_groups
     assert orthogonal["orthogonal"]
     assert not output["orthogonal"]
@@ -94,7 +93,7 @@ def test_muon_orthogonalises_hidden_weights_but_not_the_output_layer_and_biases(
 
 def test_one_cycle_rises_linearly_and_then_falls_linearly_to_zero():
     recipe = get_recipe("deep-fast", ["warmup=0.25"])
-    optimizer = make_optimizer(recipe, make_model(recipe.model, 10))
+    optimizer = make_optimizer(recipe, recipe.make_model(10))
     for done, share in ((0.125, 0.5), (0.25, 1.0), (0.625, 0.5), (1.0, 0.0)):
         set_learning_rate(optimizer, recipe, done)
         for group in optimizer.param_groups:
@@ -103,6 +102,6 @@ def test_one_cycle_rises_linearly_and_then_falls_linearly_to_zero():
 
 def test_a_constant_learning_rate_never_changes():
     recipe = RECIPES["deep"]
-    optimizer = make_optimizer(recipe, make_model(recipe.model, 10, recipe.dropout))
+    optimizer = make_optimizer(recipe, recipe.make_model(10))
     set_learning_rate(optimizer, recipe, 0.9)
     assert optimizer.param_groups[0]["lr"] == 0.05

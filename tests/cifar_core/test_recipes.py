@@ -3,7 +3,8 @@ import json
 import pytest
 from pydantic import ValidationError
 
-from cifar_core.recipes import RECIPES, RecipeError, get_recipe, read_recipe
+from cifar_core.recipe import RecipeError, read_recipe
+from cifar_core.recipes import RECIPES, batch_size_note, get_recipe
 from tests.conftest import REPOSITORY
 
 
@@ -50,7 +51,7 @@ def test_a_recipe_cannot_be_changed():
     ("name", "override", "message"),
     [
         ("shallow", None, "there is no recipe 'shallow'; the recipes are: baseline"),
-        ("deep", "depth=3", "expected KEY=VALUE, where KEY is one of: model, dropout"),
+        ("deep", "layers=3", "expected KEY=VALUE, where KEY is one of: model, dropout"),
         ("deep", "name=other", "expected KEY=VALUE"),
         ("deep", "epochs", "expected KEY=VALUE"),
         ("deep", "epochs=two", "epochs is two, but should be a valid integer"),
@@ -70,6 +71,16 @@ def test_a_recipe_cannot_be_changed():
         ("sprint", "bias_learning_rate=0", "needs output_learning_rate and bias_learning_rate above 0"),
         ("deep", "width=16", "width is 16, but must be 0 for the network deep"),
         ("sprint", "width=0", "width is 0, but must be above 0 for the network whitened"),
+        ("sprint", "widths=64,256", "together with 3 numbers in widths"),
+        ("best", "widths=64,256,many", "must be channels separated by commas, such as 64,256,256"),
+        ("best", "width=16", "width is 16, but must be above 0 for the network whitened, or 0 together with"),
+        ("deep-fast", "activation=gelu", "the network deep-batch-norm does not have this option"),
+        ("sprint", "depth=4", "should be less than or equal to 3"),
+        ("sprint", "batch_size=3", "batch_size is 3, but must be at least 4 for the network whitened"),
+        ("sprint", "whiten_bias_epochs=9", "whiten_bias_epochs is 9, but must be at most epochs, 5"),
+        ("deep", "validated_epochs=1", "validated_epochs requires weights=last"),
+        ("deep", "weight_decay=0.1", "weight_decay requires optimizer muon"),
+        ("deep", "statistics_images=100", "requires a network with batch normalisation"),
         ("sprint", "warmup=1", "should be less than 1"),
         ("sprint", "translate=-1", "should be greater than or equal to 0"),
     ],
@@ -103,6 +114,32 @@ def test_a_saved_recipe_gets_the_defaults_of_values_that_did_not_exist_when_it_w
     assert read_recipe(older | {"momentum": 0.9}) != RECIPES["deep"]
 
 
+def test_widths_are_readable_in_the_name_of_a_recipe():
+    recipe = get_recipe("airbench94", ["widths=32,64,128", "identity_init=false"])
+    assert recipe.widths == (32, 64, 128)
+    assert recipe.name == "airbench94+widths=32,64,128"
+    assert read_recipe(json.loads(json.dumps(recipe.values()))) == recipe
+
+
+def test_a_changed_batch_size_is_reported_with_rates_that_act_alike():
+    assert batch_size_note("deep", get_recipe("deep")) is None
+    note = batch_size_note("baseline", get_recipe("baseline", ["batch_size=64"]))
+    assert note == (
+        "batch_size is 64 and not 32, but learning_rate, momentum did not change with it; values that act alike per "
+        "image: --set learning_rate=0.002 --set momentum=0.81"
+    )
+    changed = ["batch_size=500", "learning_rate=0.12", "momentum=0.88"]
+    note = batch_size_note("airbench94", get_recipe("airbench94", changed))
+    assert "output_learning_rate, bias_learning_rate, weight_decay did not change" in note
+    assert "--set bias_learning_rate=26.5 --set weight_decay=0.001" in note
+
+
+def test_only_the_last_epochs_are_validated_if_the_recipe_says_so():
+    recipe = get_recipe("sprint", ["epochs=5", "validated_epochs=2"])
+    assert [recipe.is_validated(epoch) for epoch in range(5)] == [False, False, False, True, True]
+    assert all(map(get_recipe("sprint").is_validated, range(5)))
+
+
 def test_sizes_saved_as_text_by_earlier_versions_are_converted():
     assert read_recipe(RECIPES["deep-fast"].values() | {"sizes": "20:4,24:10"}) == RECIPES["deep-fast"]
     assert read_recipe(RECIPES["deep"].values() | {"sizes": ""}) == RECIPES["deep"]
@@ -114,11 +151,12 @@ def test_every_committed_run_has_a_recipe_that_can_be_read():
     for file in files:
         recipe = read_recipe(json.loads(file.read_bytes())["recipe"])
         name, *overrides = recipe.name.split("+")
-        assert recipe == get_recipe(name, overrides)
+        if "histories" in file.parts:  # our own recipes have changed since
+            assert recipe == get_recipe(name, overrides)
 
 
 def test_a_saved_recipe_with_an_unknown_value_is_refused_with_advice():
-    with pytest.raises(RecipeError, match="no recipe value 'depth'; train again, or use the version that saved"):
-        read_recipe(RECIPES["deep"].values() | {"depth": 3})
+    with pytest.raises(RecipeError, match="no recipe value 'layers'; train again, or use the version that saved"):
+        read_recipe(RECIPES["deep"].values() | {"layers": 3})
     with pytest.raises(RecipeError, match="epochs is None, but should be a valid integer"):
         read_recipe(RECIPES["deep"].values() | {"epochs": None})

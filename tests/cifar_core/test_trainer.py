@@ -1,11 +1,13 @@
+import dataclasses
+
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
-from cifar_core.data import Batches, epoch_generator, split, subset_sampler
+from cifar_core.data import Batches, Images, epoch_generator, split, subset_sampler
 from cifar_core.device import CPU, DeviceError, choose_device
-from cifar_core.models import BaselineConvNet
+from cifar_core.models import BaselineConvNet, WhitenedConvNet
 from cifar_core.recipes import get_recipe
 from cifar_core.run_folder import RunFolder, load_checkpoint
 from cifar_core.stop_signal import StopSignal
@@ -76,6 +78,82 @@ def test_the_loop_does_what_a_textbook_loop_does(small, tmp_path):
         torch.testing.assert_close(own, expected, rtol=1e-2, atol=1e-3)
 
 
+def ordered_by_class(small):
+    """The training images, class after class, as a folder holds them."""
+    order = torch.argsort(small.train.labels, stable=True)
+    train = Images(small.train.images[order], small.train.labels[order])
+    return dataclasses.replace(small, train=train, fingerprint="ordered")
+
+
+def test_whitening_uses_a_random_sample_of_all_classes(small, tmp_path, monkeypatch):
+    monkeypatch.setattr("cifar_core.trainer.WHITENING_IMAGES", 60)
+    ordered = ordered_by_class(small)
+    seen = []
+    init_whiten = WhitenedConvNet.init_whiten
+    monkeypatch.setattr(
+        WhitenedConvNet, "init_whiten", lambda model, images: (seen.append(images), init_whiten(model, images))
+    )
+    for seed in (0, 0, 1):
+        make_trainer(ordered, tmp_path, "sprint", seed=seed)
+    labels = {
+        image.numpy().tobytes(): int(label)
+        for image, label in zip(ordered.train.images, ordered.train.labels, strict=True)
+    }
+    assert len({labels[image.numpy().tobytes()] for image in seen[0]}) == 10
+    assert torch.equal(seen[0], seen[1])
+    assert not torch.equal(seen[0], seen[2])
+    _, held_out = split(300)
+    kept = {ordered.train.images[row].numpy().tobytes() for row in held_out}
+    assert not kept & {image.numpy().tobytes() for image in seen[0]}
+
+
+@pytest.mark.parametrize("name", ["sprint", "deep-fast"])
+def test_a_remainder_of_one_image_neither_fails_nor_makes_a_batch_of_its_own(small, tmp_path, name):
+    # 270 training images in batches of 269: a last batch of one image could not be normalised.
+    overrides = ["epochs=1", "batch_size=269", "sizes="]
+    (line,) = run(make_trainer(small, tmp_path, name, overrides), resume=False)
+    assert line["train_loss"] > 0
+    ours = make_trainer(small, tmp_path / "again", name, overrides)
+    assert [len(labels) for _, labels in ours.batches()] == [135, 135]
+
+
+def test_the_weights_of_the_last_epoch_are_kept_if_the_recipe_says_so(small, tmp_path):
+    overrides = ["epochs=3", "batch_size=27", "sizes=", "validated_epochs=1"]
+    ours = make_trainer(small, tmp_path, "sprint", overrides)
+    history = run(ours, resume=False)
+    assert [line["validation_accuracy"] is None for line in history] == [True, True, False]
+    best = load_checkpoint(RunFolder(tmp_path).best)
+    assert best["epoch"] == 3
+    assert all(torch.equal(best["model"][key], tensor) for key, tensor in ours.model.state_dict().items())
+
+
+def test_a_whitening_bias_is_trained_for_the_first_epochs_only(small, tmp_path):
+    ours = make_trainer(
+        small, tmp_path, "airbench94", ("epochs=3", "batch_size=27", "widths=4,8,8", "whiten_bias_epochs=1")
+    )
+    seen = [ours.model.whiten.bias.detach().clone()]
+    with ours.folder.lock(), StopSignal() as stop:
+        ours.start(resume=False)
+        seen += [ours.model.whiten.bias.detach().clone() for _ in ours.epochs(stop)]
+    assert not torch.equal(seen[0], seen[1])
+    assert torch.equal(seen[1], seen[2])
+    assert torch.equal(seen[2], seen[3])
+
+
+def test_statistics_of_batch_normalisation_are_those_of_the_training_images_if_recomputed(small, tmp_path):
+    overrides = ["epochs=1", "batch_size=27", "sizes=", "width=4", "statistics_images=1000"]
+    ours = make_trainer(small, tmp_path, "sprint", overrides)
+    run(ours, resume=False)
+    model = ours.model.eval()
+    images = small.train.images[ours.train_indices]
+    with torch.inference_mode():
+        white = nn.functional.relu(model.whiten(model.normalise(images)))
+        first = model.blocks[0].pool(model.blocks[0].conv1(white))
+    torch.testing.assert_close(model.blocks[0].norm1.running_mean, first.mean((0, 2, 3)), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(model.blocks[0].norm1.running_var, first.var((0, 2, 3)), rtol=1e-2, atol=1e-4)
+    assert model.blocks[0].norm1.momentum == 0.4
+
+
 def test_held_out_images_are_never_trained_on(small, tmp_path):
     ours = make_trainer(small, tmp_path, overrides=("epochs=1", "batch_size=270"))
     _, held_out = split(len(small.train))
@@ -92,7 +170,9 @@ def test_every_kind_of_recipe_trains(small, tmp_path, overrides):
 
 @pytest.mark.parametrize("name", ["sprint", "deep-fast", "best"])
 def test_our_own_recipes_learn(small, tmp_path, name):
-    overrides = ["epochs=4", "batch_size=27", "sizes=24:2", "cutout=8"] + (["width=8"] if name == "best" else [])
+    overrides = ["epochs=4", "batch_size=27", "sizes=24:2", "cutout=8", "brightness=0.1", "contrast=0.1"] + (
+        ["widths=8,32,64"] if name == "best" else []
+    )
     history = run(make_trainer(small, tmp_path, name, overrides, precision=get_recipe(name).precision), resume=False)
     assert history[-1]["train_loss"] < history[0]["train_loss"] - 0.3
     assert history[-1]["train_accuracy"] > 0.5

@@ -27,6 +27,12 @@ def write_classes(folder, files):
     return folder
 
 
+def read(folder):
+    """The training set, the test set and the classes."""
+    content = read_image_folder(folder)
+    return content.train, content.test, content.classes
+
+
 def encode(image, form, **options):
     stream = io.BytesIO()
     image.save(stream, form, **options)
@@ -58,7 +64,7 @@ def test_every_supported_extension_is_read_in_lower_and_upper_case(tmp_path):
     files = {}
     for extension, form in forms.items():
         files["lower" + extension] = files["UPPER" + extension.upper()] = encode(GREY_RAMP.convert("RGB"), form)
-    (train, labels), _, classes = read_image_folder(write_classes(tmp_path, files))
+    (train, labels), _, classes = read(write_classes(tmp_path, files))
     assert classes == ["a", "b"]
     assert labels.tolist() == [0] * len(files) + [1]
     for name, pixels in zip(sorted(files), train, strict=False):
@@ -75,7 +81,7 @@ def test_the_pixels_of_every_kind_of_image_are_those_of_the_servers_decoder(tmp_
     else:
         image = GREY_RAMP.convert(mode)
     content = encode(image, "JPEG" if mode == "CMYK" else "PNG")
-    (train, _), (test, _), _ = read_image_folder(write_classes(tmp_path, {"x.png": content}))
+    (train, _), (test, _), _ = read(write_classes(tmp_path, {"x.png": content}))
     np.testing.assert_array_equal(train[0], images.decode(content))
     np.testing.assert_array_equal(test[0], images.decode(content))
     assert train[0].std() > 10  # the ramp is still visible
@@ -83,7 +89,7 @@ def test_the_pixels_of_every_kind_of_image_are_those_of_the_servers_decoder(tmp_
 
 def test_transparent_pixels_are_white(tmp_path):
     content = encode(Image.new("RGBA", (32, 32), (10, 20, 30, 0)), "PNG")
-    (train, _), _, _ = read_image_folder(write_classes(tmp_path, {"x.png": content}))
+    (train, _), _, _ = read(write_classes(tmp_path, {"x.png": content}))
     assert (train[0] == 255).all()
 
 
@@ -91,21 +97,36 @@ def test_an_image_of_another_size_is_cropped_to_its_central_square_and_resized(t
     wide = np.zeros((64, 192, 3), np.uint8)
     wide[:, 64:128] = 200  # the central square
     files = {"wide.png": encode(Image.fromarray(wide), "PNG")}
-    (train, _), _, _ = read_image_folder(write_classes(tmp_path, files))
+    (train, _), _, _ = read(write_classes(tmp_path, files))
     assert (train[0][:, 2:-2] == 200).all()
 
 
-def test_files_with_other_extensions_are_left_out_and_counted_in_a_warning(tmp_path, caplog):
+def test_files_that_are_no_images_are_left_out_and_reported_with_the_reason(tmp_path, caplog):
+    damaged = encode(GREY_RAMP, "PNG")[:60]
     files = {"x.png": encode(GREY_RAMP, "PNG"), "x.tiff": encode(GREY_RAMP, "TIFF"), "y.TIFF": b"", "notes": b"text"}
-    folder = write_classes(tmp_path, files)
+    folder = write_classes(tmp_path, files | {"cut.png": damaged, "empty.png": b"", ".hidden.png": b""})
+    (folder / "train" / "a" / "link.png").symlink_to(folder / "nowhere.png")
+    os.mkfifo(folder / "train" / "a" / "pipe.png")
+    (folder / "train" / "loose.png").write_bytes(files["x.png"])
+    (folder / "README.md").write_text("")
     with caplog.at_level(logging.WARNING):
-        (train, _), _, _ = read_image_folder(folder)
-    assert len(train) == 2
-    (record,) = caplog.records
-    message = record.getMessage()
-    assert str(folder) in message
-    assert "6 files were left out because of their extension (.tiff: 4, without extension: 2)" in message
-    assert ".png .jpg .jpeg .webp .gif .bmp" in message
+        dataset = load_dataset(str(folder))
+    assert len(dataset.train) == 2
+    left_out = {entry.path: entry.reason for entry in read_image_folder(folder).left_out}
+    assert {path for path in left_out if path.startswith("train")} == {
+        "train/a/x.tiff", "train/a/y.TIFF", "train/a/notes", "train/a/cut.png", "train/a/empty.png", "train/a/link.png",
+        "train/a/pipe.png", "train/loose.png",
+    }  # fmt: skip
+    assert "extension: .tiff; extensions of image files: .png .jpg" in left_out["train/a/y.TIFF"]
+    assert "0 bytes" in left_out["train/a/empty.png"] or "empty" in left_out["train/a/empty.png"]
+    assert "a link to a missing file" in left_out["train/a/link.png"]
+    assert left_out["README.md"] == "not in a class folder"
+    message = caplog.records[0].getMessage()
+    assert f"{folder}: {len(left_out)} files or folders were left out" in message
+    assert any("4 because of: extension: .tiff" in remark for remark in dataset.remarks)
+    caplog.clear()
+    load_dataset(str(folder))  # from the cache
+    assert caplog.records[0].getMessage() == message
 
 
 def test_there_is_no_warning_if_no_file_is_left_out(image_folder, caplog):
@@ -175,6 +196,70 @@ def test_a_cache_that_cannot_be_written_is_reported(image_folder, tmp_path, monk
     assert "could not be cached" in caplog.text
 
 
+# Folders without train/ and test/
+
+
+def write_flat(small, folder, copies=0):
+    """The training images as <class>/<name>.png; the first `copies` images of each class occur twice."""
+    counts = dict.fromkeys(small.classes, 0)
+    for row, (image, label) in enumerate(zip(small.train.images, small.train.labels, strict=True)):
+        name = small.classes[int(label)]
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.numpy()).save(folder / name / f"{row}.png")
+        if counts[name] < copies:
+            Image.fromarray(image.numpy()).save(folder / name / f"again-{row}.bmp")
+        counts[name] += 1
+    return folder
+
+
+def pixels_of(images):
+    return [image.tobytes() for image in images]
+
+
+def test_a_fifth_of_each_class_becomes_the_test_set_and_copies_are_on_one_side(small, tmp_path):
+    content = read_image_folder(write_flat(small, tmp_path / "flat", copies=6))
+    (train, train_labels), (test, test_labels) = content.train, content.test
+    assert len(train) + len(test) == 300 + 60
+    assert not set(pixels_of(train)) & set(pixels_of(test))
+    for label in range(10):
+        share = (test_labels == label).sum() / ((test_labels == label).sum() + (train_labels == label).sum())
+        assert share == pytest.approx(0.2, abs=0.04)
+    assert any("60 images are copies of others" in note for note in content.notes)
+
+
+def test_the_split_depends_on_the_content_alone(small, tmp_path):
+    first = read_image_folder(write_flat(small, tmp_path / "first"))
+    second = write_flat(small, tmp_path / "second")
+    for number, file in enumerate(sorted(second.rglob("*.png"), reverse=True)):
+        file.rename(file.with_name(f"renamed-{number:04d}.png"))
+    assert sorted(pixels_of(read_image_folder(second).test[0])) == sorted(pixels_of(first.test[0]))
+
+
+def test_an_image_in_two_classes_is_on_one_side_and_reported(small, tmp_path):
+    folder = write_flat(small, tmp_path / "flat")
+    for file in sorted((folder / "ring").iterdir())[:20]:
+        (folder / "disc" / f"ring-{file.name}").write_bytes(file.read_bytes())
+    content = read_image_folder(folder)
+    assert not set(pixels_of(content.train[0])) & set(pixels_of(content.test[0]))
+    assert any("20 images are in more than one class" in note for note in content.notes)
+
+
+def test_a_class_of_one_image_or_of_copies_of_one_cannot_be_split(small, tmp_path):
+    folder = write_flat(small, tmp_path / "flat")
+    files = sorted((folder / "ring").iterdir())
+    for file in files[1:]:
+        file.write_bytes(files[0].read_bytes())
+    with pytest.raises(DataError, match="the class ring has no image for the test set"):
+        read_image_folder(folder)
+
+
+def test_a_class_named_train_is_a_class_and_not_a_set(small, tmp_path):
+    folder = write_flat(small, tmp_path / "flat")
+    (folder / "ring").rename(folder / "train")
+    (folder / "disc").rename(folder / "test")
+    assert {"train", "test"} < set(read_image_folder(folder).classes)
+
+
 # Folders that cannot be read
 
 
@@ -199,21 +284,9 @@ def break_one_class(folder):
             place.rmdir()
 
 
-def break_text(folder):
-    next((folder / "train" / "ring").iterdir()).write_text("this is no image")
-
-
-def break_empty_file(folder):
-    next((folder / "train" / "ring").iterdir()).write_bytes(b"")
-
-
-def break_truncated(folder):
-    file = next((folder / "train" / "ring").iterdir())
-    file.write_bytes(file.read_bytes()[:200])
-
-
-def break_link(folder):
-    (folder / "train" / "ring" / "link.png").symlink_to(folder / "nowhere.png")
+def break_all_files(folder):
+    for file in (folder / "train" / "ring").iterdir():
+        file.write_bytes(file.read_bytes()[:200])
 
 
 def break_classes(folder):
@@ -224,20 +297,17 @@ def break_classes(folder):
     ("breaking", "named"),
     [
         (break_missing, "nowhere"),
-        (break_no_test, "no test/"),
+        (break_no_test, "there is train/, but no test/"),
         (break_empty_class, "ring"),
         (break_one_class, "only one class"),
-        (break_text, "ring"),
-        (break_empty_file, "0 bytes"),
-        (break_truncated, "ring"),
-        (break_link, "link.png"),
+        (break_all_files, "ring: this class has no readable image"),
         (break_classes, "ring, wheel"),
     ],
 )
 def test_the_error_for_an_unreadable_folder_names_the_file_and_the_alternatives(image_folder, breaking, named):
     folder = breaking(image_folder) or image_folder
     with pytest.raises(DataError) as caught:
-        read_image_folder(folder)
+        read(folder)
     message = str(caught.value)
     assert named in message
     assert str(image_folder) in message

@@ -5,7 +5,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cifar_core.data import Batches, DataError, Images, epoch_generator, split, subset_sampler, weighted_sampler
+from cifar_core.data import (
+    Batches,
+    DataError,
+    Images,
+    batch_sizes,
+    epoch_generator,
+    split,
+    subset_sampler,
+    weighted_sampler,
+)
 
 
 def sha256(tensor):
@@ -64,6 +73,23 @@ def test_batches_hold_images_and_labels_in_the_given_order(start):
     assert torch.cat([labels for _, labels in received]).tolist() == order[3 * start :].tolist()
     for batch, labels in received:
         assert torch.equal(batch, images[labels])
+
+
+def test_even_batches_differ_by_at_most_one_image_and_none_is_smaller_than_half_a_batch(small):
+    assert batch_sizes(49_000, 2000, even=True) == [1960] * 25
+    assert batch_sizes(101, 50, even=True) == [34, 34, 33]
+    assert batch_sizes(101, 50, even=False) == [50, 50, 1]
+    assert batch_sizes(18, 2000, even=True) == [18]
+    received = [len(labels) for _, labels in Batches(small.train, torch.arange(101), 50, start=1, even=True)]
+    assert received == [34, 33]
+
+
+@given(count=st.integers(18, 5000), batch_size=st.integers(4, 2000))
+def test_no_even_batch_holds_a_single_image(count, batch_size):
+    sizes = batch_sizes(count, batch_size, even=True)
+    assert sum(sizes) == count
+    assert max(sizes) <= batch_size
+    assert min(sizes) >= max(2, max(sizes) - 1)
 
 
 def test_a_batch_size_below_one_is_refused(small):

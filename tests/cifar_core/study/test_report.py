@@ -217,7 +217,7 @@ def test_a_markdown_table_keeps_its_cells_as_they_are():
 def test_a_run_whose_recipe_cannot_be_read_is_named(tmp_path):
     folder = write_run(tmp_path, "baseline", history(0.7))
     description = json.loads((folder / "recipe.json").read_text())
-    description["recipe"]["depth"] = 3
+    description["recipe"]["layers"] = 3
     (folder / "recipe.json").write_text(json.dumps(description))
-    with pytest.raises(RunError, match=r"recipe\.json: this version has no recipe value 'depth'; train again"):
+    with pytest.raises(RunError, match=r"recipe\.json: this version has no recipe value 'layers'; train again"):
         read_runs(tmp_path)

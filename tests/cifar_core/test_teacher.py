@@ -1,0 +1,67 @@
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from cifar_core.device import CPU
+from cifar_core.predictors import predict_all
+from cifar_core.recipes import get_recipe
+from cifar_core.run_folder import RunFolder
+from cifar_core.teacher import TeacherError, distillation_loss, read_teacher
+from cifar_core.train import run
+from cifar_core.trainer import Trainer
+from tests.cifar_core.training import make_trainer
+
+SMALL = ["epochs=2", "batch_size=27", "sizes=", "validated_epochs=0"]
+
+
+@pytest.fixture(scope="module")
+def teacher_run(small, tmp_path_factory):
+    trainer = make_trainer(small, tmp_path_factory.mktemp("teacher"), "sprint", ("epochs=4", "batch_size=27", "sizes="))
+    run(trainer, resume=False)
+    return trainer.folder
+
+
+def student(small, path, teacher, *overrides):
+    recipe = get_recipe("deep-fast", [*SMALL, *overrides])
+    return Trainer(recipe, small, RunFolder(path), 0, CPU, "fp32", teacher=teacher)
+
+
+def test_the_loss_is_least_for_the_probabilities_of_the_teacher():
+    teacher = torch.tensor([[2.0, 0.0, -1.0]])
+    least = distillation_loss(teacher + 5, teacher)
+    assert float(least) == pytest.approx(float(-(teacher.softmax(1) * teacher.log_softmax(1)).sum()))
+    assert distillation_loss(teacher + torch.tensor([[0.5, 0.0, 0.0]]), teacher) > least
+
+
+def test_each_batch_has_the_logits_of_its_images_as_they_are_mirrored(small, teacher_run, tmp_path):
+    ours = student(small, tmp_path, read_teacher(teacher_run.path, CPU), "distillation=0.9", "translate=0", "cutout=0")
+    tmp_path.mkdir(exist_ok=True)
+    for epoch in (0, 1):
+        ours.state.epoch = epoch
+        ours._start_epoch()
+        images, _, logits = next(iter(ours.batches()))
+        expected, _ = predict_all(ours.teacher.predictor, images.numpy())
+        np.testing.assert_allclose(logits, expected, atol=1e-4)
+
+
+def test_a_run_with_a_teacher_computes_its_outputs_once(small, teacher_run, tmp_path, monkeypatch):
+    teacher = read_teacher(teacher_run.path, CPU)
+    first = run(student(small, tmp_path, teacher, "distillation=0.9"), resume=False)
+    assert first[-1]["train_loss"] < first[0]["train_loss"]
+    monkeypatch.setattr("cifar_core.teacher.predict_all", lambda *_: pytest.fail("computed again"))
+    again = teacher.logits(small.train.images, tmp_path / "teacher.npz")
+    assert again.shape == (2, 300, 10)
+    assert run(student(small, tmp_path, teacher, "distillation=0.9"), resume=True) == first
+
+
+def test_a_teacher_that_is_missing_not_wanted_or_of_other_classes_is_refused(small, teacher_run, tmp_path):
+    teacher = read_teacher(teacher_run.path, CPU)
+    with pytest.raises(TeacherError, match="name a teacher with --teacher RUN"):
+        student(small, tmp_path, None, "distillation=0.5")
+    with pytest.raises(TeacherError, match="has no distillation"):
+        student(small, tmp_path, teacher)
+    other = dataclasses.replace(teacher, predictor=dataclasses.replace(teacher.predictor, classes=("cat", "dog")))
+    with pytest.raises(TeacherError, match="has the classes cat, dog, but"):
+        student(small, tmp_path, other, "distillation=0.5")
