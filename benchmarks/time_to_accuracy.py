@@ -228,7 +228,9 @@ def _parser() -> argparse.ArgumentParser:
 def main() -> None:
     """Trains and measures the recipes, and prints the table."""
     arguments = _parser().parse_args()
-    data = ["--data", str(Path(arguments.data).resolve())] if arguments.data else []
+    folder = Path(arguments.data) if arguments.data else None
+    # The processes run in the repository, so the path of a folder must not depend on the current one.
+    data = ["--data", str(folder.resolve()) if folder.exists() else arguments.data] if folder else []
     dataset, runs_folder = load_dataset(arguments.data), arguments.runs.resolve()
     results: dict[str, list[Measurements]] = {}
     networks: dict[str, Measurements] = {SCRIPT: {}}
@@ -242,13 +244,13 @@ def main() -> None:
             results.setdefault(recipe.name, []).append(run)
             print(f"{recipe.name}, seed {seed}: {run}", file=sys.stderr, flush=True)
     for recipe, _ in chosen:
-        folder = RunFolder(runs_folder / recipe.name / "0")
-        networks[recipe.name] = describe_network(folder)
+        run_folder = RunFolder(runs_folder / recipe.name / "0")
+        networks[recipe.name] = describe_network(run_folder)
         trained_on = len(dataset.train) - min(recipe.validation_images, len(dataset.train) // 10)
         networks[recipe.name]["training_flops"] = training_flops(recipe, len(dataset.classes), trained_on)
         if not arguments.no_export:
             exports[recipe.name] = arguments.output.resolve() / "exports" / recipe.name
-            manifest = export_run(folder, dataset, exports[recipe.name])
+            manifest = export_run(run_folder, dataset, exports[recipe.name])
             networks[recipe.name]["manifest"] = manifest.model_dump(mode="json")
     if arguments.script:
         networks[SCRIPT] = {"parameters": results[SCRIPT][0]["parameters"]}
