@@ -94,8 +94,9 @@ evaluate: $(READY) ## measure the test accuracy of the exported model, or of MOD
 report: $(READY) ## write docs/results.md from the committed histories; with RUNS=runs, write reports/ from your own runs
 	$(PY) -m cifar_core.report $(if $(RUNS),--runs $(RUNS)) $(DATA_OPTION)
 
+# Many tests wait for a server, so two files at a time take less time. More than one thread each would make both slower.
 test: $(READY) ## run all tests except the slow ones
-	$(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
 
 test-slow: $(RAY) ## run the slow tests
 	$(PY) -m pytest -m slow

@@ -11,7 +11,9 @@ from tests.cifar_core.runs import number_layers
 from tests.cifar_core.training import assert_same_run, make_trainer
 
 
-@pytest.mark.parametrize("stop_after", [1, 13, 24])
+@pytest.mark.parametrize(
+    "stop_after", [pytest.param(1, marks=pytest.mark.slow), 13, pytest.param(24, marks=pytest.mark.slow)]
+)
 def test_our_own_recipes_resume_with_the_same_bits(small, tmp_path, stop_after):
     """The run is stopped in an epoch of small images or in one of full size."""
     overrides = ("epochs=3", "batch_size=27", "sizes=20:1", "cutout=8")

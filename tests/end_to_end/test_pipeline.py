@@ -9,7 +9,7 @@ from tests.conftest import write_folder
 RECIPE = ("dropout-0.2", "--set", "epochs=2", "--set", "batch_size=4", "--set", "learning_rate=0.005")
 
 
-@pytest.mark.parametrize("kind", ["synthetic", "folder"])
+@pytest.mark.parametrize("kind", [pytest.param("synthetic", marks=pytest.mark.slow), "folder"])
 def test_a_trained_model_and_its_exported_file_have_the_same_accuracy(command, small, tmp_path, kind):
     data = ("--data", "synthetic:300" if kind == "synthetic" else write_folder(small, tmp_path / "pictures"))
     place = tmp_path / "synthetic" if kind == "synthetic" else tmp_path

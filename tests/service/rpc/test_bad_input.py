@@ -140,7 +140,7 @@ TENSOR = inference.ModelInferRequest.InferInputTensor
 BAD_INFERENCES: dict[str, tuple[inference.ModelInferRequest, grpc.StatusCode, str]] = {
     "no model": (infer(model_name=""), NOT_FOUND, "there is no model ''; the model is 'cifar10'"),
     "an unknown model": (infer(model_name="resnet"), NOT_FOUND, "no model 'resnet'"),
-    "an unknown version": (infer(model_version="2"), NOT_FOUND, "no version '2'; version 'linear-0' is served"),
+    "an unknown version": (infer(model_version="2"), NOT_FOUND, "no version '2'; version '1' is served"),
     "no input": (infer(inputs=[]), INVALID, "there are 0 inputs (); there must be one, 'images'"),
     "two inputs": (infer(inputs=[TENSOR(name="images")] * 2), INVALID, "there must be one"),
     "an input of another name": (infer(tensor={"name": "image"}), INVALID, "there are 1 inputs ('image')"),

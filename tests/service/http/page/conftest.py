@@ -90,7 +90,8 @@ def page_server() -> Iterator[Server]:
         shared.kill()
 
 
-@pytest.fixture(scope="session")
+# Of a module, because no test can use asyncio before Playwright has ended.
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     if CHROMIUM is None:
         pytest.skip("needs the browser chromium: apt-get install chromium")

@@ -197,7 +197,9 @@ def test_without_a_token_the_page_says_what_is_missing_and_asks_again_on_request
     visit = new_visit(locked_server.http_url, load=False)
     visit.expected_statuses = {401}
     visit.page.goto(visit.url)
-    visit.page.get_by_label("Token", exact=True).press("Escape")
+    token = visit.page.get_by_label("Token", exact=True)
+    expect(token).to_be_focused()
+    token.press("Escape")
     expect(visit.page.get_by_role("alert").first).to_contain_text("The server needs a token")
     visit.page.get_by_role("button", name="Try again").click()
     expect(visit.page.get_by_label("Token", exact=True)).to_be_focused()
