@@ -84,7 +84,8 @@ async def with_our_client(port: int, concurrency: int, record: Record, *, coales
     async with AsyncClient(f"127.0.0.1:{port}", Options(coalesce=coalesce)) as client:
 
         async def classify(image: Image) -> Probabilities:
-            return (await client.probabilities(image))[0]
+            answer: Probabilities = (await client.probabilities(image))[0]
+            return answer
 
         await call_all(classify, concurrency, record)
 

@@ -83,14 +83,14 @@ def steps(recipe: Recipe, dataset: Dataset, place: Path) -> Iterator[tuple[int, 
         trainer = Trainer(recipe, dataset, RunFolder(place / str(size)), 0, CPU, recipe.precision)
         trainer.model.train()
 
-        def batches(trainer: Trainer = trainer, epoch: int = epoch) -> Iterator[tuple[Tensor, Tensor]]:
+        def batches(trainer: Trainer = trainer, epoch: int = epoch) -> Iterator[tuple[Tensor, ...]]:
             while True:
                 trainer.state.step, trainer.state.epoch = 0, epoch
                 yield from trainer.batches()
 
         endless = batches()
 
-        def step(trainer: Trainer = trainer, endless: Iterator[tuple[Tensor, Tensor]] = endless) -> None:
+        def step(trainer: Trainer = trainer, endless: Iterator[tuple[Tensor, ...]] = endless) -> None:
             trainer.train_step(*next(endless))
 
         step()  # oneDNN compiles its kernels in the first step
