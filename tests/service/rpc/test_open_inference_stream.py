@@ -1,4 +1,5 @@
 import queue
+import threading
 from collections.abc import Iterator
 
 import grpc
@@ -46,7 +47,18 @@ def test_a_request_that_fails_is_answered_with_its_error_and_the_stream_goes_on(
     wrong.model_name = "resnet"
     broken = infer_request(stalling(1), "engine")  # this model fails on it
     requests = [infer_request(pictures(1), "good"), wrong, infer_request(pictures(401), "size"), broken]
-    answers = list(stub.ModelStreamInfer(iter([*requests, infer_request(pictures(1), "last")]), timeout=60))
+    requests.append(infer_request(pictures(1), "last"))
+    answered = threading.Semaphore(1)
+
+    def one_by_one():
+        for request in requests:
+            answered.acquire()  # otherwise the engine could fail on a batch of several requests
+            yield request
+
+    answers = []
+    for answer in stub.ModelStreamInfer(one_by_one(), timeout=60):
+        answers.append(answer)
+        answered.release()
     assert [answer.infer_response.id for answer in answers] == ["good", "name", "size", "engine", "last"]
     errors = [answer.error_message for answer in answers]
     assert (errors[0], errors[4]) == ("", "")

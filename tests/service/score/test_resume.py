@@ -150,7 +150,7 @@ def test_a_full_disk_ends_the_run_with_a_message_and_it_can_be_continued(tmp_pat
 def test_interrupting_a_run_ends_all_of_its_processes(tmp_path, linear):
     write_images(tmp_path / "in", exports.pictures(3000))
     process = subprocess.Popen(
-        command(tmp_path / "in", tmp_path / "out", "--rows-per-part", 50, model=linear), env=environment(),
+        command(tmp_path / "in", tmp_path / "out", "--rows-per-part", 10, model=linear), env=environment(),
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     while not list((tmp_path / "out").glob("part-*")):
