@@ -106,7 +106,6 @@ _OWN = (
         translate=3,
         cutout=8,
         validation_images=2500,
-        identity_init=True,
         validated_epochs=1,
     ),
     # For a few hundred images of one's own: the network of `deep-fast` from fresh weights, or from trained ones with
