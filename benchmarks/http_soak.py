@@ -182,28 +182,35 @@ def _pool() -> Images:
     return np.clip(slopes[:, :, None, :] + noise, 0, 255).astype(np.uint8)
 
 
-async def _disturb(server: ServerProcess, exports: Exports, pause: float, events: collections.Counter[str]) -> None:
-    """Replaces the model and drains workers, in turn."""
+async def _disturb(
+    server: ServerProcess,
+    exports: Exports,
+    pause: float,
+    events: collections.Counter[str],
+    drained: list[psutil.Process],
+) -> None:
+    """Replaces the model and drains workers, in turn; adds the workers to `drained`."""
     supervisor = psutil.Process(server.process.pid)
-    drained: set[int] = set()
     while True:
         await asyncio.sleep(pause)
         exports.swap()
         events["models replaced"] += 1
         await asyncio.sleep(pause)
-        workers = [each for each in supervisor.children() if each.pid not in drained]
+        workers = [each for each in supervisor.children() if each not in drained]
         if workers:
             oldest = min(workers, key=lambda each: each.create_time())
-            drained.add(oldest.pid)
+            drained.append(oldest)
             oldest.send_signal(signal.SIGTERM)
             events["workers drained"] += 1
 
 
 async def _run(clients: Clients, count: int, server: ServerProcess, exports: Exports, pause: float) -> dict[str, int]:
     events: collections.Counter[str] = collections.Counter()
-    disturbing = asyncio.create_task(_disturb(server, exports, pause, events))
+    drained: list[psutil.Process] = []
+    disturbing = asyncio.create_task(_disturb(server, exports, pause, events, drained))
     await clients.run(count)
     disturbing.cancel()
+    psutil.wait_procs(drained, timeout=60)  # a second SIGTERM would end a worker that still drains
     return events
 
 

@@ -157,11 +157,12 @@ class ModelStatistics:
                 batches[size] = batches.get(size, 0.0) + value
             elif name == "last_inference_timestamp_seconds":
                 last = max(last, value)
+        # Requests pass the phases one after another, also while the values are read. perf_analyzer ends if their counts
+        # differ, so what counts is how many requests have passed them all.
+        counts = {phase: int(phases.get(("requests_total", phase), 0)) for phase in (SUCCESS, FAIL)}
         return Statistics(
             {
-                phase: Duration(
-                    int(phases.get(("requests_total", phase), 0)), phases.get(("request_seconds_total", phase), 0.0)
-                )
+                phase: Duration(counts.get(phase, counts[SUCCESS]), phases.get(("request_seconds_total", phase), 0.0))
                 for phase in PHASES
             },
             {
