@@ -34,8 +34,8 @@ def train_on_cluster(commands: Sequence[Command], address: str, gpus: int) -> It
     Raises:
         ClusterError: The cluster cannot be reached.
     """
-    # Ray wants no password, so a Ray that only this sweep uses is asked to stay on the loopback interface. Ray 2.60 may use
-    # the address of the machine for some ports all the same.
+    # Ray wants no password, so a Ray that only this sweep uses is asked to stay on the loopback interface. Ray 2.60 may
+    # use the address of the machine for some ports all the same.
     own: dict[str, Any] = {"_node_ip_address": "127.0.0.1", "include_dashboard": False} if address == "local" else {}
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:

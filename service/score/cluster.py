@@ -92,8 +92,8 @@ def score_on_cluster(
     Raises:
         ScoreError: The cluster cannot be reached, or a part cannot be scored.
     """
-    # Ray wants no password, so a Ray that only this run uses is asked to stay on the loopback interface. Ray 2.60 may use
-    # the address of the machine for some ports all the same.
+    # Ray wants no password, so a Ray that only this run uses is asked to stay on the loopback interface. Ray 2.60 may
+    # use the address of the machine for some ports all the same.
     own: dict[str, Any] = {"_node_ip_address": "127.0.0.1", "include_dashboard": False} if address == "local" else {}
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
