@@ -113,8 +113,8 @@ def _score(
     """Scores parts on the cluster that this process is connected to, with these arguments of the actors."""
     DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.WARNING)
-    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    actors = max(1, min(len(parts), int(resources.get("CPU", 1))))
+    cluster: Any = ray  # the function has no types
+    actors = max(1, min(len(parts), int(cluster.cluster_resources().get("CPU", 1))))
     # A block of one row for each part, so that each call of an actor scores one part.
     rows = ray.data.from_items([{"part": part} for part in parts], override_num_blocks=len(parts))
     results = rows.map_batches(
