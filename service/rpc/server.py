@@ -148,7 +148,7 @@ def _server(settings: Settings, metrics: Metrics, tokens: Tokens | None, shares_
             ("grpc.server_handshake_timeout_ms", 10_000),
             # These limit what a stream may hold before its message is read; see service.receiving.
             ("grpc.http2.bdp_probe", 0),
-            ("grpc.http2.lookahead_bytes", 16_384),
+            ("grpc.http2.lookahead_bytes", 32_768),
             # These find and close connections whose other end has vanished. Clients may ping, too, every ten seconds.
             ("grpc.keepalive_time_ms", 60_000),
             ("grpc.keepalive_timeout_ms", 20_000),
