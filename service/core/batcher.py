@@ -267,9 +267,10 @@ class Batcher:
         return self._queue.images >= self._min_parallel_images and len(self._running) < len(self._threads)
 
     def _share(self) -> int:
-        """How many of the waiting images the next batch takes, so that the free threads get equal numbers."""
+        """How many of the waiting images the next batch takes, so that it and those beside it get equal numbers."""
         free = len(self._threads) - len(self._running)
-        return max(self._min_parallel_images, -(-self._queue.images // free))
+        batches = max(1, min(free, self._queue.images // self._min_parallel_images))
+        return -(-self._queue.images // batches)
 
     # In the event loop
 

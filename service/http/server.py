@@ -137,7 +137,7 @@ class HttpServer:
         return left + unsent
 
     async def close(self, *, at_once: bool) -> None:
-        """Closes all connections. Clients are told that theirs takes no more requests before it is closed."""
+        """Tells clients that their connections accept no more requests, then closes the connections."""
         if not at_once:
             await self._tell_clients()
         for task in self._tasks:

@@ -211,6 +211,19 @@ def test_a_second_thread_computes_as_soon_as_a_whole_batch_waits():
     run(test)
 
 
+def test_images_that_are_too_few_for_two_batches_are_computed_in_one_on_all_cores():
+    async def test():
+        gate = Gate(open_=True)
+        batches = batcher(threads=2, max_batch_size=64)
+        numbers = list(range(40))
+        assert rows(await batches.submit(numbered(*numbers), gate)) == numbers
+        assert gate.seen == [numbers]
+        assert gate.alone == [True]
+        await batches.close()
+
+    run(test)
+
+
 def test_many_waiting_images_are_shared_among_the_free_threads_and_none_of_the_batches_uses_all_cores():
     async def test():
         gate = Gate()
