@@ -85,7 +85,8 @@ class Admission:
 class Batcher:
     """Computes images in batches, for many requests at once.
 
-    An idle engine takes all waiting images at once, up to the size of a batch; only if `max_queue_delay` is set does it
+    An idle engine takes the waiting images at once, up to the size of a batch, or shares them among several threads if
+    there are at least `MIN_PARALLEL_IMAGES` for each; only if `max_queue_delay` is set does it
     wait for a batch to fill. Use the batcher from one event loop, and call `close` at the end.
 
     Args:
@@ -255,7 +256,8 @@ class Batcher:
                     another = self._is_enough_for_another
                     if another:
                         self._changed.notify()
-                    return pieces, len(self._running) + another
+                    starts_at_once = another and (self._queue.ready_at(self.max_queue_delay) or 0.0) <= now
+                    return pieces, len(self._running) + starts_at_once
                 if self._closing:
                     return None
                 # If only expired requests wait, their timers will remove them.

@@ -127,6 +127,7 @@ class Lane:
         if self._options.on_demand:
             for process in list(self._processes):
                 if process.is_ready and not process.jobs and now - process.busy_since > _IDLE_SECONDS:
+                    process.is_ready = False  # it must not get a file before its task ends
                     self._tasks.remove(self._task_of[process])
                     self._task_of[process].cancel()
                     process.kill()
@@ -157,7 +158,10 @@ class Lane:
 
     @property
     def _cannot_start(self) -> bool:
-        return self._failed_starts >= _FAILED_STARTS or time.monotonic() - self._last_ready > _START_SECONDS
+        # A lane without tasks has not tried: its processes start when they are needed.
+        return bool(self._tasks) and (
+            self._failed_starts >= _FAILED_STARTS or time.monotonic() - self._last_ready > _START_SECONDS
+        )
 
     def _free_process(self) -> DecodeProcess | None:
         ahead = 1 if time.monotonic() < self._cautious_until else self._options.files_ahead

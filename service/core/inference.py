@@ -54,7 +54,7 @@ class Admitted:
     """A request from its admission to its answer: a `with` block. Space is reserved for it, and its time is measured.
 
     The statistics count it when the block ends: as a success if the engine computed images and no error was raised, as
-    a failure if an error was raised, else not at all.
+    a failure if an error was raised, else not at all. Requests that break a rule are not counted.
     """
 
     __slots__ = ("_admission", "_started", "_token", "computed_at", "computing_at", "recorder")
@@ -75,6 +75,8 @@ class Admitted:
     ) -> None:
         _admitted.reset(self._token)
         self._admission.release()
+        if isinstance(error, InvalidRequest):
+            return
         ended = time.perf_counter()
         recorder = self.recorder
         if error is not None:

@@ -191,7 +191,6 @@ class Calls:
                 on_received()
                 message = b""  # it would be held in addition to the request until the answer is sent
                 response = serialize(await answering)
-                self.connections.check_answer(connection)
             except RequestError as error:  # raised while the request was received
                 failure = self._refusal(method, error)
             except Failure as raised:
@@ -264,6 +263,7 @@ class Calls:
         del request  # the servicer decides how long it is held
         try:
             response = await answering
+            self.connections.check_answer(call.connection)
         except RequestError as error:
             code = CODES[type(error)]
             raise Failure(code, error.message, error.retry_after) from error

@@ -8,7 +8,7 @@ streaming, configuration, statistics, the "classification" of an output and the 
 import asyncio
 import struct
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -84,13 +84,14 @@ class OpenInference:
     ) -> messages.ModelInferResponse:
         """Logits and probabilities of images."""
         self._model(request.model_name, request.model_version)
-        _check_size(request, call.message_bytes)
+        raw = list(request.raw_input_contents)  # every access to the field copies it
+        _check_size(request, raw, call.message_bytes)
         deadline = _deadline(request.parameters, call.deadline)
         count = _check_input(request)
         requested = _check_outputs(request)
         with self._inference.admit(count, call.message_bytes):
             started = time.monotonic()
-            images = await _pixels(request, count)
+            images = await _pixels(request, raw, count)
             tracing.add_phase("decode", started)
             answer = await self._inference.compute(images, deadline)
             response = _response(request, requested, answer)
@@ -213,10 +214,10 @@ def stream_failure(request: messages.ModelInferRequest | None, failure: Failure)
     )
 
 
-def _check_size(request: messages.ModelInferRequest, message_bytes: int) -> None:
+def _check_size(request: messages.ModelInferRequest, raw: Sequence[bytes], message_bytes: int) -> None:
     """Refuses long texts, which would be held until the request is answered."""
     tensors.check_id(request.id)
-    pixels = sum(map(len, request.raw_input_contents)) or MAX_NUMBER_BYTES
+    pixels = sum(map(len, raw)) or MAX_NUMBER_BYTES
     if message_bytes - pixels > MAX_OTHER_BYTES:
         raise InvalidRequest(
             f"the message has {message_bytes - pixels} bytes besides its pixels, in names and parameters; "
@@ -249,13 +250,13 @@ def _check_input(request: messages.ModelInferRequest) -> int:
     )
 
 
-async def _pixels(request: messages.ModelInferRequest, count: int) -> NDArray[np.uint8]:
-    if len(request.raw_input_contents) > 1:
-        raise InvalidRequest(f"there are {len(request.raw_input_contents)} raw_input_contents for one input")
-    if request.raw_input_contents:
+async def _pixels(request: messages.ModelInferRequest, raw: Sequence[bytes], count: int) -> NDArray[np.uint8]:
+    if len(raw) > 1:
+        raise InvalidRequest(f"there are {len(raw)} raw_input_contents for one input")
+    if raw:
         if request.inputs[0].HasField("contents"):
             raise InvalidRequest(f"input '{INPUT}' has both contents and raw_input_contents: send one of them")
-        return tensors.pixels(request.raw_input_contents[0], count, "raw_input_contents")
+        return tensors.pixels(raw[0], count, "raw_input_contents")
     shape, size = (count, *IMAGE_SHAPE), count * IMAGE_BYTES
     contents = request.inputs[0].contents
     others = [field.name for field, _ in contents.ListFields() if field.name != "uint_contents"]

@@ -297,3 +297,18 @@ def test_a_cancelled_request_is_held_by_no_queue():
             await busy
 
     asyncio.run(test())
+
+
+def test_a_large_file_is_decoded_although_none_came_for_long(monkeypatch):
+    monkeypatch.setattr(decode_lane, "_IDLE_SECONDS", 0.2)
+
+    async def test():
+        large = noise_png(1300)
+        async with running(1) as decoder:
+            for _ in range(2):  # before the slow lane's first process, and after its last has ended
+                decoder._slow._last_ready -= 60  # as if a minute had passed
+                (pixels,) = await decoder.decode([large])
+                assert (pixels == decode(large)).all()
+                await until(lambda: len(decoder.pids) == 1)
+
+    asyncio.run(test())

@@ -82,8 +82,15 @@ def test_a_batch_that_fails_is_a_failure_and_a_request_that_breaks_a_rule_is_not
         with pytest.raises(grpc.RpcError):
             infer(channel, pictures(401))
 
+    def send_too_few_bytes() -> None:
+        request = messages.ModelInferRequest(model_name="cifar10", raw_input_contents=[bytes(100)])
+        request.inputs.add(name="images", datatype="UINT8", shape=[2, 32, 32, 3])
+        with pytest.raises(grpc.RpcError):
+            rpc.GRPCInferenceServiceStub(channel).ModelInfer(request, timeout=60)
+
     assert change(channel, fail) == Seen(0, 1, 0)
     assert change(channel, break_a_rule) == Seen(0, 0, 0)
+    assert change(channel, send_too_few_bytes) == Seen(0, 0, 0)
 
 
 def test_phases_have_times_that_add_up(channel):
