@@ -130,7 +130,7 @@ bench-training: $(READY) ## compare training throughput with a plain PyTorch loo
 bench-recipes: $(READY) ## measure accuracy and time of our recipes, SEEDS=3; hours; skips finished runs; SCRIPT=FILE also runs airbench's script
 	$(PY) benchmarks/time_to_accuracy.py --seeds $(SEEDS) $(if $(RECIPES),--recipes "$(RECIPES)") $(if $(SCRIPT),--script $(SCRIPT)) $(DATA_OPTION)
 
-gpu: $(READY) ## with a CUDA device: its tests, training, export and serving in under 25 minutes; SCRIPT=FILE also runs airbench's script
+gpu: $(READY) ## with PROCESSOR=cuda and a CUDA device: its tests, training, export and serving in under 25 minutes; SCRIPT=FILE also runs airbench's script
 	$(PY) benchmarks/gpu.py $(if $(SCRIPT),--script $(SCRIPT)) $(DATA_OPTION)
 
 bench-dependability: $(READY) ## measure start, deadlines, refusals and memory of the server

@@ -21,7 +21,7 @@ import onnxruntime
 
 from cifar_core.data import add_data_argument
 from cifar_core.device import choose_device, describe_environment
-from cifar_core.errors import run_command
+from cifar_core.errors import CifarError, run_command
 from cifar_core.images import IMAGE_SIZE
 from cifar_core.study.markdown import markdown_table
 from service.client import Client
@@ -98,7 +98,9 @@ def main() -> int:
     )
     arguments = parser.parse_args()
     device = choose_device("cpu" if arguments.rehearse else "cuda")  # an error without a CUDA device
-    output = arguments.output.resolve()
+    if device.type == "cuda" and "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        raise CifarError("this onnxruntime has no CUDA, which the server needs: use make gpu PROCESSOR=cuda")
+    output = arguments.output.resolve() / ("rehearsal" if arguments.rehearse else "")
     data = ["--data", "synthetic:300"] if arguments.rehearse else []
     data = ["--data", arguments.data] if arguments.data else data
     began = time.perf_counter()

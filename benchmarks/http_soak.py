@@ -12,6 +12,7 @@ A request is lost if it ends without an answer. Refusals (429, 503, connection r
 import argparse
 import asyncio
 import collections
+import contextlib
 import io
 import json
 import shutil
@@ -210,6 +211,8 @@ async def _run(clients: Clients, count: int, server: ServerProcess, exports: Exp
     disturbing = asyncio.create_task(_disturb(server, exports, pause, events, drained))
     await clients.run(count)
     disturbing.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await disturbing  # raises what went wrong with the disturbances
     psutil.wait_procs(drained, timeout=60)  # a second SIGTERM would end a worker that still drains
     return events
 

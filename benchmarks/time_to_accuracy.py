@@ -63,8 +63,12 @@ def train(
     measured = folder.path / "time_to_accuracy.json"
     if measured.exists():
         return dict(json.loads(measured.read_bytes()))
-    if folder.path.exists():  # interrupted
-        shutil.rmtree(folder.path)
+    if folder.path.exists():
+        if folder.is_finished():
+            raise SystemExit(
+                f"{folder.path}: this run is finished, but was not timed by this command: use another --runs"
+            )
+        shutil.rmtree(folder.path)  # interrupted, and its time would be wrong
     name = recipe.name.partition("+")[0]
     changed = [argument for override in overrides for argument in ("--set", override)]
     training = run_timed(
@@ -213,7 +217,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--script", type=Path, metavar="FILE", help="path of airbench94_muon.py, to measure it as well")
     parser.add_argument("--no-export", action="store_true", help="do not measure the speed in onnxruntime")
     parser.add_argument(
-        "--runs", type=Path, default=Path("runs"), metavar="DIR", help="folder for all runs; default: %(default)s"
+        "--runs", type=Path, default=Path("runs/timed"), metavar="DIR", help="folder for all runs; default: %(default)s"
     )
     parser.add_argument(
         "--output",

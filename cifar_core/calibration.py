@@ -123,8 +123,8 @@ def choose_calibration(logits: Floats, labels: Integers) -> Calibration:
     """Chooses the form by cross-validation, and fits it to all images.
 
     Fewer than `SMALLEST_SAMPLE` images get a temperature. Each image is scored by a calibration that was fitted without
-    it. The form with the least cross-entropy is chosen; a
-    form with more coefficients than another must be better by one standard error of the difference.
+    it. The form with the least cross-entropy is chosen. A form with
+    more coefficients than another must be better by one standard error of the difference.
 
     Args:
         logits: [N, classes], of images that neither were trained on nor chose the weights.

@@ -23,6 +23,6 @@ def evaluate() -> None:
 
 def export() -> None:
     """Runs `cifar-export` and ends the process with its exit code."""
-    with needs_extra("train"):
+    with needs_extra("cpu,train"):
         from cifar_core.export import main
     run_command(main)

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import torch
 
 from cifar_core.calibration import Calibration, choose_calibration
@@ -217,7 +218,9 @@ def _identity(checkpoint: dict[str, Any], description: dict[str, Any], recipe: R
         "model_version": f"{recipe.name}-{description['seed']}-{digest[:8]}",
         "classes": tuple(checkpoint["classes"]),
         "data": Data(**description["data"]),
-        "libraries": {name: version(name) for name in ("torch", "onnx", "onnxscript", "onnxruntime", "numpy")},
+        "libraries": {name: version(name) for name in ("torch", "onnx", "onnxscript", "numpy")}
+        # Its package is called onnxruntime or onnxruntime-gpu.
+        | {"onnxruntime": onnxruntime.__version__},
     }
 
 

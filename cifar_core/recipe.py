@@ -175,6 +175,8 @@ class Recipe(BaseModel):
             raise ValueError(
                 f"statistics_images requires a network with batch normalisation, which {self.model} does not have"
             )
+        if self.statistics_images == 1:
+            raise ValueError("statistics_images is 1, but must be 0 or at least 2")
         if self.weights == "best" and self.validated_epochs:
             raise ValueError("validated_epochs requires weights=last, because the best of all epochs is chosen")
         if self.weight_decay and self.optimizer != "muon":

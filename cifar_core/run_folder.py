@@ -32,6 +32,10 @@ class RunError(CifarError):
     """A run folder that is missing, damaged, in use, not writable, or holds a different run."""
 
 
+class RunInUse(RunError):
+    """Another process is training in the folder."""
+
+
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Reads a `.pt` file onto the CPU. Only tensors and plain values are accepted, so that no file can run code.
 
@@ -73,7 +77,8 @@ class RunFolder:
         """Creates the folder if necessary, and keeps other processes from training in it.
 
         Raises:
-            RunError: Another process is training in it, or it cannot be created.
+            RunInUse: Another process is training in it.
+            RunError: It cannot be created.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -86,7 +91,7 @@ class RunFolder:
             try:
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise RunError(
+                raise RunInUse(
                     f"{self.path}: another process is training in this folder; wait for it, or choose another --seed"
                 ) from None
             yield
@@ -180,7 +185,7 @@ class RunFolder:
         return (self.path / "recipe.json").exists() and len(self.history()) == self.description()["recipe"]["epochs"]
 
 
-def best_epoch(history: list[dict[str, Any]], weights: str = "best") -> dict[str, Any]:
+def best_epoch(history: list[dict[str, Any]], weights: str) -> dict[str, Any]:
     """The line of the epoch whose weights a run ends with.
 
     Args:

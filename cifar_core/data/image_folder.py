@@ -13,6 +13,7 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -126,7 +127,11 @@ def _files(folder: Path) -> Iterator[str]:
 
     Hidden files, which tools write, are ignored.
     """
-    for path, _, names in sorted(os.walk(folder, followlinks=True)):
+
+    def fail(error: OSError) -> NoReturn:  # os.walk leaves out folders that it cannot read
+        raise error
+
+    for path, _, names in sorted(os.walk(folder, onerror=fail, followlinks=True)):
         yield from (f"{path}/{name}" for name in sorted(names) if not name.startswith("."))
 
 
@@ -247,7 +252,7 @@ def _content_key(folder: Path, parts: tuple[str, ...]) -> str:
             for path in _files(folder / part / name):
                 try:
                     status = os.stat(path)  # noqa: PTH116 (three times as fast as pathlib)
-                except FileNotFoundError:  # a link to a missing file
+                except OSError:  # a link to a missing file, or to itself
                     status = os.lstat(path)
                 text = f"{path}\0{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}\n"
                 digest.update(text.encode(errors="surrogateescape"))

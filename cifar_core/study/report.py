@@ -152,7 +152,7 @@ def draw_reliability(folder: Path) -> str | None:
             [Bin(**group) for group in calibration[bins]],
         )
         for label, colour, ece, bins in (
-            ("without temperature", "orange", "ece_before", "bins_before"),
+            ("without calibration", "orange", "ece_before", "bins_before"),
             ("as exported", "blue", "ece", "bins"),
         )
     ]

@@ -55,7 +55,7 @@ def train_on_cluster(commands: Sequence[Command], address: str, gpus: int) -> It
             command = running.pop(finished)
             try:
                 code: int = ray.get(finished)
-            except ray.exceptions.WorkerCrashedError:
+            except ray.exceptions.RayError:  # its worker, machine or memory failed, or the run itself
                 code = -1
             yield command, code
     finally:

@@ -173,7 +173,7 @@ def _is_finished(run: SweepRun, dataset: Dataset, precision: str | None) -> bool
 
 def _result(run: SweepRun) -> str:
     history = run.folder.history()
-    best = best_epoch(history)
+    best = best_epoch(history, run.recipe.weights)
     minutes = sum(line["seconds"] for line in history) / 60
     return (
         f"finished: best validation accuracy {best['validation_accuracy']:.2%} at epoch {best['epoch']}, "
@@ -187,7 +187,8 @@ def table(runs: Sequence[SweepRun]) -> str:
     for name in dict.fromkeys(run.recipe.name for run in runs):
         group = [run for run in runs if run.recipe.name == name]
         histories = [run.folder.history() for run in group if run.folder.is_finished()]
-        best = [100 * best_epoch(history)["validation_accuracy"] for history in histories]
+        weights = group[0].recipe.weights
+        best = [100 * best_epoch(history, weights)["validation_accuracy"] for history in histories]
         seconds = [sum(line["seconds"] for line in history) for history in histories]
         rows.append(
             (

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
-from cifar_core.run_folder import RunError, RunFolder
+from cifar_core.run_folder import RunFolder, RunInUse
 
 LOG = "train.log"
 """Output of the training process, in the run folder."""
@@ -129,7 +129,7 @@ def _wait_until_unlocked(folder: RunFolder) -> None:
         try:
             with folder.lock():
                 return
-        except RunError:
+        except RunInUse:
             if time.monotonic() > end:
                 return  # the training process says what is wrong
             time.sleep(_POLL_SECONDS)

@@ -129,6 +129,11 @@ def add_connection_options(parser: argparse.ArgumentParser, timeout: float) -> N
         "--ca", type=Path, metavar="FILE", help="use TLS and trust the certificate authority in this PEM file"
     )
     parser.add_argument(
+        "--server-name",
+        metavar="NAME",
+        help="name in the servers' certificates, if it is not the host; needed for TLS to several addresses",
+    )
+    parser.add_argument(
         "--certificate", type=Path, metavar="FILE", help="PEM file of the client's certificate, for mutual TLS"
     )
     parser.add_argument("--key", type=Path, metavar="FILE", help="PEM file of the private key of --certificate")
@@ -154,6 +159,7 @@ def options_of(chosen: argparse.Namespace) -> Options:
         key=chosen.key,
         token=read_token(chosen.token_file) if chosen.token_file else None,
         timeout=chosen.timeout,
+        server_name=chosen.server_name,
         allow_plaintext_token=chosen.allow_plaintext_token,
     )
 

@@ -109,7 +109,8 @@ class Options:
             )
         if self.encrypted and len(addresses.hosts) > 1 and not self.server_name:
             raise ValueError(
-                f"TLS to several addresses ({addresses.target}) needs the name in their certificates: set server_name"
+                f"TLS to several addresses ({addresses.target}) needs the name in their certificates: "
+                "set server_name (--server-name)"
             )
 
 

@@ -48,12 +48,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if done:
             print(f"{done:,} images are scored already")
         with ScoreProgress(sum(sizes), done) as progress:
-            if chosen.ray:
+            if remaining and chosen.ray:
                 from service.score.cluster import score_on_cluster
 
                 where = (chosen.input.resolve(), chosen.column, chosen.content, chosen.key)
                 score_on_cluster(chosen.ray, where, output, options, model.sha256, remaining, progress)
-            else:
+            elif remaining:
                 asyncio.run(_score_here(options, source, output, model, remaining, progress))
         failed = sum(output.failed_rows(part) for part in range(len(sizes)))
         output.write_description(description | {"rows": sum(sizes), "failed_rows": failed})

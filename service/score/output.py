@@ -114,10 +114,17 @@ class OutputFolder:
 
     @contextlib.contextmanager
     def other_inventory(self, write: Callable[[Path], object]) -> Iterator[Path]:
-        """A second inventory, to compare with that of the run, until the end of a `with`."""
+        """A second inventory, to compare with that of the run, until the end of a `with`.
+
+        Raises:
+            ScoreError: The file cannot be written, or `write` raises it.
+        """
         file = partial_of(self.inventory)
         try:
-            write(file)
+            try:
+                write(file)
+            except OSError as error:
+                raise ScoreError(f"{file}: cannot be written: {error.strerror or error}") from error
             yield file
         finally:
             file.unlink(missing_ok=True)

@@ -124,8 +124,11 @@ class Scorer:
                 while (rows := await self._next(batches)) is not None:
                     await self._slots.acquire()
                     tables.append(group.create_task(self._batch(rows)))
-        except* ScoreError as errors:
-            raise errors.exceptions[0] from errors.exceptions[0].__cause__
+        except ExceptionGroup as errors:  # not `except*`, which wraps what it raises in Python 3.11.0 to 3.11.3
+            ours, others = errors.split(ScoreError)
+            if ours is None or others is not None:
+                raise
+            raise ours.exceptions[0] from ours.exceptions[0].__cause__
         table = pa.Table.from_batches([task.result() for task in tables], self.schema)
         await asyncio.to_thread(self._output.write_part, part, table)
         return int(table.num_rows)

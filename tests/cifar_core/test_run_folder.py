@@ -85,7 +85,7 @@ def test_a_run_is_finished_when_its_history_has_every_epoch(folder):
 
 
 def test_the_first_of_several_equally_good_epochs_is_the_best():
-    assert best_epoch([line(1, 0.4), line(2, 0.6), line(3, 0.6)])["epoch"] == 2
+    assert best_epoch([line(1, 0.4), line(2, 0.6), line(3, 0.6)], "best")["epoch"] == 2
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", json.dumps({"recipe": {}})])

@@ -131,7 +131,7 @@ function secure(options: Options): ChannelCredentials {
 
 function isThisMachine(target: string): boolean {
   const host = target.slice(0, target.lastIndexOf(":"));
-  return host === "localhost" || host === "[::1]" || host.startsWith("127.");
+  return host === "localhost" || host === "[::1]" || /^127(\.\d{1,3}){3}$/.test(host);
 }
 
 /** The images in groups that fit into one message each, as far as possible. */
