@@ -1,6 +1,7 @@
 """The routes: which handler answers which path."""
 
 import importlib.metadata
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -105,12 +106,15 @@ def application(
     async def unknown(request: StarletteRequest, error: Exception) -> Response:
         """Paths and methods that do not exist."""
         assert isinstance(error, HTTPException)  # noqa: S101 -- for the type checker: it is registered for these
-        requests.record("other", "UNIMPLEMENTED", 0.0, str(request.client))
+        connection = request.scope["state"]["connection"]
+        connection.last_request = time.monotonic()
         status = HTTPStatus(error.status_code)
+        code = "NOT_FOUND" if status == HTTPStatus.NOT_FOUND else "UNIMPLEMENTED"
+        requests.record("other", code, 0.0, connection.peer)
         detail = f"there is no {request.method} {request.url.path[:200]}: /docs lists what there is"
         answer = problem(status, detail)
         headers = {name.decode(): value.decode() for name, value in answer.all_headers()} | dict(error.headers or {})
-        if requests.draining:
+        if requests.closes(connection):
             headers["connection"] = "close"
         return Response(answer.body, error.status_code, headers)
 

@@ -85,7 +85,7 @@ def parse(body: bytes, headers: Mapping[str, str]) -> InferRequest:
     tensors.check_id(identity or "")
     tensors.check_no_sequence(parameters.values.get("sequence_id"))
     images, elements = _input(request.of("inputs", list, []), binary)
-    outputs = [_Fields(output, "an output") for output in request.of("outputs", list, [])]
+    outputs = [_Fields(output, "an output") for output in request.of("outputs", list, [])[:_CHECKED]]
     all_binary = parameters.of("binary_data_output", bool, False)
     asked, is_binary = _outputs(outputs, all_binary)
     return InferRequest(identity, images, parameters.of("timeout", int, 0), asked, is_binary, elements)
@@ -100,6 +100,10 @@ def _split(body: bytes, length: str | None) -> tuple[bytes, memoryview]:
             f"beginning of the body, which has {len(body)} bytes"
         )
     return body[: int(length)], memoryview(body)[int(length) :]
+
+
+# So many inputs and outputs are looked at. One input is allowed; among more outputs than there are, one stands twice.
+_CHECKED = len(tensors.OUTPUTS) + 1
 
 
 class _Fields:
@@ -134,13 +138,13 @@ def _kind(value: object) -> str:
 
 def _input(inputs: Sequence[object], binary: memoryview) -> "tuple[int, bytes | memoryview | list[Any]]":
     """The number of images, and their elements."""
-    fields = [_Fields(each, "an input") for each in inputs]
+    fields = [_Fields(each, "an input") for each in inputs[:_CHECKED]]
     first = fields[0] if fields else _Fields({}, "an input")
     parameters = _Fields(first.of("parameters", dict, {}), f"parameters of '{INPUT}'")
     shape = first.of("shape", list, [])
     if any(not isinstance(size, int) or isinstance(size, bool) or abs(size) > _MAX_INTEGER for size in shape[:8]):
         raise InvalidRequest(f"'shape' of input '{INPUT}' must be a list of whole numbers that fit into 64 bits")
-    names = [each.of("name", str, "") for each in fields[:4]] + [""] * max(0, len(fields) - 4)
+    names = [each.of("name", str, "") for each in fields] + [""] * (len(inputs) - len(fields))
     images = tensors.check_input(names, first.of("datatype", str, ""), shape, parameters.values)
     size = parameters.of("binary_data_size", int, None)
     data = first.of("data", list, None)
@@ -163,7 +167,7 @@ def _outputs(outputs: Sequence[_Fields], all_binary: bool) -> tuple[list[Request
     """The outputs to return, and for each whether as bytes."""
     asked = []
     is_binary = []
-    for output in outputs[: len(tensors.OUTPUTS) + 1]:  # more than there are contain one twice
+    for output in outputs:
         parameters = _Fields(output.of("parameters", dict, {}), "parameters of an output")
         asked.append((output.of("name", str, ""), parameters.of("classification", int, 0), parameters.values))
         is_binary.append(parameters.of("binary_data", bool, all_binary))

@@ -118,7 +118,7 @@ def _protocol() -> Described:
         "/v2/health/ready": {"get": _operation("ready", "Whether requests are answered", ready, (401,))},
         "/v2/models/stats": {
             "get": _operation(
-                "all_stats", "Statistics", {"200": _json("Statistics", "Of the model, in this process.")}, (401, 503)
+                "all_stats", "Statistics", {"200": _json("Statistics", "Of the model, in all workers.")}, (401, 503)
             )
         },
     }
@@ -127,7 +127,7 @@ def _protocol() -> Described:
         reads = (
             ("", "metadata", "The model's tensors", {"200": _json("Metadata", "Its tensors.")}, (401, 404, 503)),
             ("/config", "config", "The model's configuration", {"200": _json("Config", "Triton's.")}, (401, 404, 503)),
-            ("/stats", "stats", "Statistics", {"200": _json("Statistics", "In this process.")}, (401, 404, 503)),
+            ("/stats", "stats", "Statistics", {"200": _json("Statistics", "In all workers.")}, (401, 404, 503)),
             ("/ready", "model_ready", "Whether a model is served", model_ready, (401, 404)),
         )
         for end, name, summary, answers, errors in reads:

@@ -247,7 +247,7 @@ class _Exchange:
             request = await self._request()
             if trace is not None and self._rules.reads_body:
                 trace.phase("receive", trace.arrived, time.monotonic())
-            return await handler(request)
+            answer = await handler(request)
         except RequestError as error:
             self._code = STATUSES[type(error)][1]
             return problem_of(error)
@@ -257,6 +257,9 @@ class _Exchange:
             return problem(
                 HTTPStatus.INTERNAL_SERVER_ERROR, "the server failed on this request; its log has the reason"
             )
+        if answer.status == HTTPStatus.SERVICE_UNAVAILABLE:  # the answer of a health path
+            self._code = "UNAVAILABLE"
+        return answer
 
     async def _request(self) -> Request:
         """The request, once it is accepted."""

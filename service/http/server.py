@@ -97,6 +97,7 @@ class HttpServer:
         self.port: int = self._listeners[0].getsockname()[1]
         self._idle: collections.deque[Connection] = collections.deque()  # found by the last search
         self._next_search = 0.0
+        self._searched = 0.0
         self._opening: set[asyncio.Task[None]] = set()
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -198,13 +199,15 @@ class HttpServer:
         """Ends the connection that has been idle for longest, so that silent clients cannot lock others out."""
         now = time.monotonic()
         if not self._idle and now >= self._next_search:
-            idle = [connection for connection in self._connections if connection.is_idle]
+            idle = [connection for connection in self._connections if connection.is_idle and not connection.unread]
             rare = len(idle) < len(self._connections) // 10
             self._next_search = now + (_SEARCH_SECONDS if rare else 0.0)
+            self._searched = now
             self._idle.extend(sorted(idle, key=lambda connection: connection.idle_since))
         while self._idle:
             connection = self._idle.popleft()
-            if connection in self._connections and connection.is_idle:
+            still_idle = connection.is_idle and not connection.unread and connection.idle_since <= self._searched
+            if connection in self._connections and still_idle:
                 connection.abort()
                 self._connections.discard(connection)
                 return True

@@ -35,13 +35,13 @@ export class Server {
 
   /** What the server says about its model and its limits. */
   async model() {
-    return (await this.#ask("v1/model", { method: "GET" })).json();
+    return read((await this.#ask("v1/model", { method: "GET" })).json());
   }
 
   /** One of the server's own pictures, as a file. */
   async sample(name) {
     const response = await this.#ask(`samples/${encodeURIComponent(name)}`, { method: "GET" });
-    const blob = await response.blob();
+    const blob = await read(response.blob());
     return new File([blob], name, { type: blob.type });
   }
 
@@ -63,7 +63,7 @@ export class Server {
       for (const file of files) body.append("file", file, file.name);
     }
     const response = await this.#ask("v1/classify?pixels=true", { method: "POST", headers, body, signal }, [422]);
-    const answer = await response.json();
+    const answer = await read(response.json());
     if (answer.results?.length !== files.length) {
       throw new Refusal(response.status, answer.detail ?? "The server's answer lacks results.", null);
     }
@@ -100,6 +100,16 @@ export class Server {
     const token = await this.#question;
     if (token === null) throw new NoToken("The server needs a token, and none was given.");
     this.#token = token;
+  }
+}
+
+/** The body of a response that has begun to arrive. */
+async function read(reading) {
+  try {
+    return await reading;
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new Unreachable("The connection to the server was lost.", { cause: error });
   }
 }
 

@@ -112,7 +112,7 @@ def test_requests_are_counted_by_method_and_code(start_server, linear):
     assert count("POST /v1/classify", "INVALID_ARGUMENT") == 1
     assert count("POST /v2/models/{name}/infer", "OK") == 1
     assert count("GET /v2/models/{name}", "NOT_FOUND") == 1
-    assert count("other", "UNIMPLEMENTED") == 2
+    assert count("other", "NOT_FOUND") == 2
     assert seen['cifar_service_images_total{outcome="classified"}'] == 4
     assert seen['cifar_service_images_total{outcome="rejected"}'] == 1
     assert seen['cifar_service_request_seconds_count{method="POST /v1/classify"}'] == 2
