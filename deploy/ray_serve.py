@@ -10,6 +10,7 @@ requests.
 """
 
 import argparse
+import importlib.metadata
 import signal
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
@@ -54,7 +55,7 @@ class Classifier:
         self._core = assemble(settings, Metrics(), ExportNumbers(None))
         self._servicers = (
             ImageClassifier(self._core.inference),
-            OpenInference(self._core.inference, lambda: False, ""),
+            OpenInference(self._core.inference, lambda: False, importlib.metadata.version("cifar-classifier")),
         )
 
     def check_health(self) -> None:

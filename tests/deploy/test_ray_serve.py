@@ -62,7 +62,7 @@ def replicas() -> set[int]:
 def test_the_answers_are_those_of_the_model(target):
     images = pictures(40)
     with Client(target) as client:
-        assert client.model().model_version == "linear-0"
+        assert client.model().version == "linear-0"
         np.testing.assert_allclose(client.probabilities(images), expected(0, images), atol=1e-5)
         answers = client.classify([b"this is no image", images[0]])
     assert "not" in str(answers[0].error)
