@@ -172,7 +172,7 @@ def test_the_client_needs_only_the_base_packages(installed, base, server):
         (["{bin}/cifar-serve"], "cpu"),
         (["{bin}/cifar-train", "deep"], "train"),
         (["{bin}/cifar-evaluate"], "train"),
-        (["{bin}/cifar-export"], "train"),
+        (["{bin}/cifar-export"], "cpu,train"),
     ],
 )
 def test_a_command_that_needs_an_extra_names_it_in_one_line(installed, base, arguments, extra):
