@@ -14,11 +14,15 @@ _GREY = 128
 
 
 def resize(images: Tensor, size: int) -> Tensor:
-    """uint8 [N, H, W, C] -> uint8 [N, size, size, C], antialiased. Returns `images` itself if they have that size."""
+    """uint8 [N, H, W, C] -> uint8 [N, size, size, C], antialiased. Returns `images` itself if they have that size.
+
+    Computed on the CPU, because torch cannot do this for uint8 on CUDA; the pixels are thus the same on every device.
+    """
     if images.shape[1] == size:
         return images
-    small = nn.functional.interpolate(images.permute(0, 3, 1, 2), size=(size, size), mode="bilinear", antialias=True)
-    return small.permute(0, 2, 3, 1).contiguous()
+    planes = images.permute(0, 3, 1, 2).cpu()
+    small = nn.functional.interpolate(planes, size=(size, size), mode="bilinear", antialias=True)
+    return small.permute(0, 2, 3, 1).contiguous().to(images.device)
 
 
 class Augmentation:

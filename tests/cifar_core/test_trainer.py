@@ -240,8 +240,17 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_training_on_cuda_learns_and_resumes(small, tmp_path):
-    recipe = get_recipe("dropout-0.2", ["epochs=3", "learning_rate=0.02"])
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("dropout-0.2", ["epochs=3", "learning_rate=0.02"]),
+        ("sprint", ["epochs=3", "sizes=20:1", "batch_size=50", "precision=fp32"]),
+        ("deep-fast", ["epochs=3", "sizes=24:2", "batch_size=50", "precision=fp32", "validated_epochs=0"]),
+        ("best", ["epochs=3", "widths=4,8,8", "batch_size=50", "precision=fp32", "statistics_images=100"]),
+    ],
+)
+def test_training_on_cuda_learns_and_resumes(small, tmp_path, name, changes):
+    recipe = get_recipe(name, changes)
     ours = Trainer(recipe, small, RunFolder(tmp_path), 0, torch.device("cuda"), "fp32")
     with ours.folder.lock(), StopSignal() as stop:
         ours.start(resume=False)

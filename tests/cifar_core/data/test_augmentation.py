@@ -96,3 +96,16 @@ def test_resized_images_keep_their_content_and_brightness():
     torch.testing.assert_close(small.float().mean(), ramp.float().mean(), atol=1.0, rtol=0)
     assert (small[0, :, 1:, 0].int() > small[0, :, :-1, 0].int()).all()
     assert resize(ramp, 32) is ramp
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("size", [12, 16])
+def test_augmented_images_are_the_same_on_cuda(images, size):
+    seen = []
+    for device in ("cpu", "cuda"):
+        augmentation = Augmentation(resize(images.to(device), size), SEED, "alternating", translate=2, cutout=4)
+        augmentation.start_epoch(1)
+        seen.append(augmentation.batch(torch.arange(40, device=device)))
+    assert seen[1].is_cuda
+    assert torch.equal(seen[1].cpu(), seen[0])
