@@ -39,7 +39,7 @@ def test_a_changed_recipe_has_a_name_of_its_own():
 
 def test_setting_a_value_that_a_recipe_has_already_changes_nothing():
     assert get_recipe("deep", ["momentum=0.0"]) == RECIPES["deep"]
-    assert get_recipe("deep-fast", ["sizes=20:4,24:10"]) == RECIPES["deep-fast"]
+    assert get_recipe("sprint", ["sizes=20:3"]) == RECIPES["sprint"]
 
 
 def test_a_recipe_cannot_be_changed():
@@ -141,7 +141,7 @@ def test_only_the_last_epochs_are_validated_if_the_recipe_says_so():
 
 
 def test_sizes_saved_as_text_by_earlier_versions_are_converted():
-    assert read_recipe(RECIPES["deep-fast"].values() | {"sizes": "20:4,24:10"}) == RECIPES["deep-fast"]
+    assert read_recipe(RECIPES["sprint"].values() | {"sizes": "20:3"}) == RECIPES["sprint"]
     assert read_recipe(RECIPES["deep"].values() | {"sizes": ""}) == RECIPES["deep"]
 
 
