@@ -20,7 +20,9 @@ MAX_JPEG_SEGMENTS = 1_000
 """Largest number of marker segments before the first scan. A large colour profile takes up to 255."""
 MAX_PNG_CHUNKS = 16_384
 MAX_PNG_METADATA_CHUNKS = 256
-"""Largest number of PNG chunks without pixels or frame headers. Text and colour profiles are decompressed."""
+"""Largest number of PNG chunks without pixels or frame headers."""
+MAX_PNG_COMPRESSED_TEXTS = 32
+"""Largest number of PNG chunks with text that may be compressed. Pillow decompresses each, to at most 1 MiB."""
 MAX_GIF_BLOCKS = 4_096
 """Largest number of blocks of comments and other extensions before the first picture of a GIF file."""
 MAX_WEBP_CHUNKS = 4_096
@@ -149,7 +151,7 @@ def _check_jpeg(data: bytes) -> None:
 
 
 def _check_png(data: bytes) -> None:
-    place, chunks, metadata = 8, 0, 0
+    place, chunks, metadata, texts = 8, 0, 0, 0
     while place + 8 <= len(data):
         kind = data[place + 4 : place + 8]
         chunks += 1
@@ -157,11 +159,17 @@ def _check_png(data: bytes) -> None:
             return
         if kind not in (b"IDAT", b"fdAT", b"fcTL"):
             metadata += 1
+            texts += kind in (b"zTXt", b"iTXt")
         if chunks > MAX_PNG_CHUNKS:
             raise ImageRejected(f"the PNG file has more than {MAX_PNG_CHUNKS} chunks: save it again, in larger ones")
         if metadata > MAX_PNG_METADATA_CHUNKS:
             raise ImageRejected(
                 f"the PNG file has more than {MAX_PNG_METADATA_CHUNKS} chunks of metadata: save it without metadata"
+            )
+        if texts > MAX_PNG_COMPRESSED_TEXTS:
+            raise ImageRejected(
+                f"the PNG file has more than {MAX_PNG_COMPRESSED_TEXTS} text chunks that may be compressed: save it "
+                "without metadata"
             )
         place += 12 + int.from_bytes(data[place : place + 4], "big")
 

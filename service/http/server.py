@@ -36,7 +36,7 @@ _SEARCH_SECONDS = 0.1
 _ACCEPT_PAUSE_SECONDS = 0.1
 # A server that stops waits until each client that sent a request within this time has been told to connect elsewhere,
 _ACTIVE_SECONDS = 2.0
-# or until no client has sent a request for this time,
+# or until no client has sent a request for this time and no new connection waits for its first request,
 _QUIET_SECONDS = 0.5
 # but no longer than this.
 _MAX_HOLD_SECONDS = 5.0
@@ -247,7 +247,9 @@ class HttpServer:
                 if each.idle_since > began - _ACTIVE_SECONDS and not each.transport.is_closing()
             ]
             last = max((connection.idle_since for connection in active), default=began)
-            quiet = not self._opening and now - max(last, began) > _QUIET_SECONDS
+            # A client that has just connected is about to send a request, even if its machine is busy.
+            new = any(not each.last_request and each.age(now) < _ACTIVE_SECONDS for each in active)
+            quiet = not self._opening and not new and now - max(last, began) > _QUIET_SECONDS
             if quiet or not (active or self._opening) or now - began > _MAX_HOLD_SECONDS:
                 return
             await asyncio.sleep(0.01)

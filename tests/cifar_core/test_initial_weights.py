@@ -106,12 +106,12 @@ def test_files_that_hold_no_usable_weights_are_refused(tmp_path):
 
 def test_the_command_says_what_is_new_and_writes_to_a_folder_of_its_own(command, tmp_path):
     done = command(
-        "cifar_core.train", "deep-fast", "--data", "synthetic:100", "--set", "epochs=1", "--set", "sizes=",
-        "--set", "batch_size=30", "--init", REPOSITORY / "exported",
+        "cifar_core.train", "deep-fast", "--data", "synthetic:100", "--set", "epochs=1", "--set", "batch_size=30",
+        "--init", REPOSITORY / "exported",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "starting from deep-fast-0-" in done.stdout
     assert "all layers but the output layer, which is new: the classes were airplane, automobile" in done.stdout
     assert "note: batch_size is 30 and not 500, but learning_rate" in done.stdout
     (folder,) = (tmp_path / "synthetic/runs").iterdir()
-    assert folder.name.startswith("deep-fast+batch_size=30+epochs=1+sizes=+init=")
+    assert folder.name.startswith("deep-fast+batch_size=30+epochs=1+init=")
