@@ -58,14 +58,14 @@ class AsyncClient(BaseClient):
     async def classify(self, images: Images, top_k: int = 0, timeout: float | None = None) -> list[Classification]:
         """Classifies images; see `Client.classify`."""
         check_top_k(top_k)
-        parts = await self._results(images, top_k, self._deadline(timeout))
+        parts = await self._results(images, self._deadline(timeout))
         return [answer for part in parts for answer in classifications(part, top_k)]
 
     async def probabilities(self, images: NDArray[np.uint8], timeout: float | None = None) -> NDArray[np.float32]:
         """Classifies raw images, uint8 [n, 32, 32, 3]; see `Client.probabilities`."""
-        return probability_table(await self._results(images, 0, self._deadline(timeout)))
+        return probability_table(await self._results(images, self._deadline(timeout)))
 
-    async def _results(self, images: Images, top_k: int, deadline: Deadline) -> list[Results]:
+    async def _results(self, images: Images, deadline: Deadline) -> list[Results]:
         if self._limits_may_have_changed:
             await self._fetch_model(deadline)
         remaining = contents(images, self._capacity)
@@ -73,9 +73,9 @@ class AsyncClient(BaseClient):
         # Contents are made as they are sent, so that a long list of files is never in memory as a whole.
         while window := list(itertools.islice(remaining, self._window)):
             if len(window) == 1:
-                results += await self._send(window[0], top_k, deadline)
+                results += await self._send(window[0], deadline)
                 continue
-            tasks = [asyncio.create_task(self._send(content, top_k, deadline)) for content in window]
+            tasks = [asyncio.create_task(self._send(content, deadline)) for content in window]
             try:
                 for part in await asyncio.gather(*tasks):
                     results += part
@@ -84,22 +84,22 @@ class AsyncClient(BaseClient):
                     task.cancel()
         return results
 
-    async def _send(self, content: Content, top_k: int, deadline: Deadline) -> list[Results]:
+    async def _send(self, content: Content, deadline: Deadline) -> list[Results]:
         """The results of one content; in several parts if the server's limits turn out to be lower than known."""
         try:
-            return [await self._repeat(deadline, self._exchange, content, top_k, deadline)]
+            return [await self._repeat(deadline, self._exchange, content, deadline)]
         except RequestFailed as failure:
             if not failure.may_be_too_large:
                 raise
             await self._fetch_model(deadline)
             smaller = self._smaller(content, failure)
-        return [await self._repeat(deadline, self._exchange, part, top_k, deadline) for part in smaller]
+        return [await self._repeat(deadline, self._exchange, part, deadline) for part in smaller]
 
-    async def _exchange(self, content: Content, top_k: int, deadline: Deadline) -> Results:
+    async def _exchange(self, content: Content, deadline: Deadline) -> Results:
         """One attempt, in a shared request if the content is small."""
         if self._is_shared(content):
-            return await self._sharing.exchange(content, top_k, deadline)
-        response = await self._classify_once(request_of([content], top_k), deadline)
+            return await self._sharing.exchange(content, deadline)
+        response = await self._classify_once(request_of([content]), deadline)
         return distribute([content], response)[0]
 
     async def _classify_once(self, request: messages.ClassifyRequest, deadline: Deadline) -> messages.ClassifyResponse:

@@ -2,6 +2,8 @@
 
 import asyncio
 import functools
+import math
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import TypeAlias
@@ -10,7 +12,7 @@ import grpc
 
 from service.client.answers import Results
 from service.client.contents import Capacity, Content
-from service.client.packing import Entry, SharedRequests, distribute, request_of_group
+from service.client.packing import Entry, SharedRequests, distribute, request_of
 from service.client.retrying import Deadline, RequestFailed, deadline_exceeded
 from service.generated.cifar.v1 import image_classifier_pb2 as messages
 
@@ -19,7 +21,7 @@ Send: TypeAlias = "Callable[[messages.ClassifyRequest, Deadline], Awaitable[mess
 
 @dataclass(eq=False)
 class _Entry(Entry):
-    finished: asyncio.Event = field(default_factory=asyncio.Event)
+    finished: "asyncio.Future[None]" = field(kw_only=True)
     sending: "_Sending | None" = None
 
 
@@ -44,25 +46,48 @@ class AsyncSharing:
         self._requests = SharedRequests[_Entry](slots)
         self._send, self._capacity = send, capacity
         self._start_is_scheduled = False
+        self._pending: set[_Entry] = set()
+        # One timer for the earliest deadline, because most deadlines never pass and each timer costs time.
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_at = math.inf
 
-    async def exchange(self, content: Content, top_k: int, deadline: Deadline) -> Results:
+    async def exchange(self, content: Content, deadline: Deadline) -> Results:
         """The results of one content, after one attempt.
 
         Raises:
             RequestFailed: The attempt failed, or the deadline passed.
         """
-        entry = _Entry(content, top_k, deadline)
+        entry = _Entry(content, deadline, finished=asyncio.get_running_loop().create_future())
         self._requests.add(entry)
         self._schedule_start()
+        self._pending.add(entry)
+        if deadline.at < self._timer_at:
+            self._set_timer(deadline.at)
         try:
-            async with asyncio.timeout(deadline.remaining()):
-                await entry.finished.wait()
-        except TimeoutError:
-            raise deadline_exceeded() from None
+            await entry.finished
         finally:
+            self._pending.discard(entry)
             if entry.outcome is None:
                 self._abandon(entry)
         return entry.result()
+
+    def _set_timer(self, at: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer_at = at
+        self._timer = asyncio.get_running_loop().call_later(max(0.0, at - time.monotonic()), self._expire)
+
+    def _expire(self) -> None:
+        now = time.monotonic()
+        for entry in self._pending:
+            if entry.deadline.at <= now and not entry.finished.done():
+                self._abandon(entry)
+                entry.outcome = deadline_exceeded()
+                entry.finished.set_result(None)
+        self._timer, self._timer_at = None, math.inf
+        remaining = [entry.deadline.at for entry in self._pending if entry.deadline.at > now]
+        if remaining and min(remaining) < math.inf:
+            self._set_timer(min(remaining))
 
     def _schedule_start(self) -> None:
         # Not at once: when a response arrives, its callers run one after another and often make their next calls, which
@@ -81,8 +106,8 @@ class AsyncSharing:
 
     async def _ask(self, group: list[_Entry]) -> list[Results]:
         latest = max((entry.deadline for entry in group), key=lambda deadline: deadline.at)
-        response = await self._send(request_of_group(group), latest)
-        return distribute([entry.content for entry in group], response)
+        contents = [entry.content for entry in group]
+        return distribute(contents, await self._send(request_of(contents), latest))
 
     def _finish(self, group: list[_Entry], task: "asyncio.Task[list[Results]]") -> None:
         failure = RequestFailed(grpc.StatusCode.CANCELLED, "cancelled") if task.cancelled() else task.exception()
@@ -91,8 +116,8 @@ class AsyncSharing:
         else:
             self._requests.failed(group, failure)
         for entry in group:
-            if entry.outcome is not None:
-                entry.finished.set()
+            if entry.outcome is not None and not entry.finished.done():
+                entry.finished.set_result(None)
         self._schedule_start()
 
     def _abandon(self, entry: _Entry) -> None:

@@ -1,6 +1,6 @@
 """What a call returns: classifications, tables of probabilities, and the error of a call that failed as a whole."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import grpc
@@ -63,42 +63,89 @@ class ClassificationError(Exception):
         self.code = code
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Results:
-    """The server's results for some images of a call, in the order of the images."""
+    """The server's results for some images of a call, in the order of the images.
 
-    rows: Sequence[messages.ImageResult]
+    Attributes:
+        probabilities: float32 [images, classes]; may be read-only. The rows of images with errors mean nothing.
+        classes: Names of the classes.
+        errors: Why an image could not be classified, by its index.
+        model_version: Version of the model that answered.
+    """
+
+    probabilities: NDArray[np.float32]
+    classes: Sequence[str]
+    errors: Mapping[int, str]
     model_version: str
+
+    @classmethod
+    def of(cls, response: messages.ClassifyResponse, images: int) -> "Results":
+        """The results in a response.
+
+        Raises:
+            ValueError: The response does not hold one result per image.
+        """
+        if not response.HasField("table"):  # from a server that does not know tables yet
+            return cls._of_ranked(response.results, images, response.model_version)
+        table = response.table
+        classes, values = list(table.classes), table.probabilities
+        if len(values) != 4 * images * len(classes):
+            raise ValueError(
+                f"the server sent a table of {len(values)} bytes for {images} images and {len(classes)} classes"
+            )
+        probabilities = np.frombuffer(values, "<f4").reshape(images, len(classes))
+        errors = {index: error.message for index, error in table.errors.items()}
+        return cls(probabilities, classes, errors, response.model_version)
+
+    @classmethod
+    def _of_ranked(cls, results: Sequence[messages.ImageResult], images: int, model_version: str) -> "Results":
+        if len(results) != images:
+            raise ValueError(f"the server sent {len(results)} results for {images} images")
+        names = {ranked.index: ranked.name for result in results for ranked in result.classes}
+        if sorted(names) != list(range(len(names))):
+            raise ValueError("the server's results lack classes")
+        probabilities = np.zeros((images, len(names)), np.float32)
+        for row, result in zip(probabilities, results, strict=True):
+            for ranked in result.classes:
+                row[ranked.index] = ranked.probability
+        errors = {index: result.error.message for index, result in enumerate(results) if result.HasField("error")}
+        return cls(probabilities, [names[index] for index in range(len(names))], errors, model_version)
+
+    def part(self, start: int, end: int) -> "Results":
+        """The results of the images from `start` to before `end`."""
+        errors = {index - start: text for index, text in self.errors.items() if start <= index < end}
+        return Results(self.probabilities[start:end], self.classes, errors, self.model_version)
 
 
 def classifications(results: Results, top_k: int) -> list[Classification]:
-    """One answer per image, with at most `top_k` classes each; 0 for all."""
-    # A shared request asks for the most classes that any of its calls wants.
-    return [
-        Classification(
-            tuple(
-                RankedClass(ranked.name, ranked.index, ranked.probability) for ranked in result.classes[: top_k or None]
-            ),
-            result.error.message if result.HasField("error") else None,
-            results.model_version,
-        )
-        for result in results.rows
-    ]
+    """One answer per image, with at most `top_k` classes each; 0 for all.
+
+    If the probabilities of two classes are equal, the lower index comes first.
+    """
+    answers = []
+    for index, row in enumerate(results.probabilities.tolist()):
+        error = results.errors.get(index)
+        order = sorted(range(len(row)), key=row.__getitem__, reverse=True)[: top_k or None] if error is None else ()
+        ranked = tuple(RankedClass(results.classes[number], number, row[number]) for number in order)
+        answers.append(Classification(ranked, error, results.model_version))
+    return answers
 
 
 def probability_table(parts: Sequence[Results]) -> NDArray[np.float32]:
     """Probabilities, float32 [images, classes], in the model's order of classes.
 
     Raises:
-        ClassificationError: An image was not classified.
+        ClassificationError: An image was not classified, or the parts are of models with different classes.
     """
-    rows = [row for part in parts for row in part.rows]
-    if not rows:
+    for part in parts:
+        for error in part.errors.values():
+            raise ClassificationError(grpc.StatusCode.INTERNAL, error)
+    if not parts:
         return np.empty((0, 0), np.float32)
-    table = np.zeros((len(rows), len(rows[0].classes)), np.float32)
-    for values, row in zip(table, rows, strict=True):
-        if row.HasField("error"):
-            raise ClassificationError(grpc.StatusCode.INTERNAL, row.error.message)
-        for ranked in row.classes:
-            values[ranked.index] = ranked.probability
-    return table
+    if any(list(part.classes) != list(parts[0].classes) for part in parts[1:]):
+        raise ClassificationError(
+            grpc.StatusCode.ABORTED,
+            "the server's model was replaced during the call by one with other classes: repeat it",
+        )
+    return np.concatenate([part.probabilities for part in parts], dtype=np.float32)

@@ -1,6 +1,5 @@
 """Turns a caller's images into contents that fit into requests. Knows the messages, but no channels or threads."""
 
-import functools
 import io
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -40,7 +39,7 @@ class Capacity:
         return cls(max(1, limits.max_images), limits.max_message_bytes - _MESSAGE_OVERHEAD)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class Content:
     """Images of one call that travel in one request: either `images` or `pixels` holds them.
 
@@ -52,12 +51,12 @@ class Content:
     images: tuple[messages.Image, ...] = ()
     pixels: bytes = b""
 
-    @functools.cached_property
+    @property
     def count(self) -> int:
         """Number of images."""
         return len(self.images) or len(self.pixels) // IMAGE_BYTES
 
-    @functools.cached_property
+    @property
     def size(self) -> int:
         """Bytes that the images take in a message, or a few more."""
         return len(self.pixels) or sum(_size(image) for image in self.images)

@@ -32,14 +32,12 @@ class Entry:
 
     Attributes:
         content: Its images.
-        top_k: Number of classes per image that the call asks for; 0 for all.
         deadline: When the call gives up.
         abandoned: Whether the caller no longer waits for the outcome.
         outcome: Its results, or the error instead of them; None until one of them is known.
     """
 
     content: Content
-    top_k: int
     deadline: Deadline
     abandoned: bool = False
     outcome: Results | BaseException | None = None
@@ -131,18 +129,12 @@ class SharedRequests(Generic[E]):
         return group
 
 
-def request_of_group(group: Sequence[Entry]) -> messages.ClassifyRequest:
-    """One request for all entries of a group, which asks for as many classes as any of them wants."""
-    wanted = [entry.top_k for entry in group]
-    return request_of([entry.content for entry in group], 0 if 0 in wanted else max(wanted))
-
-
-def request_of(contents: Sequence[Content], top_k: int) -> messages.ClassifyRequest:
+def request_of(contents: Sequence[Content]) -> messages.ClassifyRequest:
     """One request for several contents; `distribute` takes its response apart."""
     return messages.ClassifyRequest(
         images=[image for content in contents for image in content.images],
-        packed_rgb=b"".join(content.pixels for content in contents),
-        top_k=top_k,
+        packed_rgb=b"".join([content.pixels for content in contents]),
+        as_table=True,
     )
 
 
@@ -152,11 +144,12 @@ def distribute(contents: Sequence[Content], response: messages.ClassifyResponse)
     Raises:
         RequestFailed: The response does not hold one result per image.
     """
-    images = sum(content.count for content in contents)
-    if len(response.results) != images:
-        raise RequestFailed(
-            grpc.StatusCode.INTERNAL, f"the server sent {len(response.results)} results for {images} images"
-        )
+    try:
+        results = Results.of(response, sum(content.count for content in contents))
+    except ValueError as error:
+        raise RequestFailed(grpc.StatusCode.INTERNAL, str(error)) from error
+    if len(contents) == 1:
+        return [results]
     # The server answers all `images` of a request first, then its `packed_rgb`.
     next_image, next_pixels = 0, sum(len(content.images) for content in contents)
     parts = []
@@ -167,5 +160,5 @@ def distribute(contents: Sequence[Content], response: messages.ClassifyResponse)
             next_pixels = end
         else:
             next_image = end
-        parts.append(Results(response.results[start:end], response.model_version))
+        parts.append(results.part(start, end))
     return parts

@@ -93,7 +93,7 @@ class Client(BaseClient):
             TypeError: `images` is a single image instead of a list, or holds something that is not an image.
         """
         check_top_k(top_k)
-        parts = self._results(images, top_k, self._deadline(timeout))
+        parts = self._results(images, self._deadline(timeout))
         return [answer for part in parts for answer in classifications(part, top_k)]
 
     def probabilities(self, images: NDArray[np.uint8], timeout: float | None = None) -> NDArray[np.float32]:
@@ -106,9 +106,9 @@ class Client(BaseClient):
             ClassificationError: A request failed as a whole.
             ValueError: The array does not have this type and shape.
         """
-        return probability_table(self._results(images, 0, self._deadline(timeout)))
+        return probability_table(self._results(images, self._deadline(timeout)))
 
-    def _results(self, images: Images, top_k: int, deadline: Deadline) -> list[Results]:
+    def _results(self, images: Images, deadline: Deadline) -> list[Results]:
         if self._limits_may_have_changed:
             self._fetch_model(deadline)
         remaining = contents(images, self._capacity)
@@ -116,9 +116,9 @@ class Client(BaseClient):
         # Contents are made as they are sent, so that a long list of files is never in memory as a whole.
         while window := list(itertools.islice(remaining, self._window)):
             if len(window) == 1:
-                results += self._send(window[0], top_k, deadline)
+                results += self._send(window[0], deadline)
             else:
-                for part in self._in_parallel(lambda content: self._send(content, top_k, deadline), window):
+                for part in self._in_parallel(lambda content: self._send(content, deadline), window):
                     results += part
         return results
 
@@ -129,22 +129,22 @@ class Client(BaseClient):
             self._check_open()
             raise
 
-    def _send(self, content: Content, top_k: int, deadline: Deadline) -> list[Results]:
+    def _send(self, content: Content, deadline: Deadline) -> list[Results]:
         """The results of one content; in several parts if the server's limits turn out to be lower than known."""
         try:
-            return [self._repeat(deadline, self._exchange, content, top_k, deadline)]
+            return [self._repeat(deadline, self._exchange, content, deadline)]
         except RequestFailed as failure:
             if not failure.may_be_too_large:
                 raise
             self._fetch_model(deadline)
             smaller = self._smaller(content, failure)
-        return [self._repeat(deadline, self._exchange, part, top_k, deadline) for part in smaller]
+        return [self._repeat(deadline, self._exchange, part, deadline) for part in smaller]
 
-    def _exchange(self, content: Content, top_k: int, deadline: Deadline) -> Results:
+    def _exchange(self, content: Content, deadline: Deadline) -> Results:
         """One attempt, in a shared request if the content is small."""
         if self._is_shared(content):
-            return self._sharing.exchange(content, top_k, deadline)
-        response = self._classify_once(request_of([content], top_k), deadline)
+            return self._sharing.exchange(content, deadline)
+        response = self._classify_once(request_of([content]), deadline)
         return distribute([content], response)[0]
 
     def _classify_once(self, request: messages.ClassifyRequest, deadline: Deadline) -> messages.ClassifyResponse:

@@ -12,7 +12,7 @@ import grpc
 
 from service.client.answers import Results
 from service.client.contents import Capacity, Content
-from service.client.packing import Entry, SharedRequests, distribute, request_of_group
+from service.client.packing import Entry, SharedRequests, distribute, request_of
 from service.client.retrying import Deadline, RequestFailed, deadline_exceeded
 from service.generated.cifar.v1 import image_classifier_pb2 as messages
 
@@ -41,13 +41,13 @@ class SyncSharing:
         self._send, self._capacity = send, capacity
         self._lock = threading.Lock()  # held for everything that concerns `_requests` and the entries' fields
 
-    def exchange(self, content: Content, top_k: int, deadline: Deadline) -> Results:
+    def exchange(self, content: Content, deadline: Deadline) -> Results:
         """The results of one content, after one attempt.
 
         Raises:
             RequestFailed: The attempt failed, or the deadline passed.
         """
-        entry = _Entry(content, top_k, deadline)
+        entry = _Entry(content, deadline)
         with self._lock:
             self._requests.add(entry)
             self._choose_leaders()
@@ -74,8 +74,8 @@ class SyncSharing:
         """Sends a group's request and hands out the results, or the failure."""
         latest = max((entry.deadline for entry in group), key=lambda deadline: deadline.at)
         try:
-            response = self._send(request_of_group(group), latest)
-            parts = distribute([entry.content for entry in group], response)
+            contents = [entry.content for entry in group]
+            parts = distribute(contents, self._send(request_of(contents), latest))
         except RequestFailed as failure:
             self._finish(group, failure)
         except BaseException:

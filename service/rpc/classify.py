@@ -1,6 +1,6 @@
 """Servicer of cifar.v1.ImageClassifier: translates its messages to and from `Inference`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import grpc
 import numpy as np
@@ -12,6 +12,7 @@ from service.core.inference import Inference
 from service.core.tensors import MAX_ID_CHARACTERS
 from service.errors import InvalidRequest
 from service.generated.cifar.v1 import image_classifier_pb2 as messages
+from service.rpc import ranked
 from service.rpc.calls import Call
 from service.rpc.statuses import Failure
 from service.rpc.wire import FieldCounter
@@ -42,7 +43,7 @@ class ImageClassifier:
             raise InvalidRequest(
                 f"request_id has {len(request.request_id)} characters; at most {MAX_ID_CHARACTERS} are allowed"
             )
-        request_id, top_k = request.request_id, request.top_k
+        request_id, top_k, as_table = request.request_id, request.top_k, request.as_table
         packed = _packed(request.packed_rgb)
         with self._inference.admit(len(request.images) + len(packed), call.message_bytes):
             contents = [_content(image) for image in request.images]
@@ -59,12 +60,14 @@ class ImageClassifier:
             else:
                 model = self._inference.model
                 probabilities = np.empty((0, len(model.classes)), np.float32)
-            results = _ranked(probabilities, model.classes, top_k)
-            rejected = len(decoded) - len(readable)
-            self._inference.count_images(len(results), rejected)
-            if rejected:
-                results = _with_rejections(results, decoded)
-        return messages.ClassifyResponse(request_id=request_id, results=results, model_version=model.version)
+            rejected = {index: _error(image) for index, image in enumerate(decoded) if isinstance(image, ImageRejected)}
+            self._inference.count_images(len(probabilities), len(rejected))
+            if as_table:
+                response = messages.ClassifyResponse(table=_table(probabilities, model.classes, rejected))
+            else:
+                response = ranked.results(probabilities, model.classes, top_k, rejected)
+            response.request_id, response.model_version = request_id, model.version
+        return response
 
     async def ClassifyStream(  # noqa: N802
         self, request: messages.ClassifyRequest, call: Call
@@ -133,28 +136,18 @@ def _raw(kind: str | None, data: bytes) -> Decoded:
         return rejection
 
 
-def _ranked(probabilities: NDArray[np.float32], classes: Sequence[str], top_k: int) -> list[messages.ImageResult]:
-    """One result per row: classes by decreasing probability; if two are equal, the lower index comes first."""
-    results = []
-    for row in probabilities.tolist():
-        result = messages.ImageResult()
-        add = result.classes.add
-        for index in sorted(range(len(row)), key=row.__getitem__, reverse=True)[: top_k or None]:
-            add(name=classes[index], index=index, probability=row[index])
-        results.append(result)
-    return results
+def _table(
+    probabilities: NDArray[np.float32], classes: Sequence[str], errors: Mapping[int, messages.ImageError]
+) -> messages.ProbabilityTable:
+    if errors:
+        rows = np.zeros((len(probabilities) + len(errors), len(classes)), np.float32)
+        rows[[index for index in range(len(rows)) if index not in errors]] = probabilities
+        probabilities = rows
+    return messages.ProbabilityTable(
+        classes=classes, probabilities=probabilities.astype("<f4", copy=False).tobytes(), errors=errors
+    )
 
 
-def _with_rejections(results: list[messages.ImageResult], decoded: Sequence[Decoded]) -> list[messages.ImageResult]:
-    """The results in the order of the request: those of `images`, then those of `packed_rgb`."""
-    remaining = iter(results)
-    ordered = []
-    for image in decoded:
-        if isinstance(image, ImageRejected):
-            code = grpc.StatusCode.INTERNAL if image.internal else grpc.StatusCode.INVALID_ARGUMENT
-            error = messages.ImageError(code=code.value[0], message=str(image))
-            ordered.append(messages.ImageResult(error=error))
-        else:
-            ordered.append(next(remaining))
-    ordered.extend(remaining)
-    return ordered
+def _error(rejection: ImageRejected) -> messages.ImageError:
+    code = grpc.StatusCode.INTERNAL if rejection.internal else grpc.StatusCode.INVALID_ARGUMENT
+    return messages.ImageError(code=code.value[0], message=str(rejection))

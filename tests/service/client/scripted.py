@@ -8,36 +8,52 @@ from collections.abc import Iterator
 from concurrent import futures
 
 import grpc
+import numpy as np
 
+from service.client.answers import Classification
 from service.generated.cifar.v1 import image_classifier_pb2 as messages
 from service.generated.cifar.v1 import image_classifier_pb2_grpc as rpc
 
 IMAGE_BYTES = 3072
 CLASSES = 10
+NAMES = tuple(f"class {index}" for index in range(CLASSES))
 
 
-def name_of(content: bytes) -> str:
-    """The class that `answer` gives to an image: another one for each image."""
-    return hashlib.sha256(content).hexdigest()[:16]
+def row_of(content: bytes) -> tuple[float, ...]:
+    """The probabilities that `answer` gives to an image: others for each image."""
+    return tuple((np.frombuffer(hashlib.sha512(content).digest()[: 4 * CLASSES], "<u4") / 2**32).astype("f4").tolist())
+
+
+def row_in(answer: Classification) -> tuple[float, ...]:
+    """The probabilities in an answer with all classes."""
+    return tuple(ranked.probability for ranked in sorted(answer.classes, key=lambda ranked: ranked.index))
+
+
+def contents_of(request: messages.ClassifyRequest) -> list[bytes]:
+    """The bytes of each image of a request."""
+    packed = request.packed_rgb
+    contents = [image.encoded or image.rgb for image in request.images]
+    return contents + [packed[start : start + IMAGE_BYTES] for start in range(0, len(packed), IMAGE_BYTES)]
 
 
 def answer(request: messages.ClassifyRequest) -> messages.ClassifyResponse:
-    """The response to a request, with classes by which each image can be recognised."""
-    packed = request.packed_rgb
-    contents = [image.encoded or image.rgb for image in request.images]
-    contents += [packed[start : start + IMAGE_BYTES] for start in range(0, len(packed), IMAGE_BYTES)]
-    return messages.ClassifyResponse(
-        results=[
-            messages.ImageResult(
-                classes=[
-                    messages.RankedClass(name=name_of(content), index=index, probability=1 / CLASSES)
-                    for index in range(request.top_k or CLASSES)
-                ]
-            )
-            for content in contents
-        ],
-        model_version="scripted",
-    )
+    """The response to a request, with probabilities by which each image can be recognised."""
+    assert request.as_table
+    rows = np.array([row_of(content) for content in contents_of(request)], "<f4")
+    table = messages.ProbabilityTable(classes=NAMES, probabilities=rows.tobytes())
+    return messages.ClassifyResponse(table=table, model_version="scripted")
+
+
+def ranked_answer(request: messages.ClassifyRequest) -> messages.ClassifyResponse:
+    """The response of a server that does not know tables."""
+    rows = [row_of(content) for content in contents_of(request)]
+    response = messages.ClassifyResponse(model_version="scripted")
+    for row in rows:
+        ranked = sorted(enumerate(row), key=lambda pair: -pair[1])[: request.top_k or None]
+        response.results.add().classes.extend(
+            messages.RankedClass(name=NAMES[index], index=index, probability=value) for index, value in ranked
+        )
+    return response
 
 
 class Scripted(rpc.ImageClassifierServicer):
@@ -48,6 +64,7 @@ class Scripted(rpc.ImageClassifierServicer):
         limits: What GetModel names and Classify enforces.
         poison: A request that holds this image fails as a whole.
         seconds: How long Classify takes.
+        knows_tables: Whether it answers with a table if it is asked to; older servers do not.
     """
 
     def __init__(self, *failures: tuple[grpc.StatusCode, tuple[tuple[str, str], ...]]) -> None:
@@ -55,6 +72,7 @@ class Scripted(rpc.ImageClassifierServicer):
         self.limits = messages.Limits(max_images=10, max_message_bytes=100_000)
         self.poison: bytes | None = None
         self.seconds = 0.0
+        self.knows_tables = True
         self.calls: list[int] = []  # the number of images of each
         self.model_calls = 0
         self._lock = threading.Lock()
@@ -64,9 +82,9 @@ class Scripted(rpc.ImageClassifierServicer):
         return messages.GetModelResponse(limits=self.limits)
 
     def Classify(self, request, context):  # noqa: N802
-        response = answer(request)
+        images = len(contents_of(request))
         with self._lock:
-            self.calls.append(len(response.results))
+            self.calls.append(images)
             failure = self.failures.pop(0) if self.failures else None
         time.sleep(self.seconds)
         if failure:
@@ -76,9 +94,9 @@ class Scripted(rpc.ImageClassifierServicer):
             context.abort(grpc.StatusCode.INTERNAL, "poisoned")
         if request.ByteSize() > self.limits.max_message_bytes:
             context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "the message is too large")
-        if len(response.results) > self.limits.max_images:
+        if images > self.limits.max_images:
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, "too many images")
-        return response
+        return answer(request) if self.knows_tables else ranked_answer(request)
 
 
 @contextlib.contextmanager

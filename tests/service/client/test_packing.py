@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image as PillowImage
 
-from service.client.answers import classifications
+from service.client.answers import ClassificationError, Results, classifications, probability_table
 from service.client.contents import Capacity, Content, contents
 from service.client.packing import (
     SMALL_IMAGES,
@@ -16,11 +16,19 @@ from service.client.packing import (
     distribute,
     is_small,
     request_of,
-    request_of_group,
 )
 from service.client.retrying import Deadline, RequestFailed
 from service.generated.cifar.v1 import image_classifier_pb2 as messages
-from tests.service.client.scripted import CLASSES, IMAGE_BYTES, answer, name_of
+from tests.service.client.scripted import (
+    CLASSES,
+    IMAGE_BYTES,
+    NAMES,
+    answer,
+    contents_of,
+    ranked_answer,
+    row_in,
+    row_of,
+)
 
 numbers = st.integers(0, 2**31)
 
@@ -49,32 +57,80 @@ def some_contents(draw: st.DrawFn) -> Content:
     return Content(images=tuple(images))
 
 
-entries = st.builds(Entry, some_contents(), st.integers(0, CLASSES), st.just(Deadline(None)))
+groups = st.lists(some_contents(), min_size=1, max_size=8)
 
 
-@given(st.lists(entries, min_size=1, max_size=8))
-def test_each_call_gets_the_results_of_its_own_images_and_as_many_classes_as_it_wants(group):
-    response = answer(request_of_group(group))
-    parts = distribute([entry.content for entry in group], response)
-    for entry, part in zip(group, parts, strict=True):
-        found = classifications(part, entry.top_k)
-        assert [one.best.name for one in found] == [name_of(image) for image in images_of(entry.content)]
-        assert {len(one.classes) for one in found} == {entry.top_k or CLASSES}
+@given(groups, st.sampled_from([answer, ranked_answer]))
+def test_each_call_gets_the_results_of_its_own_images(group, server):
+    parts = distribute(group, server(request_of(group)))
+    for content, part in zip(group, parts, strict=True):
+        assert [row_in(one) for one in classifications(part, 0)] == [row_of(image) for image in images_of(content)]
+        assert probability_table([part]).tolist() == [list(row_of(image)) for image in images_of(content)]
+
+
+@given(groups, st.sets(st.integers(0, 39)), st.booleans())
+def test_each_image_that_cannot_be_classified_has_its_own_error(group, bad, knows_tables):
+    request = request_of(group)
+    response = answer(request) if knows_tables else ranked_answer(request)
+    count = len(contents_of(request))
+    for index in bad & set(range(count)):
+        error = messages.ImageError(code=3, message=f"image {index} is bad")
+        if knows_tables:
+            response.table.errors[index].CopyFrom(error)
+        else:
+            response.results[index].CopyFrom(messages.ImageResult(error=error))
+    # In the order of the request: all `images` of all contents, then all raw pixels.
+    expected = iter(range(count))
+    numbers = {id(one): [next(expected) for _ in one.images] for one in group if one.images}
+    numbers |= {id(one): [next(expected) for _ in range(one.count)] for one in group if one.pixels}
+    for content, part in zip(group, distribute(group, response), strict=True):
+        found = [one.error for one in classifications(part, 1)]
+        wanted = [f"image {index} is bad" if index in bad else None for index in numbers[id(content)]]
+        assert found == wanted
+        if any(wanted):
+            with pytest.raises(ClassificationError, match="is bad"):
+                probability_table([part])
+
+
+@given(st.integers(0, 2 * CLASSES), st.lists(st.sampled_from([0.0, 0.1, 0.2]), min_size=CLASSES, max_size=CLASSES))
+def test_classes_are_ranked_by_probability_and_then_by_index(top_k, row):
+    (one,) = classifications(Results(np.array([row], np.float32), NAMES, {}, "1"), top_k)
+    order = sorted(range(CLASSES), key=lambda index: (-row[index], index))[: top_k or None]
+    assert [(ranked.index, ranked.name) for ranked in one.classes] == [(index, NAMES[index]) for index in order]
 
 
 def test_a_response_with_another_number_of_results_is_refused():
     content = Content(pixels=pixels(1, 2))
-    response = answer(request_of([content], 1))
+    response = answer(request_of([content]))
+    response.table.probabilities = response.table.probabilities[:-4]
+    with pytest.raises(
+        RequestFailed, match="INTERNAL: the server sent a table of 76 bytes for 2 images and 10 classes"
+    ):
+        distribute([content], response)
+    response = ranked_answer(request_of([content]))
     del response.results[1]
     with pytest.raises(RequestFailed, match="INTERNAL: the server sent 1 results for 2 images"):
         distribute([content], response)
+    response = ranked_answer(request_of([content, content]))
+    for result in response.results:
+        del result.classes[3]
+    with pytest.raises(RequestFailed, match="INTERNAL: the server's results lack classes"):
+        distribute([content, content], response)
+
+
+def test_a_table_of_two_models_with_different_classes_is_refused():
+    one = Results(np.zeros((1, 2), np.float32), ("cat", "dog"), {}, "1")
+    two = Results(np.zeros((1, 2), np.float32), ("cat", "ship"), {}, "2")
+    assert probability_table([one, one]).shape == (2, 2)
+    with pytest.raises(ClassificationError, match="ABORTED: the server's model was replaced during the call"):
+        probability_table([one, two])
 
 
 @given(st.lists(some_contents(), max_size=20), st.integers(1, 3), st.integers(1, 12), st.integers(1, 12), st.data())
 def test_every_entry_travels_once_in_order_and_no_request_is_too_large(waiting, slots, images, thousands, data):
     capacity = Capacity(images, thousands * 1500)
     requests = SharedRequests[Entry](slots)
-    expected = [Entry(content, 0, Deadline(None)) for content in waiting]
+    expected = [Entry(content, Deadline(None)) for content in waiting]
     for entry in expected:
         requests.add(entry)
     under_way: list[list[Entry]] = []
@@ -88,17 +144,17 @@ def test_every_entry_travels_once_in_order_and_no_request_is_too_large(waiting, 
         assert len(under_way) <= slots
         assert len(under_way) == slots or len(sent) == len(expected)  # no slot is left free while entries wait
         group = under_way.pop(data.draw(st.integers(0, len(under_way) - 1)))
-        parts = distribute([entry.content for entry in group], answer(request_of_group(group)))
+        parts = distribute([entry.content for entry in group], answer(request_of([one.content for one in group])))
         requests.answered(group, parts)
     assert sent == expected
     for entry in expected:
-        found = [row.classes[0].name for row in entry.result().rows]
-        assert found == [name_of(image) for image in images_of(entry.content)]
+        found = [tuple(row) for row in entry.result().probabilities.tolist()]
+        assert found == [row_of(image) for image in images_of(entry.content)]
 
 
 def test_a_lone_entry_is_sent_at_once_and_the_next_ones_gather_while_all_slots_are_taken():
     requests, capacity = SharedRequests[Entry](2), Capacity(100, 10**6)
-    first, second, *others = (Entry(Content(pixels=pixels(seed)), 0, Deadline(None)) for seed in range(6))
+    first, second, *others = (Entry(Content(pixels=pixels(seed)), Deadline(None)) for seed in range(6))
     requests.add(first)
     assert requests.next_group(capacity) == [first]
     requests.add(second)
@@ -106,7 +162,7 @@ def test_a_lone_entry_is_sent_at_once_and_the_next_ones_gather_while_all_slots_a
     for entry in others:
         requests.add(entry)
     assert requests.next_group(capacity) is None
-    requests.answered([first], distribute([first.content], answer(request_of_group([first]))))
+    requests.answered([first], distribute([first.content], answer(request_of([first.content]))))
     # Half of the five images that are under way or waiting: the other half is for the second slot.
     assert requests.next_group(capacity) == others[:3]
 
@@ -115,7 +171,7 @@ def test_a_lone_entry_is_sent_at_once_and_the_next_ones_gather_while_all_slots_a
 def test_one_call_at_fault_fails_alone(count, data):
     culprit = data.draw(st.integers(0, count - 1))
     requests, capacity = SharedRequests[Entry](1), Capacity(1000, 10**7)
-    blocker, *others = (Entry(Content(pixels=pixels(seed)), 0, Deadline(None)) for seed in range(count + 1))
+    blocker, *others = (Entry(Content(pixels=pixels(seed)), Deadline(None)) for seed in range(count + 1))
     for entry in (blocker, *others):
         requests.add(entry)
     sent = 0
@@ -124,7 +180,9 @@ def test_one_call_at_fault_fails_alone(count, data):
         if others[culprit] in group:
             requests.failed(group, RequestFailed(grpc.StatusCode.INTERNAL, "poisoned"))
         else:
-            requests.answered(group, distribute([one.content for one in group], answer(request_of_group(group))))
+            requests.answered(
+                group, distribute([one.content for one in group], answer(request_of([one.content for one in group])))
+            )
     for place, entry in enumerate(others):
         assert isinstance(entry.outcome, RequestFailed) == (place == culprit)
     assert sent <= 3 + 2 * count.bit_length()
@@ -132,7 +190,7 @@ def test_one_call_at_fault_fails_alone(count, data):
 
 def test_an_abandoned_entry_is_never_sent():
     requests = SharedRequests[Entry](1)
-    first, second = (Entry(Content(pixels=pixels(seed)), 0, Deadline(None)) for seed in range(2))
+    first, second = (Entry(Content(pixels=pixels(seed)), Deadline(None)) for seed in range(2))
     requests.add(first)
     requests.add(second)
     requests.abandon(first)

@@ -11,7 +11,7 @@ import pytest
 from service.client import AsyncClient, ClassificationError, Client, Options
 from service.client.retrying import Attempts, Deadline, RequestFailed
 from service.generated.cifar.v1 import image_classifier_pb2 as messages
-from tests.service.client.scripted import Scripted, name_of, serve
+from tests.service.client.scripted import Scripted, row_in, row_of, serve
 from tests.service.exports import pictures
 
 UNAVAILABLE, EXHAUSTED = grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED
@@ -34,12 +34,12 @@ def classify(kind: type, target: str, images: np.ndarray, call: dict | None = No
         return client.classify(images, **(call or {}))
 
 
-def names(answers: list) -> list[str]:
-    return [answer.best.name for answer in answers]
+def rows_in(answers: list) -> list[str]:
+    return [row_in(answer) for answer in answers]
 
 
-def right_names(images: np.ndarray) -> list[str]:
-    return [name_of(image.tobytes()) for image in images]
+def right_rows(images: np.ndarray) -> list[str]:
+    return [row_of(image.tobytes()) for image in images]
 
 
 both_clients = pytest.mark.parametrize("kind", [Client, AsyncClient])
@@ -135,7 +135,7 @@ def test_a_request_that_became_too_large_is_sent_again_in_smaller_ones(kind, low
         async with AsyncClient(target) as client:
             await client.model()
             servicer.limits = lower
-            return names(await client.classify(images)), names(await client.classify(images))
+            return rows_in(await client.classify(images)), rows_in(await client.classify(images))
 
     with serve(servicer) as target:
         if kind is AsyncClient:
@@ -144,8 +144,8 @@ def test_a_request_that_became_too_large_is_sent_again_in_smaller_ones(kind, low
             with Client(target) as client:
                 client.model()
                 servicer.limits = lower
-                first, second = names(client.classify(images)), names(client.classify(images))
-    assert first == second == right_names(images)
+                first, second = rows_in(client.classify(images)), rows_in(client.classify(images))
+    assert first == second == right_rows(images)
     assert sorted(servicer.calls[-8:]) == [2] + [3] * 7  # the new limits are known by then
 
 

@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 
 from service.client import AsyncClient, ClassificationError, Client, Options
 from service.client.aio_sharing import AsyncSharing
+from service.client.answers import Results
 from service.client.contents import Capacity, Content
 from service.client.retrying import Deadline, RequestFailed
 from service.client.sync_sharing import SyncSharing
 from service.generated.cifar.v1 import image_classifier_pb2 as messages
-from tests.service.client.scripted import CLASSES, IMAGE_BYTES, Scripted, answer, name_of, serve
+from tests.service.client.scripted import IMAGE_BYTES, Scripted, answer, contents_of, row_in, row_of, serve
 from tests.service.exports import expected, pictures
 
 CAPACITY = Capacity(20, 50_000)
@@ -46,19 +47,23 @@ class FakeServer:
             raise RequestFailed(grpc.StatusCode.UNAVAILABLE, "now and then")
         if POISON in request.images:
             raise RequestFailed(grpc.StatusCode.INTERNAL, "poisoned")
-        response = answer(request)
-        assert len(response.results) <= CAPACITY.images
-        self.images += len(response.results)
-        return response
+        images = len(contents_of(request))
+        assert images <= CAPACITY.images
+        self.images += images
+        return answer(request)
 
 
-def content_of(number: int, count: int, files: bool) -> tuple[Content, list[str]]:
-    """Images that no other number has, and the names of the classes that the server gives them."""
+def content_of(number: int, count: int, files: bool) -> tuple[Content, list[tuple[float, ...]]]:
+    """Images that no other number has, and the probabilities that the server gives them."""
     images = [b"%08d-%02d" % (number, place) for place in range(count)]
     if files:
-        return Content(images=tuple(messages.Image(encoded=image) for image in images)), [*map(name_of, images)]
+        return Content(images=tuple(messages.Image(encoded=image) for image in images)), [*map(row_of, images)]
     raw = [image.ljust(IMAGE_BYTES, b".") for image in images]
-    return Content(pixels=b"".join(raw)), [*map(name_of, raw)]
+    return Content(pixels=b"".join(raw)), [*map(row_of, raw)]
+
+
+def rows_of(results: Results) -> list[tuple[float, ...]]:
+    return [tuple(row) for row in results.probabilities.tolist()]
 
 
 calls = st.fixed_dictionaries(
@@ -66,7 +71,6 @@ calls = st.fixed_dictionaries(
         "count": st.integers(1, 4),
         "files": st.booleans(),
         "poisoned": st.sampled_from([False] * 9 + [True]),
-        "top_k": st.integers(0, CLASSES),
         "starts": st.integers(0, 12),
         "cancelled": st.none() | st.integers(1, 12),
     }
@@ -91,18 +95,17 @@ def test_no_call_gets_the_answer_or_the_error_of_another(plans, slots, seed, una
         return server.end(request)
 
     async def call(sharing: AsyncSharing, number: int, plan: dict) -> None:
-        content, names = content_of(number, plan["count"], plan["files"] or plan["poisoned"])
+        content, rows = content_of(number, plan["count"], plan["files"] or plan["poisoned"])
         if plan["poisoned"]:
             content = Content(images=(*content.images, POISON))
         await turns(plan["starts"])
         try:
-            results = await sharing.exchange(content, plan["top_k"], Deadline(None))
+            results = await sharing.exchange(content, Deadline(None))
         except RequestFailed as failure:
             failed_by = failure.code.name
         else:
             failed_by = "poison was answered" if plan["poisoned"] else None
-            assert [row.classes[0].name for row in results.rows] == names
-            assert all(len(row.classes) >= (plan["top_k"] or CLASSES) for row in results.rows)
+            assert rows_of(results) == rows
         may_fail_by = {"INTERNAL"} if plan["poisoned"] else {None}
         assert failed_by in may_fail_by | ({"UNAVAILABLE"} if unavailable else set())
 
@@ -125,13 +128,13 @@ def test_no_call_gets_the_answer_or_the_error_of_another(plans, slots, seed, una
         await turns(20)
         assert server.under_way == 0
         # Every slot is free again.
-        content, names = content_of(10**6, 1, files=False)
+        content, rows = content_of(10**6, 1, files=False)
         for _ in range(50):
             try:
-                results = await asyncio.wait_for(sharing.exchange(content, 1, Deadline(None)), 30)
+                results = await asyncio.wait_for(sharing.exchange(content, Deadline(None)), 30)
             except RequestFailed:
                 continue
-            assert results.rows[0].classes[0].name == names[0]
+            assert rows_of(results) == rows
 
     asyncio.run(everything())
     assert server.most_under_way <= slots
@@ -153,14 +156,14 @@ def test_no_thread_gets_the_answer_or_the_error_of_another(seed):
     def call(number: int) -> str:
         choice = random.Random(number)
         poisoned = choice.random() < 0.05
-        content, names = content_of(number, choice.randrange(1, 5), poisoned or choice.random() < 0.5)
+        content, rows = content_of(number, choice.randrange(1, 5), poisoned or choice.random() < 0.5)
         if poisoned:
             content = Content(images=(*content.images, POISON))
         try:
-            results = sharing.exchange(content, choice.randrange(CLASSES + 1), Deadline(30))
+            results = sharing.exchange(content, Deadline(30))
         except RequestFailed as failure:
             return f"poisoned {failure.code.name}" if poisoned else failure.code.name
-        assert [row.classes[0].name for row in results.rows] == names
+        assert rows_of(results) == rows
         return "poison was answered" if poisoned else "answered"
 
     with ThreadPoolExecutor(32) as pool:
@@ -192,7 +195,7 @@ def test_concurrent_calls_share_requests_unless_that_is_turned_off(coalesce, req
     servicer.seconds = 0.05
     with serve(servicer) as target:
         answers = gather(target, 64, Options(coalesce=coalesce), images)
-    assert [answer[0].best.name for answer in answers] == [name_of(image.tobytes()) for image in images]
+    assert [row_in(answer[0]) for answer in answers] == [row_of(image.tobytes()) for image in images]
     assert requests[0] <= len(servicer.calls) <= requests[1]
 
 
@@ -201,7 +204,7 @@ def test_each_call_of_a_failed_shared_request_is_sent_again():
     servicer.seconds = 0.01
     with serve(servicer) as target:
         answers = gather(target, 40, Options(), images)
-    assert [answer[0].best.name for answer in answers] == [name_of(image.tobytes()) for image in images]
+    assert [row_in(answer[0]) for answer in answers] == [row_of(image.tobytes()) for image in images]
 
 
 def test_shared_requests_become_smaller_once_the_server_refuses_large_ones():
@@ -216,7 +219,7 @@ def test_shared_requests_become_smaller_once_the_server_refuses_large_ones():
                 servicer.calls.clear()
                 waiting = [client.classify(images[number : number + 1]) for number in range(30)]
                 answers = await asyncio.gather(*waiting)
-                assert [one[0].best.name for one in answers] == [name_of(image.tobytes()) for image in images]
+                assert [row_in(one[0]) for one in answers] == [row_of(image.tobytes()) for image in images]
 
     with serve(servicer) as target:
         asyncio.run(use(target))
@@ -248,7 +251,7 @@ def test_a_call_whose_deadline_passes_does_not_disturb_the_others(kind):
             assert isinstance(outcome, ClassificationError)
             assert outcome.code is grpc.StatusCode.DEADLINE_EXCEEDED
         else:
-            assert outcome[0].best.name == name_of(images[number].tobytes())
+            assert row_in(outcome[0]) == row_of(images[number].tobytes())
 
 
 def test_a_thread_gives_up_at_its_deadline_although_its_shared_request_goes_on():
@@ -263,7 +266,7 @@ def test_a_thread_gives_up_at_its_deadline_although_its_shared_request_goes_on()
     def call(number: int, timeout: float) -> tuple[str, float]:
         began = time.monotonic()
         try:
-            sharing.exchange(content_of(number, 1, False)[0], 1, Deadline(timeout))
+            sharing.exchange(content_of(number, 1, False)[0], Deadline(timeout))
         except RequestFailed as failure:
             return failure.code.name, time.monotonic() - began
         return "answered", time.monotonic() - began
@@ -361,7 +364,7 @@ def test_a_thread_that_is_interrupted_while_it_sends_lets_the_others_try_again()
 
     def call(number: int) -> None:
         try:
-            outcomes.append(sharing.exchange(content_of(number, 1, False)[0], 1, Deadline(30)))
+            outcomes.append(sharing.exchange(content_of(number, 1, False)[0], Deadline(30)))
         except (KeyboardInterrupt, RequestFailed) as error:
             outcomes.append(error)
 
@@ -375,7 +378,7 @@ def test_a_thread_that_is_interrupted_while_it_sends_lets_the_others_try_again()
     failed = [one for one in outcomes if isinstance(one, RequestFailed)]
     assert len(interrupted) == 1
     assert all(one.temporary for one in failed)
-    assert sharing.exchange(content_of(9, 1, False)[0], 1, Deadline(30)).rows
+    assert sharing.exchange(content_of(9, 1, False)[0], Deadline(30)).model_version
 
 
 def test_a_thread_that_is_interrupted_before_it_sends_leaves_no_slot_taken(monkeypatch):
@@ -386,5 +389,5 @@ def test_a_thread_that_is_interrupted_before_it_sends_leaves_no_slot_taken(monke
     with monkeypatch.context() as patched:
         patched.setattr(sharing, "_wait", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            sharing.exchange(content_of(0, 1, False)[0], 1, Deadline(30))
-    assert sharing.exchange(content_of(1, 1, False)[0], 1, Deadline(5)).rows
+            sharing.exchange(content_of(0, 1, False)[0], Deadline(30))
+    assert sharing.exchange(content_of(1, 1, False)[0], Deadline(5)).model_version

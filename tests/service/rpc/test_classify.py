@@ -64,13 +64,6 @@ def test_top_k_is_the_number_of_classes(stub, top_k, count):
     assert [len(result.classes) for result in response.results] == [count, count]
 
 
-def test_if_two_probabilities_are_equal_the_lower_index_comes_first():
-    from service.rpc.classify import _ranked
-
-    result = _ranked(np.full((1, 4), 0.25, np.float32), ["a", "b", "c", "d"], 2)[0]
-    assert [ranked.name for ranked in result.classes] == ["a", "b"]
-
-
 def test_an_unreadable_image_does_not_affect_the_others(stub):
     images = pictures(3)
     request = messages.ClassifyRequest(
@@ -91,6 +84,37 @@ def test_an_unreadable_image_does_not_affect_the_others(stub):
     assert "3071 bytes" in response.results[4].error.message
     good = messages.ClassifyResponse(results=[result for result in response.results if not result.HasField("error")])
     assert close(good, images)
+
+
+def test_a_table_has_the_same_answers_as_the_results(stub):
+    images = pictures(3)
+    request = messages.ClassifyRequest(
+        request_id="table",
+        images=[
+            messages.Image(encoded=b"no image"),
+            messages.Image(encoded=png(images[0])),
+            messages.Image(rgb=images[1].tobytes()),
+            messages.Image(rgb=bytes(3071)),
+        ],
+        packed_rgb=images[2].tobytes(),
+        top_k=1,
+    )
+    ranked = stub.Classify(request).results
+    request.as_table = True
+    response = stub.Classify(request)
+    assert (response.request_id, response.model_version, len(response.results)) == ("table", "linear-0", 0)
+    assert tuple(response.table.classes) == CLASSES
+    table = np.frombuffer(response.table.probabilities, "<f4").reshape(5, 10)
+    assert np.allclose(table[[1, 2, 4]], expected(0, images), atol=1e-5)
+    assert not table[[0, 3]].any()
+    assert dict(response.table.errors) == {0: ranked[0].error, 3: ranked[3].error}
+    assert [ranked[index].classes[0].index for index in (1, 2, 4)] == table[[1, 2, 4]].argmax(axis=1).tolist()
+
+
+def test_a_table_of_unreadable_images_has_only_errors(stub):
+    request = messages.ClassifyRequest(images=[messages.Image(encoded=b"no image")] * 2, as_table=True)
+    table = stub.Classify(request).table
+    assert (sorted(table.errors), tuple(table.classes), table.probabilities) == ([0, 1], CLASSES, bytes(2 * 10 * 4))
 
 
 def test_a_request_with_only_unreadable_images_is_answered_too(stub):

@@ -24,31 +24,37 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n1service/generated/cifar/v1/image_classifier.proto\x12\x08\x63ifar.v1\"4\n\x05Image\x12\x11\n\x07\x65ncoded\x18\x01 \x01(\x0cH\x00\x12\r\n\x03rgb\x18\x02 \x01(\x0cH\x00\x42\t\n\x07\x63ontent\"i\n\x0f\x43lassifyRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x1f\n\x06images\x18\x02 \x03(\x0b\x32\x0f.cifar.v1.Image\x12\x12\n\npacked_rgb\x18\x03 \x01(\x0c\x12\r\n\x05top_k\x18\x04 \x01(\r\"?\n\x0bRankedClass\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05index\x18\x02 \x01(\r\x12\x13\n\x0bprobability\x18\x03 \x01(\x02\"+\n\nImageError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0f\n\x07message\x18\x02 \x01(\t\"Z\n\x0bImageResult\x12&\n\x07\x63lasses\x18\x01 \x03(\x0b\x32\x15.cifar.v1.RankedClass\x12#\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x14.cifar.v1.ImageError\"\x8a\x01\n\x10\x43lassifyResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12&\n\x07results\x18\x02 \x03(\x0b\x32\x15.cifar.v1.ImageResult\x12\x15\n\rmodel_version\x18\x03 \x01(\t\x12#\n\x05\x65rror\x18\x04 \x01(\x0b\x32\x14.cifar.v1.ImageError\"\x11\n\x0fGetModelRequest\"\xdb\x01\n\x10GetModelResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x0f\n\x07\x63lasses\x18\x03 \x03(\t\x12\x14\n\x0cinput_height\x18\x04 \x01(\r\x12\x13\n\x0binput_width\x18\x05 \x01(\r\x12\x0f\n\x07variant\x18\x06 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x07 \x01(\t\x12\x15\n\rtest_accuracy\x18\x08 \x01(\x01\x12 \n\x06limits\x18\t \x01(\x0b\x32\x10.cifar.v1.Limits\x12\x12\n\ntrained_on\x18\n \x01(\t\"\x85\x01\n\x06Limits\x12\x12\n\nmax_images\x18\x01 \x01(\r\x12\x17\n\x0fmax_image_bytes\x18\x02 \x01(\x04\x12\x18\n\x10max_image_pixels\x18\x03 \x01(\x04\x12\x19\n\x11max_message_bytes\x18\x04 \x01(\x04\x12\x19\n\x11max_queued_images\x18\x05 \x01(\r2\xe4\x01\n\x0fImageClassifier\x12\x41\n\x08\x43lassify\x12\x19.cifar.v1.ClassifyRequest\x1a\x1a.cifar.v1.ClassifyResponse\x12K\n\x0e\x43lassifyStream\x12\x19.cifar.v1.ClassifyRequest\x1a\x1a.cifar.v1.ClassifyResponse(\x01\x30\x01\x12\x41\n\x08GetModel\x12\x19.cifar.v1.GetModelRequest\x1a\x1a.cifar.v1.GetModelResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n1service/generated/cifar/v1/image_classifier.proto\x12\x08\x63ifar.v1\"4\n\x05Image\x12\x11\n\x07\x65ncoded\x18\x01 \x01(\x0cH\x00\x12\r\n\x03rgb\x18\x02 \x01(\x0cH\x00\x42\t\n\x07\x63ontent\"{\n\x0f\x43lassifyRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x1f\n\x06images\x18\x02 \x03(\x0b\x32\x0f.cifar.v1.Image\x12\x12\n\npacked_rgb\x18\x03 \x01(\x0c\x12\r\n\x05top_k\x18\x04 \x01(\r\x12\x10\n\x08\x61s_table\x18\x05 \x01(\x08\"?\n\x0bRankedClass\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05index\x18\x02 \x01(\r\x12\x13\n\x0bprobability\x18\x03 \x01(\x02\"+\n\nImageError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0f\n\x07message\x18\x02 \x01(\t\"Z\n\x0bImageResult\x12&\n\x07\x63lasses\x18\x01 \x03(\x0b\x32\x15.cifar.v1.RankedClass\x12#\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x14.cifar.v1.ImageError\"\xb7\x01\n\x10ProbabilityTable\x12\x0f\n\x07\x63lasses\x18\x01 \x03(\t\x12\x15\n\rprobabilities\x18\x02 \x01(\x0c\x12\x36\n\x06\x65rrors\x18\x03 \x03(\x0b\x32&.cifar.v1.ProbabilityTable.ErrorsEntry\x1a\x43\n\x0b\x45rrorsEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12#\n\x05value\x18\x02 \x01(\x0b\x32\x14.cifar.v1.ImageError:\x02\x38\x01\"\xb5\x01\n\x10\x43lassifyResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12&\n\x07results\x18\x02 \x03(\x0b\x32\x15.cifar.v1.ImageResult\x12\x15\n\rmodel_version\x18\x03 \x01(\t\x12#\n\x05\x65rror\x18\x04 \x01(\x0b\x32\x14.cifar.v1.ImageError\x12)\n\x05table\x18\x05 \x01(\x0b\x32\x1a.cifar.v1.ProbabilityTable\"\x11\n\x0fGetModelRequest\"\xdb\x01\n\x10GetModelResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x0f\n\x07\x63lasses\x18\x03 \x03(\t\x12\x14\n\x0cinput_height\x18\x04 \x01(\r\x12\x13\n\x0binput_width\x18\x05 \x01(\r\x12\x0f\n\x07variant\x18\x06 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x07 \x01(\t\x12\x15\n\rtest_accuracy\x18\x08 \x01(\x01\x12 \n\x06limits\x18\t \x01(\x0b\x32\x10.cifar.v1.Limits\x12\x12\n\ntrained_on\x18\n \x01(\t\"\x85\x01\n\x06Limits\x12\x12\n\nmax_images\x18\x01 \x01(\r\x12\x17\n\x0fmax_image_bytes\x18\x02 \x01(\x04\x12\x18\n\x10max_image_pixels\x18\x03 \x01(\x04\x12\x19\n\x11max_message_bytes\x18\x04 \x01(\x04\x12\x19\n\x11max_queued_images\x18\x05 \x01(\r2\xe4\x01\n\x0fImageClassifier\x12\x41\n\x08\x43lassify\x12\x19.cifar.v1.ClassifyRequest\x1a\x1a.cifar.v1.ClassifyResponse\x12K\n\x0e\x43lassifyStream\x12\x19.cifar.v1.ClassifyRequest\x1a\x1a.cifar.v1.ClassifyResponse(\x01\x30\x01\x12\x41\n\x08GetModel\x12\x19.cifar.v1.GetModelRequest\x1a\x1a.cifar.v1.GetModelResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'service.generated.cifar.v1.image_classifier_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_PROBABILITYTABLE_ERRORSENTRY']._loaded_options = None
+  _globals['_PROBABILITYTABLE_ERRORSENTRY']._serialized_options = b'8\001'
   _globals['_IMAGE']._serialized_start=63
   _globals['_IMAGE']._serialized_end=115
   _globals['_CLASSIFYREQUEST']._serialized_start=117
-  _globals['_CLASSIFYREQUEST']._serialized_end=222
-  _globals['_RANKEDCLASS']._serialized_start=224
-  _globals['_RANKEDCLASS']._serialized_end=287
-  _globals['_IMAGEERROR']._serialized_start=289
-  _globals['_IMAGEERROR']._serialized_end=332
-  _globals['_IMAGERESULT']._serialized_start=334
-  _globals['_IMAGERESULT']._serialized_end=424
-  _globals['_CLASSIFYRESPONSE']._serialized_start=427
-  _globals['_CLASSIFYRESPONSE']._serialized_end=565
-  _globals['_GETMODELREQUEST']._serialized_start=567
-  _globals['_GETMODELREQUEST']._serialized_end=584
-  _globals['_GETMODELRESPONSE']._serialized_start=587
-  _globals['_GETMODELRESPONSE']._serialized_end=806
-  _globals['_LIMITS']._serialized_start=809
-  _globals['_LIMITS']._serialized_end=942
-  _globals['_IMAGECLASSIFIER']._serialized_start=945
-  _globals['_IMAGECLASSIFIER']._serialized_end=1173
+  _globals['_CLASSIFYREQUEST']._serialized_end=240
+  _globals['_RANKEDCLASS']._serialized_start=242
+  _globals['_RANKEDCLASS']._serialized_end=305
+  _globals['_IMAGEERROR']._serialized_start=307
+  _globals['_IMAGEERROR']._serialized_end=350
+  _globals['_IMAGERESULT']._serialized_start=352
+  _globals['_IMAGERESULT']._serialized_end=442
+  _globals['_PROBABILITYTABLE']._serialized_start=445
+  _globals['_PROBABILITYTABLE']._serialized_end=628
+  _globals['_PROBABILITYTABLE_ERRORSENTRY']._serialized_start=561
+  _globals['_PROBABILITYTABLE_ERRORSENTRY']._serialized_end=628
+  _globals['_CLASSIFYRESPONSE']._serialized_start=631
+  _globals['_CLASSIFYRESPONSE']._serialized_end=812
+  _globals['_GETMODELREQUEST']._serialized_start=814
+  _globals['_GETMODELREQUEST']._serialized_end=831
+  _globals['_GETMODELRESPONSE']._serialized_start=834
+  _globals['_GETMODELRESPONSE']._serialized_end=1053
+  _globals['_LIMITS']._serialized_start=1056
+  _globals['_LIMITS']._serialized_end=1189
+  _globals['_IMAGECLASSIFIER']._serialized_start=1192
+  _globals['_IMAGECLASSIFIER']._serialized_end=1420
 # @@protoc_insertion_point(module_scope)

@@ -15,16 +15,18 @@ class Image(_message.Message):
     def __init__(self, encoded: _Optional[bytes] = ..., rgb: _Optional[bytes] = ...) -> None: ...
 
 class ClassifyRequest(_message.Message):
-    __slots__ = ("request_id", "images", "packed_rgb", "top_k")
+    __slots__ = ("request_id", "images", "packed_rgb", "top_k", "as_table")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     IMAGES_FIELD_NUMBER: _ClassVar[int]
     PACKED_RGB_FIELD_NUMBER: _ClassVar[int]
     TOP_K_FIELD_NUMBER: _ClassVar[int]
+    AS_TABLE_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     images: _containers.RepeatedCompositeFieldContainer[Image]
     packed_rgb: bytes
     top_k: int
-    def __init__(self, request_id: _Optional[str] = ..., images: _Optional[_Iterable[_Union[Image, _Mapping]]] = ..., packed_rgb: _Optional[bytes] = ..., top_k: _Optional[int] = ...) -> None: ...
+    as_table: bool
+    def __init__(self, request_id: _Optional[str] = ..., images: _Optional[_Iterable[_Union[Image, _Mapping]]] = ..., packed_rgb: _Optional[bytes] = ..., top_k: _Optional[int] = ..., as_table: bool = ...) -> None: ...
 
 class RankedClass(_message.Message):
     __slots__ = ("name", "index", "probability")
@@ -52,17 +54,36 @@ class ImageResult(_message.Message):
     error: ImageError
     def __init__(self, classes: _Optional[_Iterable[_Union[RankedClass, _Mapping]]] = ..., error: _Optional[_Union[ImageError, _Mapping]] = ...) -> None: ...
 
+class ProbabilityTable(_message.Message):
+    __slots__ = ("classes", "probabilities", "errors")
+    class ErrorsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: int
+        value: ImageError
+        def __init__(self, key: _Optional[int] = ..., value: _Optional[_Union[ImageError, _Mapping]] = ...) -> None: ...
+    CLASSES_FIELD_NUMBER: _ClassVar[int]
+    PROBABILITIES_FIELD_NUMBER: _ClassVar[int]
+    ERRORS_FIELD_NUMBER: _ClassVar[int]
+    classes: _containers.RepeatedScalarFieldContainer[str]
+    probabilities: bytes
+    errors: _containers.MessageMap[int, ImageError]
+    def __init__(self, classes: _Optional[_Iterable[str]] = ..., probabilities: _Optional[bytes] = ..., errors: _Optional[_Mapping[int, ImageError]] = ...) -> None: ...
+
 class ClassifyResponse(_message.Message):
-    __slots__ = ("request_id", "results", "model_version", "error")
+    __slots__ = ("request_id", "results", "model_version", "error", "table")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     RESULTS_FIELD_NUMBER: _ClassVar[int]
     MODEL_VERSION_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
+    TABLE_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     results: _containers.RepeatedCompositeFieldContainer[ImageResult]
     model_version: str
     error: ImageError
-    def __init__(self, request_id: _Optional[str] = ..., results: _Optional[_Iterable[_Union[ImageResult, _Mapping]]] = ..., model_version: _Optional[str] = ..., error: _Optional[_Union[ImageError, _Mapping]] = ...) -> None: ...
+    table: ProbabilityTable
+    def __init__(self, request_id: _Optional[str] = ..., results: _Optional[_Iterable[_Union[ImageResult, _Mapping]]] = ..., model_version: _Optional[str] = ..., error: _Optional[_Union[ImageError, _Mapping]] = ..., table: _Optional[_Union[ProbabilityTable, _Mapping]] = ...) -> None: ...
 
 class GetModelRequest(_message.Message):
     __slots__ = ()
