@@ -119,10 +119,11 @@ class AsyncClient(BaseClient):
             raise failure from error
 
     async def _repeat(self, deadline: Deadline, attempt: Callable[..., Awaitable[Any]], *arguments: Any) -> Any:  # noqa: ANN401
-        attempts = Attempts(self.options.attempts, deadline)
+        attempts = None
         while True:
             try:
                 return await attempt(*arguments)
             except RequestFailed as failure:
+                attempts = attempts or Attempts(self.options.attempts, deadline)
                 pause = attempts.pause_after(failure)
             await asyncio.sleep(pause)

@@ -114,7 +114,9 @@ class Results:
 
     def part(self, start: int, end: int) -> "Results":
         """The results of the images from `start` to before `end`."""
-        errors = {index - start: text for index, text in self.errors.items() if start <= index < end}
+        errors = self.errors
+        if errors:
+            errors = {index - start: text for index, text in errors.items() if start <= index < end}
         return Results(self.probabilities[start:end], self.classes, errors, self.model_version)
 
 
@@ -143,6 +145,8 @@ def probability_table(parts: Sequence[Results]) -> NDArray[np.float32]:
             raise ClassificationError(grpc.StatusCode.INTERNAL, error)
     if not parts:
         return np.empty((0, 0), np.float32)
+    if len(parts) == 1:
+        return parts[0].probabilities.astype(np.float32)  # a copy that can be changed
     if any(list(part.classes) != list(parts[0].classes) for part in parts[1:]):
         raise ClassificationError(
             grpc.StatusCode.ABORTED,

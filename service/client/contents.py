@@ -39,27 +39,24 @@ class Capacity:
         return cls(max(1, limits.max_images), limits.max_message_bytes - _MESSAGE_OVERHEAD)
 
 
-@dataclass(frozen=True, eq=False, slots=True)
 class Content:
-    """Images of one call that travel in one request: either `images` or `pixels` holds them.
+    """Images of one call that travel in one request: either `images` or `pixels` holds them. Must not be changed.
 
-    Attributes:
+    Args:
         images: Image files, or a mixture of image files and raw pixels.
         pixels: Raw pixels of images, 3,072 bytes each.
+
+    Attributes:
+        count: Number of images.
+        size: Bytes that the images take in a message, or a few more.
     """
 
-    images: tuple[messages.Image, ...] = ()
-    pixels: bytes = b""
+    __slots__ = ("count", "images", "pixels", "size")
 
-    @property
-    def count(self) -> int:
-        """Number of images."""
-        return len(self.images) or len(self.pixels) // IMAGE_BYTES
-
-    @property
-    def size(self) -> int:
-        """Bytes that the images take in a message, or a few more."""
-        return len(self.pixels) or sum(_size(image) for image in self.images)
+    def __init__(self, images: tuple[messages.Image, ...] = (), pixels: bytes = b"") -> None:
+        self.images, self.pixels = images, pixels
+        self.count = len(images) or len(pixels) // IMAGE_BYTES
+        self.size = len(pixels) or sum(map(_size, images))
 
     def fits(self, capacity: Capacity) -> bool:
         """Whether one request can hold it."""

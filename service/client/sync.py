@@ -167,12 +167,13 @@ class Client(BaseClient):
             raise failure from error
 
     def _repeat(self, deadline: Deadline, attempt: Callable[..., Any], *arguments: Any) -> Any:  # noqa: ANN401
-        attempts = Attempts(self.options.attempts, deadline)
+        attempts = None
         while True:
             try:
                 return attempt(*arguments)
             except RequestFailed as failure:
                 self._check_open()
+                attempts = attempts or Attempts(self.options.attempts, deadline)
                 pause = attempts.pause_after(failure)
             self._closed.wait(pause)  # ends early when the client is closed
 
