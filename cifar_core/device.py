@@ -1,6 +1,7 @@
 """The device to compute on, and a description of the machine for tables."""
 
 import ctypes
+import os
 import platform
 from importlib.metadata import version
 from pathlib import Path
@@ -32,6 +33,11 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)
+
+
+def available_cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def keep_freed_memory() -> None:

@@ -4,25 +4,31 @@ import torch
 from torch import Tensor, nn
 
 from cifar_core.data import Images
+from cifar_core.distributed import ALONE, Ranks
 
 VALIDATION_BATCH = 500
 STATISTICS_BATCH = 500
 
 
 @torch.inference_mode()
-def validate(model: nn.Module, data: Images) -> tuple[float, float]:
-    """Mean cross-entropy and accuracy (0 to 1), in fp32 for every precision of training, because fp32 is exported."""
+def validate(model: nn.Module, data: Images, ranks: Ranks = ALONE) -> tuple[float, float]:
+    """Mean cross-entropy and accuracy (0 to 1), in fp32 for every precision of training, because fp32 is exported.
+
+    Each rank computes its part of the images, and all return the same values.
+    """
     was_training = model.training
     model.eval()
     loss = torch.zeros((), dtype=torch.float64)
     correct = 0
-    for first in range(0, len(data), VALIDATION_BATCH):
-        labels = data.labels[first : first + VALIDATION_BATCH]
-        logits = model(data.images[first : first + VALIDATION_BATCH])
+    all_images, all_labels = ranks.part(data.images), ranks.part(data.labels)
+    for first in range(0, len(all_labels), VALIDATION_BATCH):
+        labels = all_labels[first : first + VALIDATION_BATCH]
+        logits = model(all_images[first : first + VALIDATION_BATCH])
         loss += nn.functional.cross_entropy(logits, labels, reduction="sum").cpu()
         correct += int((logits.argmax(1) == labels).sum())
     model.train(was_training)
-    return float(loss) / len(data), correct / len(data)
+    total_loss, total_correct = ranks.total(torch.stack((loss, torch.tensor(correct, dtype=torch.float64)))).tolist()
+    return total_loss / len(data), total_correct / len(data)
 
 
 @torch.no_grad()

@@ -1,21 +1,27 @@
 """Trains a recipe and writes a run folder.
 
 python -m cifar_core.train RECIPE [--seed 0] [--data FOLDER] [--init exported] [--resume]
+torchrun --nproc-per-node=N -m cifar_core.train RECIPE …
 
 A signal stops the run after the current step and saves its state; `--resume` continues it.
 """
 
 import argparse
+import contextlib
+import functools
 import logging
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from cifar_core.data import Dataset, add_data_argument, class_lines, load_dataset
-from cifar_core.device import DEVICES, choose_device, describe_environment
+from cifar_core.device import DEVICES, describe_environment
+from cifar_core.distributed import Ranks, join_ranks
 from cifar_core.errors import program_name, run_command
 from cifar_core.initial_weights import InitialWeights, read_initial_weights
+from cifar_core.recipe import Recipe
 from cifar_core.recipes import KEYS, RECIPES, batch_size_note, get_recipe
 from cifar_core.run_folder import RunFolder, best_epoch, default_folder
 from cifar_core.stop_signal import Interrupted, StopSignal
@@ -26,6 +32,8 @@ from cifar_core.trainer import Trainer
 def run(trainer: Trainer, resume: bool) -> list[dict[str, Any]]:
     """Trains to the end and prints a line per epoch. Returns the history.
 
+    Of several ranks, the first locks the folder and prints.
+
     Args:
         trainer: the run to train.
         resume: whether to continue a run that was started before.
@@ -35,26 +43,33 @@ def run(trainer: Trainer, resume: bool) -> list[dict[str, Any]]:
         TrainingError: The loss is not finite, or a checkpoint cannot be written.
         Interrupted: A signal arrived; the state was saved.
     """
-    folder, recipe, state = trainer.folder, trainer.recipe, trainer.state
-    with folder.lock(), StopSignal() as stop:
+    folder, recipe, state, ranks = trainer.folder, trainer.recipe, trainer.state, trainer.ranks
+    say = tqdm.write if ranks.is_first else _say_nothing
+    with folder.lock() if ranks.is_first else contextlib.nullcontext(), StopSignal() as stop:
         trainer.start(resume)
         if state.epoch == recipe.epochs:
-            print(f"{folder.path}: already finished; {_best_text(state.history, recipe.weights)}")
+            say(f"{folder.path}: already finished; {_best_text(state.history, recipe.weights)}")
             return state.history
-        device = describe_environment(trainer.device)["device"]
-        print(f"{recipe!r}\nseed {trainer.seed}, {trainer.precision} on {device}, {trainer.dataset.name}")
+        environment = describe_environment(trainer.device)
+        say(f"{recipe!r}\nseed {trainer.seed}, {trainer.precision} on {environment['device']}, {trainer.dataset.name}")
+        if ranks.size > 1:
+            say(f"{ranks.size} ranks on {trainer.device.type}, threads per rank: {environment['threads']}")
         if state.epoch or state.step:
-            print(f"resuming after epoch {state.epoch}, step {state.step} of {trainer.steps}")
+            say(f"resuming after epoch {state.epoch}, step {state.step} of {trainer.steps}")
         for line in trainer.epochs(stop):
             seconds = sum(finished["seconds"] for finished in state.history) / state.epoch
             minutes_left = (recipe.epochs - state.epoch) * seconds / 60
-            tqdm.write(
+            say(
                 f"epoch {line['epoch']:2d}/{recipe.epochs}  {line['seconds']:.1f} s  "
                 f"training loss {line['train_loss']:.4f} accuracy {line['train_accuracy']:.2%}  "
                 f"{_validation_text(line)}({_best_text(state.history, recipe.weights)}; {minutes_left:.0f} min left)"
             )
-    print(f"{folder.path}: finished; {_best_text(state.history, recipe.weights)}")
+    say(f"{folder.path}: finished; {_best_text(state.history, recipe.weights)}")
     return state.history
+
+
+def _say_nothing(text: str) -> None:
+    pass
 
 
 def _validation_text(line: dict[str, Any]) -> str:
@@ -155,8 +170,12 @@ def main() -> int:
         parser.error(f"--seed {arguments.seed}: the seed must be 0 to {2**32 - 1}")
     logging.basicConfig(format="%(levelname)s: %(message)s")
     recipe = get_recipe(arguments.recipe, arguments.set)
-    device = choose_device(arguments.device)
-    dataset = load_dataset(arguments.data)
+    with join_ranks(arguments.device) as (ranks, device):
+        return _train(arguments, recipe, ranks, device)
+
+
+def _train(arguments: argparse.Namespace, recipe: Recipe, ranks: Ranks, device: torch.device) -> int:
+    dataset = ranks.first_then_others(functools.partial(load_dataset, arguments.data))
     runs = arguments.runs or default_folder(dataset.kind, "runs")
     initial = read_initial_weights(arguments.init) if arguments.init else None
     teacher = read_teacher(arguments.teacher, device) if arguments.teacher else None
@@ -164,12 +183,14 @@ def main() -> int:
     name = recipe.name + (f"+init={initial.digest[:8]}" if initial else "")
     folder = RunFolder(runs / name / str(arguments.seed))
     precision = arguments.precision or recipe.precision
-    trainer = Trainer(recipe, dataset, folder, arguments.seed, device, precision, initial, teacher)
-    _print_start(dataset, initial, batch_size_note(arguments.recipe, recipe))
+    trainer = Trainer(recipe, dataset, folder, arguments.seed, device, precision, initial, teacher, ranks)
+    if ranks.is_first:
+        _print_start(dataset, initial, batch_size_note(arguments.recipe, recipe))
     try:
         run(trainer, arguments.resume)
     except Interrupted as interrupted:
-        print(interrupted)
+        if ranks.is_first:
+            print(interrupted)
         return 128 + interrupted.signal_number
     return 0
 

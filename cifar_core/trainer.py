@@ -4,9 +4,8 @@ The weights of a run depend only on recipe, seed, data and precision: on the CPU
 was interrupted and resumed ends with the same bits as an uninterrupted one.
 """
 
-import contextlib
 import datetime
-import logging
+import functools
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -15,8 +14,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 from cifar_core.data import (
     Augmentation,
@@ -31,6 +28,7 @@ from cifar_core.data import (
     weighted_sampler,
 )
 from cifar_core.device import describe_environment, keep_freed_memory
+from cifar_core.distributed import ALONE, Ranks
 from cifar_core.errors import CifarError
 from cifar_core.files import FileWriteError
 from cifar_core.images import IMAGE_SIZE
@@ -38,13 +36,13 @@ from cifar_core.initial_weights import InitialWeights, start_from
 from cifar_core.models import Network, WhitenedConvNet
 from cifar_core.optimizers import make_optimizer, set_learning_rate
 from cifar_core.passes import recompute_statistics, validate
-from cifar_core.recipe import Recipe, read_recipe
+from cifar_core.recipe import Recipe
+from cifar_core.resuming import check_same_run
 from cifar_core.run_folder import RunError, RunFolder, best_epoch, load_checkpoint
+from cifar_core.run_log import RunLog
 from cifar_core.stop_signal import Interrupted, StopSignal
 from cifar_core.teacher import Teacher, check_teacher, distillation_loss
 from cifar_core.train_state import TrainState
-
-logger = logging.getLogger(__name__)
 
 Precision = Literal["fp32", "bf16"]
 LOG_EVERY = 200
@@ -63,16 +61,18 @@ class Trainer:
     Args:
         recipe: what to train.
         dataset: the data to train on.
-        folder: the run folder, whose lock must be held while training.
+        folder: the run folder, whose lock must be held while training; by rank 0 if there are several.
         seed: seed of the initial weights, the order of the images, augmentation and dropout.
         device: the device to compute on; all images are copied to it.
         precision: fp32, or bf16 for autocast; weights, optimizer and validation are in fp32 in both.
         initial: trained weights to start from; None for fresh weights.
         teacher: the model whose outputs are learned in addition to the labels; required if the recipe has
             `distillation`, and None otherwise.
+        ranks: the processes that train this run together; each has a trainer with the same arguments.
 
     Raises:
         InitialWeightsError: The initial weights do not fit the recipe.
+        RankError: The batches are too small for batch normalisation on so many ranks.
         TeacherError: There is a teacher and no `distillation`, or the reverse; or the teacher has other classes.
     """
 
@@ -86,9 +86,10 @@ class Trainer:
         precision: Precision,
         initial: InitialWeights | None = None,
         teacher: Teacher | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.recipe, self.dataset, self.folder, self.seed = recipe, dataset, folder, seed
-        self.device, self.precision, self.initial = device, precision, initial
+        self.device, self.precision, self.initial, self.ranks = device, precision, initial, ranks
         check_teacher(teacher, recipe, dataset)
         self.teacher = teacher
         if device.type == "cpu":
@@ -100,7 +101,10 @@ class Trainer:
         self.train_data = dataset.train.to(device)
         self.batch_sizes = batch_sizes(len(self.train_indices), recipe.batch_size, even=recipe.batch_norm)
         self.steps = len(self.batch_sizes)
+        if recipe.batch_norm:
+            ranks.check_batch_norm(min(self.batch_sizes))
         self.model = self._make_model()
+        self._replica = ranks.replicate(self.model, freezes=recipe.whiten_bias_epochs > 0)
         self.state = TrainState(
             self.model,
             make_optimizer(recipe, self.model),
@@ -139,7 +143,8 @@ class Trainer:
             "precision": self.precision,
             "data": data,
             "classes": list(self.dataset.classes),
-            "environment": describe_environment(self.device),
+            "environment": describe_environment(self.device)
+            | ({"ranks": self.ranks.size} if self.ranks.size > 1 else {}),
             **({"initial": self.initial.description()} if self.initial else {}),
             **({"teacher": self.teacher.description()} if self.teacher else {}),
         }
@@ -151,66 +156,49 @@ class Trainer:
 
         Raises:
             RunError: The folder holds a run and `resume` is false, or it holds a different run.
+            RankError: The ranks were started with different values or data.
         """
+        self.ranks.check_same_run({key: value for key, value in self.description().items() if key != "environment"})
+        if not self.ranks.from_first(self.ranks.is_first and self._open_folder(resume)):
+            return
+        self.state.restore(load_checkpoint(self.folder.last), self.device)
+        if self.ranks.is_first:
+            self.folder.write_history(self.state.history)
+        else:  # the checkpoint holds the sums over all ranks, and rank 0 continues them
+            self.state.losses.zero_()
+            self.state.correct.zero_()
+
+    def _open_folder(self, resume: bool) -> bool:
+        """Writes recipe.json, or compares it with this run. Returns whether there is a checkpoint to continue from."""
         if not (self.folder.path / "recipe.json").exists():
             today = datetime.datetime.now(datetime.UTC).date().isoformat()
             self.folder.write_description(self.description() | {"date": today})
-            return
+            return False
         if not resume:
             raise RunError(
                 f"{self.folder.path}: this folder holds a run already; continue it with --resume, or train anew after "
                 "removing the folder, or with another --seed or --runs DIR"
             )
-        self._check_same_run(self.folder.description())
-        if self.folder.last.exists():
-            self.state.restore(load_checkpoint(self.folder.last), self.device)
-            self.folder.write_history(self.state.history)
-
-    def _check_same_run(self, before: dict[str, Any]) -> None:
-        now = self.description()
-        same = {
-            "recipe": read_recipe(before["recipe"]) == self.recipe,
-            # The same data may have another name by now; the fingerprint decides.
-            "data": before["data"]["fingerprint"] == now["data"]["fingerprint"],
-            **{key: before[key] == now[key] for key in ("seed", "precision", "classes")},
-            **{
-                key: before.get(key, {}).get("weights") == now.get(key, {}).get("weights")
-                for key in ("initial", "teacher")
-            },
-        }
-        different = [key for key, equal in same.items() if not equal]
-        if different:
-            key = different[0]
-            was, is_now = before.get(key, "none"), now.get(key, "none")
-            if key == "recipe":  # only the values that differ
-                was, is_now = _differences(read_recipe(was).values(), is_now)
-            raise RunError(
-                f"{self.folder.path}: this run was started with {key} {was}, not {is_now}; resume it with "
-                "the same values, or choose another folder with --runs DIR"
-            )
-        if before.get("environment") != now["environment"]:
-            logger.warning(
-                "%s: this run was started on another machine or with other versions (%s); "
-                "its weights will differ slightly from those of an uninterrupted run",
-                self.folder.path,
-                before.get("environment"),
-            )
+        check_same_run(self.folder.path, self.folder.description(), self.description())
+        return self.folder.last.exists()
 
     # Steps
 
     def batches(self) -> Iterable[tuple[Tensor, ...]]:
-        """The remaining batches of the current epoch, in order: images, labels, and the teacher's logits if any."""
+        """The remaining batches of the current epoch, in order: images, labels, and the teacher's logits if any.
+
+        All ranks draw the same order, and each yields its part of every batch.
+        """
         generator = epoch_generator(self.seed, self.state.epoch)
         if self.recipe.sampler == "weighted":
             sampler = weighted_sampler(self.train_indices, len(self.train_data), generator)
         else:
             sampler = subset_sampler(self.train_indices, generator)  # type: ignore[assignment]
         data, augment, even = self.train_data, self._augment(), self.recipe.batch_norm
-        if self._teacher_logits is None:
-            return Batches(data, sampler, self.recipe.batch_size, self.state.step, augment, even)
-        indexed = Images(data.images, torch.arange(len(data), device=self.device))
-        batches = Batches(indexed, sampler, self.recipe.batch_size, self.state.step, augment, even)
-        return self._with_teacher(batches, self._teacher_logits)
+        if self._teacher_logits is not None:
+            data = Images(data.images, torch.arange(len(data), device=self.device))
+        batches = Batches(data, sampler, self.recipe.batch_size, self.state.step, augment, even, self.ranks.part)
+        return batches if self._teacher_logits is None else self._with_teacher(batches, self._teacher_logits)
 
     def _with_teacher(self, batches: Batches, logits: Tensor) -> Iterator[tuple[Tensor, ...]]:
         for images, indices in batches:
@@ -242,6 +230,8 @@ class Trainer:
     def train_step(self, images: Tensor, labels: Tensor, teacher: Tensor | None = None) -> None:
         """One optimizer step on a batch. The loss stays on the device, so that no step waits for a copy.
 
+        With several ranks, these are the parts of one rank.
+
         Args:
             images: uint8 [B, H, W, 3].
             labels: int64 [B].
@@ -250,13 +240,15 @@ class Trainer:
         state, recipe = self.state, self.recipe
         steps_done = state.epoch * self.steps + state.step
         set_learning_rate(state.optimizer, recipe, (steps_done + 0.5) / (recipe.epochs * self.steps))
+        self.ranks.seed_step(self.seed, steps_done)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            logits = self.model(images)
+            logits = self._replica(images)
             loss = nn.functional.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
             if teacher is not None:
                 loss = loss.lerp(distillation_loss(logits, teacher), recipe.distillation)
+        loss = self.ranks.part_of_mean(loss, len(labels), self.batch_sizes[state.step])
         state.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        self.ranks.backward(loss)
         state.optimizer.step()
         state.losses[state.step] = loss.detach()
         state.correct[state.step] = (logits.argmax(1) == labels).sum()
@@ -272,9 +264,7 @@ class Trainer:
         state = self.state
         total = self.recipe.epochs * self.steps
         done = state.epoch * self.steps + state.step
-        events = SummaryWriter(str(self.folder.path), purge_step=done)
-        # disable=None: no progress bar unless the output is a terminal
-        with contextlib.closing(events), tqdm(total=total, initial=done, unit="step", disable=None) as bar:
+        with RunLog(self.folder.path, total, done, enabled=self.ranks.is_first) as log:
             self.model.train()
             while state.epoch < self.recipe.epochs:
                 started = time.perf_counter() - state.seconds
@@ -282,18 +272,22 @@ class Trainer:
                 for batch in self.batches():
                     self.train_step(*batch)
                     state.seconds = time.perf_counter() - started
-                    bar.update()
+                    log.step()
                     if state.step % LOG_EVERY == 0:
-                        self._log_steps(events)
-                    if stop.number is not None:
-                        raise self.interrupt(stop.number)
+                        self._log_steps(log)
+                    self._check_signal(stop)
                 line = self.finish_epoch()
-                for key in ("train_loss", "train_accuracy", "validation_loss", "validation_accuracy", "learning_rate"):
-                    if line[key] is not None:
-                        events.add_scalar(f"epoch/{key}", line[key], state.epoch * self.steps)
+                keys = ("train_loss", "train_accuracy", "validation_loss", "validation_accuracy", "learning_rate")
+                log.scalars("epoch", {key: line[key] for key in keys}, state.epoch * self.steps)
                 yield line
-                if stop.number is not None and state.epoch < self.recipe.epochs:
-                    raise self.interrupt(stop.number)
+                if state.epoch < self.recipe.epochs:
+                    self._check_signal(stop)
+
+    def _check_signal(self, stop: StopSignal) -> None:
+        """Saves and raises Interrupted if a signal arrived; on all ranks after the same step."""
+        number = self.ranks.highest(stop.number or 0)
+        if number:
+            raise self.interrupt(number)
 
     def _start_epoch(self) -> None:
         """Freezes a whitening bias that is trained no longer; computes the teacher's outputs if they are missing."""
@@ -302,36 +296,37 @@ class Trainer:
             bias.requires_grad_(False)
             bias.grad = None
         if self.teacher is not None and self._teacher_logits is None:
-            cache = self.folder.path / "teacher.npz"
-            self._teacher_logits = self.teacher.logits(self.dataset.train.images, cache).to(self.device)
+            logits = functools.partial(self.teacher.logits, self.dataset.train.images, self.folder.path / "teacher.npz")
+            self._teacher_logits = self.ranks.first_then_others(logits).to(self.device)
 
-    def _log_steps(self, events: SummaryWriter) -> None:
+    def _log_steps(self, log: RunLog) -> None:
         self._check_finite()
         state = self.state
         loss, accuracy = self.training_metrics(state.step - LOG_EVERY, state.step)
-        tqdm.write(
+        log.line(
             f"epoch {state.epoch + 1:2d}  step {state.step:5d}/{self.steps}  "
             f"training loss {loss:.4f}  training accuracy {accuracy:7.2%}"
         )
         step = state.epoch * self.steps + state.step
-        events.add_scalar("step/train_loss", loss, step)
-        events.add_scalar("step/train_accuracy", accuracy, step)
+        log.scalars("step", {"train_loss": loss, "train_accuracy": accuracy}, step)
 
     def training_metrics(self, first: int, last: int) -> tuple[float, float]:
         """Mean loss and accuracy of the steps `first` to `last` - 1 of the current epoch."""
         sizes = torch.tensor(self.batch_sizes[first:last], dtype=torch.float64)
-        losses, correct = self.state.losses[first:last].cpu().double(), self.state.correct[first:last].cpu()
+        losses = self.ranks.total(self.state.losses[first:last]).cpu().double()
+        correct = self.ranks.total(self.state.correct[first:last]).cpu()
         return float((losses * sizes).sum() / sizes.sum()), float(correct.sum() / sizes.sum())
 
     def _check_finite(self) -> None:
         """Raises TrainingError if a loss of the current epoch, or a weight, is not finite."""
         state = self.state
-        bad_steps = (~state.losses[: state.step].isfinite()).nonzero()
+        losses = self.ranks.total(state.losses[: state.step])
+        bad_steps = (~losses.isfinite()).nonzero()
         weights_finite = all(bool(parameter.isfinite().all()) for parameter in self.model.parameters())
         if not len(bad_steps) and weights_finite:
             return
         step = int(bad_steps[0]) + 1 if len(bad_steps) else state.step
-        what = f"the loss is {float(state.losses[step - 1])}" if len(bad_steps) else "a weight is not finite"
+        what = f"the loss is {float(losses[step - 1])}" if len(bad_steps) else "a weight is not finite"
         checkpoint = (
             f"the last checkpoint in {self.folder.path} is from before this"
             if self.folder.last.exists()
@@ -352,9 +347,10 @@ class Trainer:
         train_loss, train_accuracy = self.training_metrics(0, self.steps)
         if recipe.statistics_images and state.epoch == recipe.epochs - 1:
             recompute_statistics(self.model, self._random_training_images(recipe.statistics_images))
+        self.ranks.average_statistics(self.model)
         validation_loss, validation_accuracy = None, None
         if recipe.is_validated(state.epoch):
-            validation_loss, validation_accuracy = validate(self.model, self.validation)
+            validation_loss, validation_accuracy = validate(self.model, self.validation, self.ranks)
         line = {
             "epoch": state.epoch + 1,
             "train_loss": train_loss,
@@ -372,6 +368,7 @@ class Trainer:
     def interrupt(self, signal_number: int) -> Interrupted:
         """Saves in the middle of an epoch. Returns the exception that says how to continue."""
         self._check_finite()
+        self.ranks.average_statistics(self.model)
         self._save(is_best=False)
         return Interrupted(
             f"stopped by {signal.Signals(signal_number).name} after epoch {self.state.epoch}, "
@@ -383,7 +380,11 @@ class Trainer:
         description = self.description()
         keys = ("recipe", "seed", "precision", "classes", "data", "initial", "teacher")
         about = {key: description[key] for key in keys if key in description}
-        checkpoint = about | self.state.to_dict(self.device)
+        totals = {"losses": self.ranks.total(self.state.losses), "correct": self.ranks.total(self.state.correct)}
+        if not self.ranks.is_first:
+            self.ranks.wait_for_first()
+            return
+        checkpoint = about | self.state.to_dict(self.device) | totals
         best = None
         if is_best:
             accuracy = self.state.history[-1]["validation_accuracy"]
@@ -392,9 +393,4 @@ class Trainer:
             self.folder.save(checkpoint, best)
         except FileWriteError as error:
             raise TrainingError(f"{error}; with --resume the run continues from its last checkpoint") from error
-
-
-def _differences(one: dict[str, Any], other: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The entries of two dictionaries with the same keys that differ."""
-    keys = [key for key in one if one[key] != other[key]]
-    return {key: one[key] for key in keys}, {key: other[key] for key in keys}
+        self.ranks.wait_for_first()

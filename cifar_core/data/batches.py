@@ -36,6 +36,7 @@ class Batches:
         start: number of batches to skip, for a run that resumes within an epoch.
         augment: returns the augmented images for given indices (int64 [B]); None yields the images unchanged.
         even: whether all batches have the same size, see `batch_sizes`.
+        part: yields a part of each batch, given its indices; None yields whole batches.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Batches:
         start: int = 0,
         augment: Callable[[Tensor], Tensor] | None = None,
         even: bool = False,
+        part: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}, but must be at least 1")
@@ -54,6 +56,7 @@ class Batches:
         self.sizes = batch_sizes(len(order), batch_size, even)  # type: ignore[arg-type]
         self.start = start
         self.augment = augment or data.images.__getitem__
+        self.part = part
 
     def __len__(self) -> int:
         return len(self.sizes) - self.start
@@ -61,5 +64,6 @@ class Batches:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         order = self.order if isinstance(self.order, Tensor) else torch.tensor(list(self.order))
         order = order.to(self.data.labels.device)
-        for indices in torch.split(order, self.sizes)[self.start :]:
+        for batch in torch.split(order, self.sizes)[self.start :]:
+            indices = self.part(batch) if self.part else batch
             yield self.augment(indices), self.data.labels[indices]

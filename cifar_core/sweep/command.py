@@ -2,7 +2,6 @@
 
 import argparse
 import itertools
-import os
 import re
 import signal
 import statistics
@@ -14,7 +13,8 @@ from pathlib import Path
 from tabulate import tabulate
 
 from cifar_core.data import Dataset, add_data_argument, load_dataset
-from cifar_core.device import DEVICES
+from cifar_core.device import DEVICES, available_cores
+from cifar_core.distributed import number_of_ranks
 from cifar_core.errors import CifarError
 from cifar_core.recipes import KEYS, RECIPES, Recipe, get_recipe, read_recipe
 from cifar_core.run_folder import RunFolder, best_epoch, default_folder
@@ -55,9 +55,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command. Exit codes: 0 all runs are finished, 1 some are not, 2 the sweep cannot start.
 
     Raises:
-        SweepError: A value is not allowed, or a finished run is not the run that the sweep asks for.
+        SweepError: A value is not allowed, a finished run is not the run that the sweep asks for, or torchrun started
+            several sweeps.
     """
     chosen = _parser().parse_args(arguments)
+    if number_of_ranks() > 1:
+        raise SweepError(
+            f"torchrun started this sweep {number_of_ranks()} times, but a sweep starts its runs itself, one device "
+            "each; start it with: python -m cifar_core.sweep"
+        )
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     # Loaded here once, so that a wrong path is reported once, and an archive is downloaded once.
     dataset = load_dataset(chosen.data)
@@ -83,7 +89,7 @@ def _train(chosen: argparse.Namespace, runs: Sequence[SweepRun]) -> None:
 
         ended = train_on_cluster(commands, chosen.ray, gpus=int(chosen.device == "cuda"))
     else:
-        ended = train_here(commands, chosen.jobs or max(1, _cores() // chosen.threads))
+        ended = train_here(commands, chosen.jobs or max(1, available_cores() // chosen.threads))
     of_command = {run.command: run for run in runs}
     for number, (command, code) in enumerate(ended, 1):
         run = of_command[command]
@@ -248,10 +254,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--precision", choices=("fp32", "bf16"), help="precision; default: that of each recipe")
     parser.add_argument("--runs", type=Path, metavar="DIR", help="folder for all runs; default: as in cifar_core.train")
     return parser
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _count(text: str) -> int:

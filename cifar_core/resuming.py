@@ -1,0 +1,56 @@
+"""Whether a run may be continued: only with the values, data and weights that it was started with."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from cifar_core.recipe import read_recipe
+from cifar_core.run_folder import RunError
+
+logger = logging.getLogger(__name__)
+
+
+def check_same_run(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Compares two contents of recipe.json; warns if the machine or the number of ranks is another one.
+
+    Args:
+        folder: the run folder, for messages.
+        before: what the run was started with.
+        now: what it would be continued with.
+
+    Raises:
+        RunError: They describe different runs.
+    """
+    recipe = read_recipe(before["recipe"])
+    same = {
+        "recipe": recipe == read_recipe(now["recipe"]),
+        # The same data may have another name by now; the fingerprint decides.
+        "data": before["data"]["fingerprint"] == now["data"]["fingerprint"],
+        **{key: before[key] == now[key] for key in ("seed", "precision", "classes")},
+        **{
+            key: before.get(key, {}).get("weights") == now.get(key, {}).get("weights") for key in ("initial", "teacher")
+        },
+    }
+    different = [key for key, equal in same.items() if not equal]
+    if different:
+        key = different[0]
+        was, is_now = before.get(key, "none"), now.get(key, "none")
+        if key == "recipe":  # only the values that differ
+            was, is_now = _differences(recipe.values(), is_now)
+        raise RunError(
+            f"{folder}: this run was started with {key} {was}, not {is_now}; resume it with the same values, or choose "
+            "another folder with --runs DIR"
+        )
+    if before.get("environment") != now["environment"]:
+        logger.warning(
+            "%s: this run was started on another machine, with other versions or with another number of ranks (%s); "
+            "its weights will differ slightly from those of an uninterrupted run",
+            folder,
+            before.get("environment"),
+        )
+
+
+def _differences(one: dict[str, Any], other: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The entries of two dictionaries with the same keys that differ."""
+    keys = [key for key in one if one[key] != other[key]]
+    return {key: one[key] for key in keys}, {key: other[key] for key in keys}
