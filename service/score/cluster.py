@@ -29,6 +29,8 @@ from service.score.sources import open_source
 Input = tuple[Path, str | None, Content, str | None]
 """Path, column, content and key of the input."""
 _CONNECT_SECONDS = 10.0
+# Ray replaces these by the address of the machine.
+_LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 
 Batch = dict[str, NDArray[Any]]
 
@@ -41,32 +43,37 @@ class ScorerActor:
         output: The output folder, absolute.
         options: The options of the run.
         sha256: SHA-256 of the model's file. Another model in its place is an error, so that all rows are of one model.
-
-    Raises:
-        ScoreError: The input or the model cannot be opened.
     """
 
     def __init__(self, where: Input, root: Path, output: Path, options: ScoreOptions, sha256: str) -> None:
         # Decode processes would otherwise begin by running the main program of Ray's workers.
         vars(sys.modules["__main__"]).pop("__file__", None)
         self._runner = asyncio.Runner()
-        self._scorer = self._runner.run(_scorer(where, root, output, options))
-        if self._scorer.model.sha256 != sha256:
-            raise ScoreError(f"{options.model}: the model was replaced during the run; restore it and use --resume")
+        self._scorer: Scorer | None = None
+        self._error = ""
+        try:
+            self._scorer = self._runner.run(_scorer(where, root, output, options, sha256))
+        except ScoreError as failure:  # an exception would come back as a traceback
+            self._error = str(failure)
 
     def __call__(self, batch: Batch) -> Batch:
         """Scores the part whose number a batch holds; returns its number of rows, or why it cannot be scored."""
         (part,) = batch["part"]
-        try:
-            rows, error = self._runner.run(self._scorer.score(int(part))), ""
-        except ScoreError as failure:  # an exception would come back as text, and only after Ray's attempts to repeat
-            rows, error = 0, str(failure)
+        rows, error = 0, self._error
+        if self._scorer is not None:
+            try:
+                rows = self._runner.run(self._scorer.score(int(part)))
+            except ScoreError as failure:  # and only after Ray's attempts to repeat
+                error = str(failure)
         return {"rows": np.array([rows]), "error": np.array([error])}
 
 
-async def _scorer(where: Input, root: Path, output: Path, options: ScoreOptions) -> Scorer:
+async def _scorer(where: Input, root: Path, output: Path, options: ScoreOptions, sha256: str) -> Scorer:
     _, source = open_source(*where, root=root)
-    return Scorer(options, source, OutputFolder(output))
+    scorer = Scorer(options, source, OutputFolder(output))
+    if scorer.model.sha256 != sha256:
+        raise ScoreError(f"{options.model}: the model was replaced during the run; restore it and use --resume")
+    return scorer
 
 
 def score_on_cluster(
@@ -92,15 +99,7 @@ def score_on_cluster(
     Raises:
         ScoreError: The cluster cannot be reached, or a part cannot be scored.
     """
-    # Ray wants no password, so a Ray that only this run uses is asked to stay on the loopback interface. Ray 2.60 may
-    # use the address of the machine for some ports all the same.
-    own: dict[str, Any] = {"_node_ip_address": "127.0.0.1", "include_dashboard": False} if address == "local" else {}
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    try:
-        _check_address(address)
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **own)
-    except OSError as error:
-        raise ScoreError(f"--ray {address}: there is no Ray cluster at this address ({error})") from error
+    _connect(address)
     try:
         _score((where, Path.cwd(), output.path.resolve(), options, sha256), parts, progress)
     finally:
@@ -130,8 +129,27 @@ def _score(
         progress.add(int(result["rows"]))
 
 
+def _connect(address: str) -> None:
+    """Connects this process to a cluster, or starts one. Raises ScoreError."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    own: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
+    try:
+        _check_address(address)
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **own)
+    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        raise ScoreError(
+            f"--ray {address}: cannot connect to a Ray cluster there: {error}. If the cluster wants a token, "
+            "set RAY_AUTH_MODE=token and give the token in ~/.ray/auth_token or RAY_AUTH_TOKEN"
+        ) from error
+
+
 def _check_address(address: str) -> None:
     """Connects once, because Ray itself waits for minutes. Raises OSError."""
     host, _, port = address.rpartition(":")
     if port.isdecimal() and "/" not in host:
-        socket.create_connection((host, int(port)), _CONNECT_SECONDS).close()
+        util: Any = ray.util  # the function has no types
+        host = util.get_node_ip_address() if host in _LOOPBACK else host.strip("[]")
+        try:
+            socket.create_connection((host, int(port)), _CONNECT_SECONDS).close()
+        except OSError as error:
+            raise ConnectionError(f"nothing answers at {host}:{port} ({error})") from error

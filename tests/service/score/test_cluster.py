@@ -1,6 +1,7 @@
 """Scoring on Ray gives the rows of a local run, also when an actor or a node of the cluster is killed."""
 
 import os
+import re
 import signal
 import subprocess
 import time
@@ -11,12 +12,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from cifar_core.images import ImageLimits
 from service.score.errors import ScoreError
+from service.score.output import OutputFolder
+from service.score.progress import ScoreProgress
+from service.score.scorer import ScoreOptions
+from tests.ray_cluster import ray, two_nodes
 from tests.service import exports
 from tests.service.score.pictures import command, environment, packed, rows, score, write_images
 
-ray = pytest.importorskip("ray", reason="needs the extra ray, which `make test-slow` installs")
-Cluster = pytest.importorskip("ray.cluster_utils").Cluster
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(420)]
 
 
@@ -70,23 +74,27 @@ def test_an_error_of_an_actor_is_reported_as_in_a_local_run(tmp_path, linear):
         score(file, tmp_path / "out", "--content", "pixels", "--ray", model=linear)
 
 
-def test_an_address_without_a_cluster_is_refused(tmp_path, linear, source):
-    with pytest.raises(ScoreError, match="there is no Ray cluster at this address"):
-        score(source[0], tmp_path / "out", "--ray", "127.0.0.1:1", model=linear)
+def test_a_model_that_was_replaced_during_the_run_is_reported_as_one_line(tmp_path, linear, source):
+    from service.score.cluster import score_on_cluster
+
+    options = ScoreOptions(linear, "fp32", "cpu", 1, 1, 32, 50, ImageLimits(2**20, 2**20), 1.0)
+    where = (source[0], None, "auto", None)
+    with pytest.raises(ScoreError, match=r"^[^\n]+: the model was replaced during the run; restore it and use .*$"):
+        score_on_cluster("local", where, OutputFolder(tmp_path / "out"), options, "other", [0], ScoreProgress(50, 0))
+
+
+def test_an_address_without_a_cluster_is_refused_and_the_message_names_the_address_that_ray_uses(
+    tmp_path, linear, source
+):
+    refused = f"nothing answers at {re.escape(ray.util.get_node_ip_address())}:1 "
+    with pytest.raises(ScoreError, match=f"--ray localhost:1: cannot connect to a Ray cluster there: {refused}"):
+        score(source[0], tmp_path / "out", "--ray", "localhost:1", model=linear)
 
 
 @pytest.fixture
-def cluster(monkeypatch):
-    """Two nodes with one CPU each; the second one can be killed."""
-    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    here = {"num_cpus": 1, "node_ip_address": "127.0.0.1", "object_store_memory": 2**27}
-    nodes = Cluster(initialize_head=True, head_node_args=here | {"include_dashboard": False})
-    try:
-        nodes.second = nodes.add_node(**here)
-        nodes.wait_for_nodes()
+def cluster():
+    with two_nodes() as nodes:
         yield nodes
-    finally:
-        nodes.shutdown()
 
 
 def actors() -> list[psutil.Process]:
@@ -107,20 +115,42 @@ def test_an_actor_and_then_a_node_are_killed_and_no_row_is_lost_or_doubled(tmp_p
     assert score(tmp_path / "in", tmp_path / "local", *options, model=slow) == 0
     output = tmp_path / "out"
     run = subprocess.Popen(
-        command(tmp_path / "in", output, *options, "--ray", cluster.address, model=slow),
+        # Ray replaces localhost by the address of the machine.
+        command(tmp_path / "in", output, *options, "--ray", f"localhost:{port(cluster)}", model=slow),
         env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     try:
         wait_until(lambda: len(parts(output)) >= 2 and len(actors()) == 2, run)
         os.kill(actors()[0].pid, signal.SIGKILL)
         written = len(parts(output))
-        wait_until(lambda: len(parts(output)) > written, run)
+        wait_until(lambda: len(parts(output)) > written and len(actors()) == 2, run)
         cluster.remove_node(cluster.second, allow_graceful=False)
+        left = 32 - len(parts(output))
         said, _ = run.communicate(timeout=240)
     finally:
         run.kill()
     assert run.returncode == 0, said
-    assert rows(output).equals(rows(tmp_path / "local"))
+    assert left > 0, "all parts were written before the node was killed"
+    found = rows(output)
+    assert found.equals(rows(tmp_path / "local"))
+    print(f"parts written: {written} of 32 when an actor was killed, {32 - left} when a node was killed")
+    names = set(found["path"].to_pylist())
+    print(f"{len(found)} rows of {len(names)} images, all as in a local run of {len(images)} images")
+
+
+def test_a_cluster_with_a_token_says_what_a_run_without_it_needs(tmp_path, linear, source, cluster):
+    run = subprocess.run(
+        command(source[0], tmp_path / "out", "--ray", cluster.address, model=linear),
+        env=environment() | {"RAY_AUTH_MODE": "disabled"}, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert run.returncode == 2
+    last = run.stderr.splitlines()[-1]
+    assert last.startswith(f"error: --ray {cluster.address}: cannot connect to a Ray cluster there")
+    assert "set RAY_AUTH_MODE=token" in last
+
+
+def port(cluster) -> str:
+    return cluster.address.rpartition(":")[2]
 
 
 def parts(output: Path) -> list[Path]:
