@@ -21,7 +21,7 @@ from ray import serve
 from ray.serve.config import gRPCOptions
 from ray.serve.grpc_util import RayServegRPCContext
 
-from service.assembly import assemble
+from service.assembly import assemble, start_decoder
 from service.core.export_numbers import ExportNumbers
 from service.core.metrics import Metrics
 from service.errors import RequestError
@@ -32,6 +32,7 @@ from service.rpc.classify import ImageClassifier
 from service.rpc.open_inference import OpenInference
 from service.rpc.statuses import CODES, Failure, trailing_metadata
 from service.settings import Settings, shipped_model
+from service.starting import load_models
 
 APPLICATION = "cifar10"
 SERVICER_FUNCTIONS = [
@@ -52,7 +53,9 @@ class Classifier:
     async def __init__(self, options: dict[str, Any]) -> None:  # type: ignore[misc] -- Ray awaits it
         settings = Settings(**options)
         self._max_batch_seconds = settings.max_batch_seconds
-        self._core = assemble(settings, Metrics(), ExportNumbers(None))
+        metrics = Metrics()
+        decoder = start_decoder(settings, metrics)  # its processes start while the model is loaded
+        self._core = assemble(settings, metrics, decoder, load_models(settings, ExportNumbers(None)))
         self._servicers = (
             ImageClassifier(self._core.inference),
             OpenInference(self._core.inference, lambda: False, importlib.metadata.version("cifar-classifier")),

@@ -1,5 +1,6 @@
 """`cifar-serve`, which is also `python -m service`: starts the server, or the supervisor of several workers."""
 
+import gc
 import importlib.util
 import os
 import signal
@@ -12,6 +13,9 @@ def main() -> int:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     if os.getpid() == 1:  # the kernel ignores the default action of SIGTERM for process 1 of a container
         signal.signal(signal.SIGTERM, lambda number, _: os._exit(128 + number))
+    gc.disable()  # objects of imports stay, so collections only delay the start; the server enables it again
+    # Nothing of ours is a plugin of pydantic. Looking for plugins reads the metadata of every installed package.
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     # Imported after the signals are handled, because the imports take time and a signal may arrive meanwhile.
     from cifar_core.errors import needs_extra
 
@@ -33,8 +37,9 @@ def main() -> int:
         if settings.workers > 1:
             from service.workers.supervisor import supervise
 
+            gc.enable()
             return supervise(settings)
-        from service.server import run
+        from service.starting import run
 
         return run(settings)
     except StartError as error:

@@ -10,16 +10,15 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Coroutine, Sequence
-from multiprocessing.util import get_temp_dir
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Protocol
 
-from service import logs, metrics_http, open_files, ports, tracing
-from service.assembly import assemble
+from service import logs, metrics_http, ports, tracing
+from service.assembly import assemble, start_decoder
 from service.certificates import Certificates
 from service.core.batcher import Batcher
-from service.core.export_numbers import ExportNumbers
 from service.core.inference import Inference
-from service.core.memory import limit_heap, trim_regularly
+from service.core.memory import trim_regularly
 from service.core.metrics import Metrics, Processes
 from service.core.model_store import ModelStore
 from service.errors import StartError
@@ -68,47 +67,35 @@ class Transport(Protocol):
         """Closes all connections; unless `at_once`, so that clients lose no request that they are sending."""
 
 
-def run(
+async def serve(
     settings: Settings,
+    loading: Future[ModelStore],
+    temporary_folder: str,
+    started: float,
+    on_ready: Callable[[Callable[[], bool]], None],
     *,
-    shares_port: bool = False,
-    exports: int | None = None,
-    on_ready: Callable[[Callable[[], bool]], None] = lambda _: None,
+    shares_port: bool,
 ) -> int:
-    """Serves until SIGTERM or SIGINT. Ends the process with exit code 0, or returns the code if it never served.
+    """Serves until SIGTERM or SIGINT. Does not return: ends the process. Call it through service.starting.
 
     Args:
         settings: All options.
+        loading: The models, which are being loaded.
+        temporary_folder: Removed at the end.
+        started: When the start began, on time.perf_counter().
+        on_ready: Called when requests are answered, with a function that says whether the engine is healthy.
         shares_port: Whether other processes listen on the same port.
-        exports: File descriptor of the list of exports, if other processes share it; see service.core.export_numbers.
-        on_ready: Called in the event loop when requests are answered, with a function that says whether the engine is
-            healthy.
 
     Raises:
         StartError: The server cannot start.
     """
-    limit_heap()
-    return asyncio.run(_run(settings, shares_port, ExportNumbers(exports), on_ready))
-
-
-async def _run(
-    settings: Settings, shares_port: bool, numbers: ExportNumbers, on_ready: Callable[[Callable[[], bool]], None]
-) -> int:
-    started = time.perf_counter()
-    if not shares_port:
-        ports.check_free(settings.host, settings.port)
-    open_files.allow_connections(settings.max_connections * (1 if settings.http_port is None else 2))
-    try:
-        temporary_folder = get_temp_dir()  # of multiprocessing, for the decode processes
-    except OSError as error:
-        raise StartError(
-            f"no temporary folder can be made ({error.strerror}): set TMPDIR to a writable folder"
-        ) from error
     metrics = Metrics()
     spans = tracing.start(os.environ, importlib.metadata.version("cifar-classifier"))
     async with contextlib.AsyncExitStack() as stack:
-        core = assemble(settings, metrics, numbers)
-        stack.callback(core.decoder.close)
+        decoder = start_decoder(settings, metrics)
+        stack.callback(decoder.close)
+        collect_garbage()  # while the model is loaded
+        core = assemble(settings, metrics, decoder, await asyncio.wrap_future(loading))
         models, batcher, inference = core.models, core.batcher, core.inference
         lifecycle = _Lifecycle(batcher, settings.max_batch_seconds)
         tokens = Tokens(settings.token_file) if settings.token_file else None
@@ -192,13 +179,19 @@ def _in_flight(transports: Sequence[Transport]) -> int:
     return sum(transport.in_flight for transport in transports)
 
 
+def collect_garbage() -> None:
+    """Frees the garbage of the imports, and exempts what is left from garbage collection; see `freeze_gc`."""
+    gc.collect()
+    gc.freeze()
+
+
 def freeze_gc() -> None:
     """Exempts all objects that exist now from garbage collection, which would otherwise scan them again and again.
 
     No thread runs Python code during a scan, which delays the slowest requests (docs/performance.md).
     """
-    gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 class _Lifecycle:

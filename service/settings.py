@@ -5,9 +5,11 @@ Modules receive the values that they need, not this class.
 
 import os
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
+    BaseModel,
+    ConfigDict,
     Field,
     NonNegativeFloat,
     PositiveInt,
@@ -15,9 +17,9 @@ from pydantic import (
     model_validator,
 )
 from pydantic_core import ErrorDetails
-from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from cifar_core.errors import program_name
+from service.command_line import UsageError, from_environment, from_flags
 from service.cpu_quota import usable_cpus
 from service.environment import ENVIRONMENT_PREFIX
 from service.errors import StartError
@@ -49,25 +51,14 @@ def shipped_model() -> Path:
     return shipped("exported")
 
 
-class Settings(BaseSettings):
+class Settings(BaseModel):
     """Classifies batches of images over gRPC.
 
     Each option is also an environment variable: --max-batch-size is CIFAR_SERVICE_MAX_BATCH_SIZE. A flag takes
     precedence.
     """
 
-    model_config = SettingsConfigDict(
-        env_prefix=ENVIRONMENT_PREFIX,
-        cli_prog_name=_PROGRAM,
-        cli_kebab_case=True,
-        cli_implicit_flags=True,
-        cli_exit_on_error=False,
-        cli_hide_none_type=True,
-        cli_avoid_json=True,
-        env_parse_none_str="none",
-        extra="forbid",
-        frozen=True,
-    )
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
     # Address and processes
     host: str = Field("127.0.0.1", description="address to listen on; one other than loopback needs TLS or --insecure")
@@ -167,6 +158,9 @@ class Settings(BaseSettings):
     )
     log_format: Literal["human", "json"] = Field("human", description="format of the log, on standard error")
 
+    def __init__(self, **values: Any) -> None:  # noqa: ANN401 -- pydantic checks them
+        super().__init__(**{**from_environment(type(self), ENVIRONMENT_PREFIX), **values})
+
     @model_validator(mode="after")
     def _options_agree(self) -> Self:
         if (self.tls_cert is None) != (self.tls_key is None):
@@ -237,11 +231,11 @@ def parse(arguments: list[str]) -> Settings:
     """
     arguments = [_respell(argument) for argument in arguments]
     try:
-        return Settings(_cli_parse_args=arguments)  # type: ignore[call-arg]
+        return Settings(**from_flags(Settings, _PROGRAM, arguments))
     except ValidationError as error:
         raise StartError("; ".join(_describe(problem, arguments) for problem in error.errors())) from error
-    except SettingsError as error:
-        raise StartError(f"{' '.join(str(error).split())} (see {_PROGRAM} --help)") from error
+    except UsageError as error:
+        raise StartError(f"error parsing CLI: {' '.join(str(error).split())} (see {_PROGRAM} --help)") from error
 
 
 def _respell(argument: str) -> str:

@@ -15,7 +15,7 @@ from concurrent.futures import Executor, Future
 from multiprocessing.context import ForkServerProcess
 
 from cifar_core.images import ImageLimits
-from service.core import decode_worker
+from service.core import decode_worker, fork_server
 from service.core.decode_worker import REPLY, REQUEST, SIZES, Kind, ProcessLimits
 from service.core.fair_queue import Job
 
@@ -33,8 +33,6 @@ def _kill_remaining() -> None:
 
 _NAME = "decode"
 atexit.register(_kill_remaining)  # runs before the function of `multiprocessing.util`, which is registered already
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["service.core.decode_preload"])
 
 
 def start_process(limits: ProcessLimits, image_limits: ImageLimits) -> tuple[ForkServerProcess, socket.socket]:
@@ -47,7 +45,7 @@ def start_process(limits: ProcessLimits, image_limits: ImageLimits) -> tuple[For
     """
     ours, theirs = socket.socketpair()
     with theirs:
-        process = _context.Process(
+        process = fork_server.context.Process(
             target=decode_worker.main, args=(theirs, limits, image_limits), name=_NAME, daemon=True
         )
         process.start()

@@ -56,8 +56,12 @@ class Engine:
         return logits, probabilities
 
     def warm_up(self, max_batch_size: int) -> None:
-        """Computes batches of several sizes up to the largest, so that no request waits for first allocations."""
-        sizes = [2**power for power in range(max_batch_size.bit_length()) if 2**power < max_batch_size]
+        """Computes batches of the largest size, so that no request waits for first allocations.
+
+        CUDA chooses its algorithms for each size, so it also computes smaller batches.
+        """
+        smaller = [2**power for power in range(max_batch_size.bit_length()) if 2**power < max_batch_size]
+        sizes = [] if self.device == "cpu" else smaller
         for session in dict.fromkeys((self._session, self._single)):
             for size in (*sizes, max_batch_size):
                 session.run(OUTPUTS, {"images": np.zeros((size, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)})

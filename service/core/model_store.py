@@ -158,7 +158,8 @@ class ModelStore:
         device: Device to compute on; see `Engine`. Reloads stay on the device that "auto" chose at the start.
         threads: Number of intra-op threads; see `Engine`.
         max_batch_size: Size of the largest batch to warm up with.
-        on_reload: Called after each reload with the new model, or with None if the new export was refused.
+        on_reload: Called after each reload with the new model, or with None if the new export was refused. Can be set
+            later, before `reload` and `watch` are called.
         name: The name by which clients of the Open Inference Protocol address the model.
         numbers: Numbers the exports; None: this store alone counts them.
 
@@ -174,14 +175,14 @@ class ModelStore:
         device: Device,
         threads: int,
         max_batch_size: int,
-        on_reload: Callable[[Model | None], None],
+        on_reload: Callable[[Model | None], None] = lambda _: None,
         name: str = DEFAULT_NAME,
         numbers: ExportNumbers | None = None,
     ) -> None:
         self._folder, self._variant, self._name = folder, variant, name
         self._numbers = numbers or ExportNumbers()
         self._threads, self._max_batch_size = threads, max_batch_size
-        self._on_reload = on_reload
+        self.on_reload = on_reload
         self._watcher = Watcher(self._files, self._replace, self._keep_old)
         self.current = self._load(device)
 
@@ -213,7 +214,7 @@ class ModelStore:
         model = await asyncio.to_thread(self._load, self.current.engine.device)
         old, self.current = self.current, model
         logger.info("model %s (%s), version %d, replaces %s", model.version, model.variant, model.number, old.version)
-        self._on_reload(model)
+        self.on_reload(model)
 
     def _keep_old(self, error: Exception) -> None:
         trace = None if isinstance(error, StartError) else error
@@ -223,4 +224,4 @@ class ModelStore:
             str(error) or repr(error),
             exc_info=trace,
         )
-        self._on_reload(None)
+        self.on_reload(None)

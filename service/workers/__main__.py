@@ -32,7 +32,7 @@ def main() -> int:
         os.set_inheritable(log, False)
     os.set_inheritable(exports, False)
     logs.configure(settings.log_level, settings.log_format, number, log)
-    from service.server import run
+    from service.starting import run
 
     sender = Sender(pipe)
     beating: set[asyncio.Task[None]] = set()

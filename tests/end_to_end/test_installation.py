@@ -184,7 +184,7 @@ def test_a_command_that_needs_an_extra_names_it_in_one_line(installed, base, arg
 
 
 def test_a_server_without_onnxruntime_names_the_extras_that_install_it(installed, base, tmp_path):
-    for name in ("pydantic-settings", "python-json-logger"):
+    for name in ("pydantic", "python-json-logger"):
         distribution = importlib.metadata.distribution(name)
         for required in (distribution, *requirements(distribution)):
             for file in required.files or ():
