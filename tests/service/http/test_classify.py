@@ -161,6 +161,23 @@ def test_files_of_the_docs_are_ours_and_name_no_other_host(web):
     assert web.get("/docs", If_None_Match=page.headers["etag"]).status == 304
 
 
+def test_files_for_browsers_allow_no_other_host_no_frames_and_no_stale_copies(web):
+    for path in ("/", "/static/app.js", "/samples/cat.jpg", "/docs"):
+        headers = web.get(path).headers
+        directives = (directive.split() for directive in headers["content-security-policy"].split(";"))
+        policy = {name: set(sources) for name, *sources in directives}
+        assert policy.pop("img-src") == {"'self'", "blob:", "data:"}
+        assert {name for name, sources in policy.items() if sources == {"'self'"}} == {
+            "script-src", "style-src", "connect-src",
+        }  # fmt: skip
+        assert {name for name, sources in policy.items() if sources == {"'none'"}} == {
+            "default-src", "base-uri", "form-action", "frame-ancestors",
+        }  # fmt: skip
+        assert len(policy) == 7
+        assert headers["referrer-policy"] == "no-referrer"
+        assert headers["cache-control"] == "no-cache"
+
+
 @pytest.mark.parametrize("path", ["/samples/..%2f..%2fpyproject.toml", "/samples/README.md", "/docs/x", "/x", "/../x"])
 def test_other_files_are_not_found(web, path):
     reply = web.get(path)

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from playwright.sync_api import JSHandle, expect
 
 from cifar_core.images import IMAGE_SIZE, ImageRejected, decode
@@ -23,6 +24,11 @@ DATA_TRANSFER = """([name, type, content]) => {
   transfer.items.add(new File([bytes], name, { type }));
   return transfer;
 }"""
+# The length of a full bar, and of each bar, in pixels. Not their boxes, which grow in an animation.
+BAR_LENGTHS = """(bars) => [
+  bars.querySelector(".track").clientWidth,
+  ...[...bars.querySelectorAll(".fill")].map((fill) => parseFloat(getComputedStyle(fill).width)),
+]"""
 CANVAS_PIXELS = """(canvas) => [...canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data]"""
 
 
@@ -55,6 +61,35 @@ def test_every_sample_picture_gets_the_answer_that_the_command_line_client_print
         assert shown == {
             ranked["name"]: pytest.approx(100 * ranked["probability"], abs=0.0501) for ranked in answer["classes"]
         }
+        # A bar is at least two pixels wide, so that a class with a probability of nearly 0 has one.
+        wide, *lengths = visit.page.locator(".bars").evaluate(BAR_LENGTHS)
+        assert lengths == [
+            pytest.approx(max(2, wide * ranked["probability"]), abs=0.02 * wide) for ranked in answer["classes"]
+        ]
+
+
+def test_each_sample_picture_is_shown_at_its_name(visit: Visit) -> None:
+    tiles = visit.page.locator(".sample").all()
+    assert [tile.inner_text() for tile in tiles] == [path.stem for path in SAMPLES]
+    sources = [tile.locator("img").evaluate("(image) => image.currentSrc") for tile in tiles]
+    assert sources == [f"{visit.url}/samples/{path.name}" for path in SAMPLES]
+
+
+@pytest.mark.parametrize("size", [(120, 40), (40, 120)])
+def test_the_square_that_the_server_uses_is_marked_in_the_middle_of_the_picture(
+    visit: Visit, tmp_path: Path, size: tuple[int, int]
+) -> None:
+    picture = tmp_path / "picture.png"
+    Image.new("RGB", size, "green").save(picture)
+    visit.choose(picture)
+    visit.wait_for_answers(1)
+    shown, mark = visit.page.locator(".shot img").bounding_box(), visit.page.locator(".crop").bounding_box()
+    assert shown is not None
+    assert mark is not None
+    assert shown["width"] / shown["height"] == pytest.approx(size[0] / size[1], rel=0.05)
+    for start, length in (("x", "width"), ("y", "height")):
+        assert mark[length] == pytest.approx(min(shown["width"], shown["height"]), abs=1)
+        assert mark[start] + mark[length] / 2 == pytest.approx(shown[start] + shown[length] / 2, abs=1)
 
 
 def test_the_page_shows_the_pixels_that_the_network_computes_on_enlarged_without_smoothing(visit: Visit) -> None:
@@ -164,11 +199,15 @@ def test_pictures_can_be_chosen_in_the_file_dialog(visit: Visit) -> None:
 
 def test_a_photo_can_be_taken_with_the_camera_of_the_computer(visit: Visit) -> None:
     visit.page.get_by_role("button", name="Take a photo").click()
-    visit.page.get_by_role("button", name="Classify this view").click()
+    take = visit.page.get_by_role("button", name="Classify this view")
+    expect(take).to_be_enabled()
+    track = visit.page.evaluate_handle("document.getElementById('camera-video').srcObject.getTracks()[0]")
+    assert track.evaluate("(track) => track.readyState") == "live"
+    take.click()
     visit.wait_for_answers(1)
     assert visit.tiles()[0].startswith("photo.jpg: ")
     expect(visit.page.locator("#camera-dialog")).to_be_hidden()
-    assert visit.page.evaluate("document.getElementById('camera-video').srcObject") is None  # the camera is off
+    assert track.evaluate("(track) => track.readyState") == "ended"  # the camera is off
 
 
 def test_a_phone_opens_its_camera_app(new_visit: OpenVisit) -> None:

@@ -140,6 +140,21 @@ def test_a_request_that_failed_can_be_tried_again(visit: Visit) -> None:
     expect(visit.page.get_by_role("button", name="Try failed ones again")).to_be_hidden()
 
 
+def test_a_model_that_replaces_the_first_one_is_named(visit: Visit) -> None:
+    def replaced(route: Route) -> None:
+        answer = route.fetch()
+        content = answer.json()
+        content.get("model", content)["version"] = "the-next"  # /v1/model describes the model, an answer names it
+        route.fulfill(response=answer, json=content)
+
+    visit.page.route("**/v1/*", replaced)
+    expect(visit.page.locator("#fact-version")).not_to_have_text("the-next")
+    visit.choose(CAT)
+    visit.wait_for_answers(1)
+    expect(visit.page.locator("#fact-version")).to_have_text("the-next")
+    expect(visit.page.locator(".small-facts")).to_contain_text("the-next")
+
+
 def test_clearing_removes_all_pictures(visit: Visit) -> None:
     visit.choose(CAT)
     visit.wait_for_answers(1)
