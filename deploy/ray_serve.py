@@ -5,18 +5,22 @@
 
 Clients call the same services as without Ray, through the gRPC proxy of Ray Serve. Each replica has the engine, batches
 and decode processes of one server process. Ray adds and removes replicas by the number of requests in progress, and
-replaces those that fail. docs/deployment.md says what this costs. Streams are not offered: the proxy has no streams of
-requests.
+replaces those that fail. docs/deployment.md says what this costs. Ray's proxy listens at all addresses of the machine,
+without TLS and tokens. Streams are not offered.
 """
 
 import argparse
 import importlib.metadata
+import logging
 import signal
+import sys
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+import grpc
 import ray
+from google.protobuf.empty_pb2 import Empty
 from ray import serve
 from ray.serve.config import gRPCOptions
 from ray.serve.grpc_util import RayServegRPCContext
@@ -34,7 +38,11 @@ from service.rpc.statuses import CODES, Failure, trailing_metadata
 from service.settings import Settings, shipped_model
 from service.starting import load_models
 
+logger = logging.getLogger("ray.serve")  # goes to the log of the replica
+
 APPLICATION = "cifar10"
+# Ray announces only applications with an HTTP route to its proxies, also to the one for gRPC. HTTP requests to it fail.
+ROUTE = "/cifar10"
 SERVICER_FUNCTIONS = [
     "service.generated.cifar.v1.image_classifier_pb2_grpc.add_ImageClassifierServicer_to_server",
     "service.generated.inference.open_inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server",
@@ -79,10 +87,14 @@ class Classifier:
             return await behaviour(request, call)
         except RequestError as error:
             failure = Failure(CODES[type(error)], error.message, error.retry_after)
-            context.set_code(failure.code)
-            context.set_details(failure.message)
-            context.set_trailing_metadata(list(trailing_metadata(failure)))
-            raise failure from error
+        except Exception:
+            logger.exception("%s failed", method)
+            failure = Failure(grpc.StatusCode.INTERNAL, "the replica failed on this request; its log has the reason")
+        # Nothing is raised, because Ray sends no trailing metadata, and so no hint when to retry, after an exception.
+        context.set_code(failure.code)
+        context.set_details(failure.message)
+        context.set_trailing_metadata(list(trailing_metadata(failure)))
+        return Empty()  # not sent: gRPC sends no message with such a status
 
 
 def _unary(name: str) -> Callable[..., Awaitable[Any]]:
@@ -127,8 +139,15 @@ def build(arguments: dict[str, Any]) -> serve.Application:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the application until SIGTERM or SIGINT."""
     parser = argparse.ArgumentParser(description="Serves the classifier through Ray Serve.")
-    parser.add_argument("--address", help="address of a Ray cluster; default: a new one on this machine")
-    parser.add_argument("--port", type=int, default=50051, help="port of the gRPC proxy; default: %(default)s")
+    parser.add_argument(
+        "--address", default="local", help="address of a Ray cluster, or 'auto'; default: a new one on this machine"
+    )
+    parser.add_argument(
+        "--port", type=int, default=50051, help="port of the gRPC proxy, at all addresses; default: %(default)s"
+    )
+    parser.add_argument(
+        "--ray-http-port", type=int, default=8000, help="port of Ray's HTTP proxy, on loopback; default: %(default)s"
+    )
     parser.add_argument(
         "--model", type=Path, default=shipped_model(), help="folder of the export; default: the shipped one"
     )
@@ -138,17 +157,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--max-replicas", type=int, default=8, help="default: %(default)s")
     given = parser.parse_args(arguments)
     ray.init(address=given.address, include_dashboard=False)
-    start(given.port)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _stop)  # ray.init has set handlers that end the process at once
     names = ("variant", "cpus", "min_replicas", "max_replicas")
     options = {name: getattr(given, name) for name in names}
-    serve.run(build({"model": str(given.model.resolve()), **options}), name=APPLICATION, route_prefix=None)
-    signal.sigwait({signal.SIGTERM, signal.SIGINT})
-    serve.shutdown()
-    ray.shutdown()
+    start(given.port, given.ray_http_port)
+    try:
+        serve.run(build({"model": str(given.model.resolve()), **options}), name=APPLICATION, route_prefix=ROUTE)
+        while True:
+            signal.pause()
+    finally:
+        serve.delete(APPLICATION)  # waits for requests in progress; other applications of the cluster go on
+        ray.shutdown()
 
 
-def start(port: int, http_port: int = 8000) -> None:
-    """Starts the proxies of Ray Serve, on the loopback interface; ports for gRPC and for Ray's own HTTP."""
+def _stop(_number: int, _frame: object) -> NoReturn:
+    sys.exit(0)
+
+
+def start(port: int, http_port: int) -> None:
+    """Starts the proxies of Ray Serve: for gRPC at all addresses of the machine, for Ray's own HTTP on loopback."""
     serve.start(
         http_options={"host": "127.0.0.1", "port": http_port},
         grpc_options=gRPCOptions(port=port, grpc_servicer_functions=SERVICER_FUNCTIONS),
