@@ -1,9 +1,11 @@
 """Addresses and ports: whether a port is free, and reserving one for several processes."""
 
 import contextlib
+import ctypes
 import errno
 import ipaddress
 import socket
+import struct
 from collections.abc import Iterator
 from typing import Any, TypeAlias
 
@@ -12,6 +14,14 @@ from service.errors import StartError
 _Where: TypeAlias = tuple[socket.AddressFamily, tuple[Any, ...]]
 # Largest number of connections that wait to be accepted.
 BACKLOG = 1024
+# SO_ATTACH_FILTER of Linux, and a filter that drops packets that begin a connection, by SYN in the TCP header.
+_ATTACH_FILTER = 26
+_DROP_SYN = (
+    (0x30, 0, 0, 13),  # load byte 13 of the header
+    (0x45, 0, 1, 0x02),  # if SYN is not set, skip the next instruction
+    (0x06, 0, 0, 0),  # drop the packet
+    (0x06, 0, 0, 0xFFFFFFFF),  # keep it
+)
 # The machine lacks the address, or its whole family: `localhost` may resolve to ::1 although IPv6 is off.
 _ABSENT = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 
@@ -52,6 +62,20 @@ def reserve(host: str, port: int) -> Iterator[int]:
     check_free(host, port)
     with contextlib.ExitStack() as stack:
         yield _bind_all(stack, host, port, socket.SO_REUSEPORT)[0].getsockname()[1]
+
+
+def hold_new_connections(listener: socket.socket) -> None:
+    """Leaves clients that begin to connect from now on without an answer. They try again a second later.
+
+    When a listening socket is closed, the kernel resets the connections that nobody has accepted, and the requests that
+    their clients have sent are lost. After this call no further ones arrive, so that all can be accepted before the
+    socket is closed. Does nothing where the kernel has no such filters.
+    """
+    program = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *instruction) for instruction in _DROP_SYN))
+    with contextlib.suppress(OSError):
+        listener.setsockopt(
+            socket.SOL_SOCKET, _ATTACH_FILTER, struct.pack("HL", len(_DROP_SYN), ctypes.addressof(program))
+        )
 
 
 def listen(host: str, port: int, *, shares_port: bool) -> list[socket.socket]:

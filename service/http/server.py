@@ -34,6 +34,8 @@ _CHECK_SECONDS = 0.5
 _SEARCH_SECONDS = 0.1
 # Pause after a connection could not be accepted, for example because no file descriptor is free.
 _ACCEPT_PAUSE_SECONDS = 0.1
+# Time for clients that have begun to connect to a server that stops.
+_CONNECTING_SECONDS = 0.05
 # A server that stops waits until each client that sent a request within this time has been told to connect elsewhere,
 _ACTIVE_SECONDS = 2.0
 # or until no client has sent a request for this time and no new connection waits for its first request,
@@ -141,6 +143,9 @@ class HttpServer:
         """Tells clients that their connections accept no more requests, then closes the connections."""
         if not at_once:
             await self._tell_clients()
+            for listener in self._listeners:
+                ports.hold_new_connections(listener)
+            await asyncio.sleep(_CONNECTING_SECONDS)
         for task in self._tasks:
             task.cancel()
         for listener in self._listeners:

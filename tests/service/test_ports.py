@@ -1,9 +1,11 @@
 import socket
+import sys
+import threading
 
 import pytest
 
 from service.errors import StartError
-from service.ports import check_free, reserve
+from service.ports import check_free, hold_new_connections, reserve
 
 UNASSIGNED = "2001:db8::1"  # reserved for documentation: no machine has it
 
@@ -58,3 +60,38 @@ def test_a_reserved_port_is_kept_and_can_be_shared():
         with socket.socket() as worker:
             worker.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             worker.bind(("127.0.0.1", port))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs the filters of Linux")
+@pytest.mark.parametrize(("family", "host"), [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")])
+def test_held_connections_are_refused_and_not_reset_when_the_listener_closes(family, host):
+    try:
+        listening = socket.create_server((host, 0), family=family, backlog=8)
+    except OSError:
+        pytest.skip(f"this machine has no {host}")
+    port = listening.getsockname()[1]
+    outcomes = []
+
+    def connect() -> None:
+        try:
+            with socket.create_connection((host, port), timeout=30) as client:
+                client.sendall(b"request")
+                outcomes.append(client.recv(100))
+        except OSError as error:
+            outcomes.append(error)
+
+    with listening:
+        earlier = socket.create_connection((host, port))
+        hold_new_connections(listening)
+        later = threading.Thread(target=connect)
+        later.start()
+        accepted, _ = listening.accept()  # it arrived before
+        listening.settimeout(0.2)
+        with pytest.raises(TimeoutError):
+            listening.accept()
+        assert not outcomes
+        with earlier, accepted:
+            earlier.sendall(b"request")
+            assert accepted.recv(100) == b"request"
+    later.join()
+    assert [type(outcome) for outcome in outcomes] == [ConnectionRefusedError]
