@@ -88,7 +88,7 @@ def test_a_scrape_is_answered_while_200_silent_or_slow_connections_are_held_open
             began = time.monotonic()
             for _ in range(3):
                 assert (await ask(port))[0] == b"HTTP/1.1 200 OK"
-            assert time.monotonic() - began < 2
+            assert time.monotonic() - began < 8  # the silent connections end after 10 s
             assert threading.active_count() == threads
             ended = [reader for reader, _ in held if reader.at_eof() or reader.exception()]
             assert len(ended) >= 200 - MAX_CONNECTIONS
@@ -230,7 +230,7 @@ def test_a_server_answers_scrapes_beside_200_silent_connections_without_more_thr
             held.enter_context(socket.create_connection(("127.0.0.1", port)))
         began = time.monotonic()
         assert server.metrics()
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < 8  # the silent connections end after 10 s
         assert threads() <= before + 1
     until(lambda: bool(server.metrics()))
     assert server.stop() == 0

@@ -159,8 +159,8 @@ def test_a_second_signal_ends_supervisor_and_workers_at_once(start_server, slow,
         server.wait_for('"stopping: ', count=2)
         began = time.monotonic()
         assert server.stop() == 128 + signal.SIGTERM
-        assert time.monotonic() - began < 2
-    until(lambda: not any(running(pid) for pid in workers.values()), 2)
+        assert time.monotonic() - began < 10  # not the grace period of 30 s
+    until(lambda: not any(running(pid) for pid in workers.values()), 10)
     assert not [path for path in short.iterdir() if path.is_dir()]
 
 
@@ -204,7 +204,7 @@ def test_a_second_sigterm_ends_a_supervisor_that_is_process_1(container):
         began = time.monotonic()
         os.kill(supervisor, signal.SIGTERM)
         assert container.wait() == 128 + signal.SIGTERM
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < 10  # not the grace period of 30 s
     assert not any(running(pid) for pid in workers)
 
 

@@ -88,7 +88,8 @@ def test_a_scrape_after_1000_restarts_is_as_fast_as_the_first_and_counters_never
     assert scrape(tmp_path)[name] == 3 * 1002
     assert scrape(tmp_path)['cifar_service_request_seconds_count{method="m"}'] == 1002
     assert sum(path.stat().st_size for path in tmp_path.iterdir()) == size
-    assert scrape_seconds(tmp_path) < 2 * first + 0.01
+    # 1,000 more files would take 500 times as long; a busy machine does not.
+    assert scrape_seconds(tmp_path) < 10 * first + 0.1
 
 
 def test_a_file_that_a_killed_worker_left_half_written_is_left_out(tmp_path, ended, caplog):

@@ -16,6 +16,8 @@ from tests.service.conftest import Server
 
 CHROMIUM = shutil.which("chromium")
 SAMPLES = sorted(path for path in (REPOSITORY / "samples").iterdir() if path.suffix != ".md")
+# What a test waits for comes later on a busy machine. Playwright itself would wait for 5 seconds.
+expect.set_options(timeout=30_000)
 # A browser writes this for every status that is not a success, also where a test wants one.
 STATUS_LINE = re.compile(r"Failed to load resource: the server responded with a status of (\d+)")
 
