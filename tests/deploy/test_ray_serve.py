@@ -106,7 +106,7 @@ def test_a_second_replica_is_added_under_load_and_a_killed_one_is_replaced(targe
             print(f"replaced after {time.monotonic() - killed:.1f} s; calls since then: {load.answered - answered}")
     failed, calls = len(load.problems), len(load.problems) + load.answered
     print(f"failed calls: {failed} of {calls}: {sorted(set(load.problems))[:2]}")
-    # Ray gives up the requests that were in the killed replica, which the client sends again; all others are answered.
+    # Ray answers those requests with INTERNAL that were in the killed replica; all others are answered.
     assert len(load.problems) <= THREADS
 
 
