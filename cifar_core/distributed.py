@@ -46,7 +46,8 @@ class RankError(CifarError):
 class Ranks:
     """The processes that train one run together, as one of them sees them.
 
-    All methods but `part_of_mean` and `seed_step` must be called by all ranks, in the same order.
+    The methods that exchange something must be called by all ranks, in the same order: all but `part`, `part_of_mean`,
+    `seed_step` and `check_batch_norm`.
 
     Attributes:
         rank: number of this process, from 0.
