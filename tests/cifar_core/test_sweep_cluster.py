@@ -7,13 +7,13 @@ import time
 import psutil
 import pytest
 
+from cifar_core.errors import CifarError
 from cifar_core.run_folder import RunFolder
 from cifar_core.sweep.command import main
 from tests.cifar_core.training import assert_same_run
 from tests.conftest import command_line, environment
+from tests.ray_cluster import two_nodes
 
-pytest.importorskip("ray", reason="needs the extra ray, which `make test-slow` installs")
-Cluster = pytest.importorskip("ray.cluster_utils").Cluster
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(540)]
 
 SWEEP = [
@@ -31,17 +31,9 @@ SWEEP = [
 
 
 @pytest.fixture
-def cluster(monkeypatch):
-    """Two nodes with one CPU each; the second one can be killed."""
-    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    here = {"num_cpus": 1, "node_ip_address": "127.0.0.1", "object_store_memory": 2**27}
-    nodes = Cluster(initialize_head=True, head_node_args=here | {"include_dashboard": False})
-    try:
-        nodes.second = nodes.add_node(**here)
-        nodes.wait_for_nodes()
+def cluster():
+    with two_nodes() as nodes:
         yield nodes
-    finally:
-        nodes.shutdown()
 
 
 def training() -> dict[psutil.Process, psutil.Process]:
@@ -69,15 +61,24 @@ def test_a_worker_and_a_node_are_killed_and_all_histories_are_those_of_a_local_s
         saved = epochs(tmp_path / "cluster")
         wait_until(lambda: epochs(tmp_path / "cluster") > saved and len(training()) == 2, run)
         cluster.remove_node(cluster.second, allow_graceful=False)
+        later = epochs(tmp_path / "cluster")
         said, _ = run.communicate(timeout=300)
     finally:
         run.kill()
     assert run.returncode == 0, said
+    assert later < 24, "all runs had ended before the node was killed"
     assert re.search(r"\| baseline\+batch_size=8\+epochs=4 +\| 3 of 3", said)
+    print(f"epochs saved: {saved} of 24 when a worker was killed, {later} when a node was killed")
     local = sorted(path.parent for path in (tmp_path / "local").glob("*/*/recipe.json"))
     assert len(local) == 6
     for path in local:
         assert_same_run(RunFolder(tmp_path / "cluster" / path.relative_to(tmp_path / "local")), RunFolder(path))
+    print(f"{len(local)} runs: weights, optimizer states and histories equal those of the local sweep")
+
+
+def test_a_run_that_needs_more_cores_than_this_machine_has_is_refused(tmp_path):
+    with pytest.raises(CifarError, match=r"no machine of the Ray cluster has the 9999 CPU\(s\) that a run needs"):
+        main(["baseline", "--data", "synthetic:400", "--threads", "9999", "--runs", str(tmp_path), "--ray"])
 
 
 def epochs(runs) -> int:
