@@ -260,7 +260,9 @@ def test_the_number_of_threads_counts_as_chosen_only_if_torchrun_was_started_wit
     assert found == chosen
 
 
-DROPOUT = ("epochs=4", "batch_size=8")
+DROPOUT = ("epochs=4", "batch_size=2")
+# Part of an epoch of such small batches, so that a signal arrives within an epoch and not at its end.
+WITHIN_AN_EPOCH = 0.2
 
 
 @pytest.mark.slow
@@ -269,6 +271,7 @@ def test_a_signal_to_torchrun_saves_the_state_and_the_run_resumes_with_the_same_
     finish(start(tmp_path / "whole", "dropout-0.2", DROPOUT))
     process = start(tmp_path / "parts", "dropout-0.2", DROPOUT)
     wait_for_epoch(tmp_path / "parts", process)
+    time.sleep(WITHIN_AN_EPOCH)
     process.send_signal(number)
     output, _ = process.communicate(timeout=END_SECONDS)
     assert process.returncode != 0
@@ -282,6 +285,7 @@ def test_a_signal_to_torchrun_saves_the_state_and_the_run_resumes_with_the_same_
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(tmp_path):
     process = start(tmp_path, "dropout-0.2", DROPOUT)
     wait_for_epoch(tmp_path, process)
+    time.sleep(WITHIN_AN_EPOCH)
     process_of_rank(process, 1).terminate()
     output, _ = process.communicate(timeout=END_SECONDS)
     assert output.count("stopped by SIGTERM after epoch") == 1, output
