@@ -119,6 +119,7 @@ def test_rank_0_alone_writes_and_prints(two_ranks, one_process):
     assert "ranks" not in one_process.description()["environment"]
 
 
+@pytest.mark.slow
 def test_all_ranks_end_when_one_is_killed_and_the_run_resumes_with_the_same_bits(two_ranks, tmp_path):
     process = start(tmp_path, "baseline", PLAIN)
     wait_for_epoch(tmp_path, process)

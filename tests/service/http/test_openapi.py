@@ -82,6 +82,6 @@ def test_no_request_made_from_the_description_gets_another_answer_than_described
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3600)  # about a hundred thousand requests
+@pytest.mark.timeout(3600)
 def test_many_requests_made_from_the_description_get_no_other_answer_than_described(http_server, tmp_path):
     fuzz(http_server.http_url, 300, tmp_path)
