@@ -146,6 +146,7 @@ def recorded(tmp_path_factory):
     return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)], RunFolder(folder / "run")
 
 
+@pytest.mark.slow
 def test_all_ranks_end_with_the_same_bits_and_the_file_holds_them(recorded):
     records, folder = recorded
     saved = load_checkpoint(folder.best)["model"]
@@ -154,6 +155,7 @@ def test_all_ranks_end_with_the_same_bits_and_the_file_holds_them(recorded):
             assert torch.equal(record["weights"][name], tensor), name
 
 
+@pytest.mark.slow
 def test_each_rank_sees_its_part_and_together_they_see_every_image_once_an_epoch(recorded):
     parts = [record["images"] for record in recorded[0]]
     assert all(len(epochs) == 3 for epochs in parts)

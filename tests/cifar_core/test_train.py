@@ -83,7 +83,9 @@ def test_a_run_that_is_killed_at_twenty_random_moments_ends_with_the_same_bits(u
     assert_same_run(folder_of(tmp_path), uninterrupted)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
+)
 def test_a_signal_stops_the_run_after_the_current_step_and_saves_its_state(uninterrupted, tmp_path, number, code):
     process = start(tmp_path)
     wait_for_epoch(tmp_path, 1)

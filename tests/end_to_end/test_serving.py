@@ -105,6 +105,7 @@ def test_a_model_is_evaluated_through_a_server(server, small: Dataset, command):
         server_predictor("127.0.0.1:1")
 
 
+@pytest.mark.slow
 def test_the_accuracy_through_a_server_equals_that_of_the_file(real: Dataset, tmp_path):
     del real  # needed only because the test is skipped where there are no real images
     server = Server("--model", SHIPPED).ready()
