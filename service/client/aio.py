@@ -1,6 +1,7 @@
 """`AsyncClient`, for asyncio."""
 
 import asyncio
+import contextlib
 import itertools
 from collections.abc import Awaitable, Callable
 from types import TracebackType
@@ -38,6 +39,7 @@ class AsyncClient(BaseClient):
             self._channel = grpc.aio.secure_channel(self._grpc_target, self._credentials, self._channel_options)
         self._stub: Any = rpc.ImageClassifierStub(self._channel)  # type: ignore[no-untyped-call]
         self._sharing = AsyncSharing(self._shared_requests, self._classify_once, self._capacity)
+        self._closed = asyncio.Event()
 
     async def __aenter__(self) -> Self:
         return self
@@ -48,7 +50,8 @@ class AsyncClient(BaseClient):
         await self.close()
 
     async def close(self) -> None:
-        """Ends the connection; calls that are still waiting fail."""
+        """Ends the connection. Calls that are still waiting fail at once with CANCELLED, and so do later calls."""
+        self._closed.set()
         await self._channel.close()
 
     async def model(self) -> messages.GetModelResponse:
@@ -113,6 +116,15 @@ class AsyncClient(BaseClient):
     async def _call(self, method: Callable[..., Any], request: Any, deadline: Deadline) -> Any:  # noqa: ANN401
         try:
             return await method(request, timeout=deadline.remaining(), metadata=self.options.metadata)
+        except grpc.aio.UsageError:  # the channel is closed
+            self._check_open()
+            raise
+        except asyncio.CancelledError:
+            # gRPC also raises this in all calls when the channel is closed. Then nobody has cancelled this task.
+            task = asyncio.current_task()
+            if task is not None and not task.cancelling():
+                self._check_open()
+            raise
         except grpc.RpcError as error:
             failure = RequestFailed.of(error)
             self._note_failure(failure)
@@ -124,6 +136,14 @@ class AsyncClient(BaseClient):
             try:
                 return await attempt(*arguments)
             except RequestFailed as failure:
+                self._check_open()
                 attempts = attempts or Attempts(self.options.attempts, deadline)
                 pause = attempts.pause_after(failure)
-            await asyncio.sleep(pause)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(pause):
+                    await self._closed.wait()  # ends the pause early when the client is closed
+
+    def _check_open(self) -> None:
+        """Raises RequestFailed if the client was closed."""
+        if self._closed.is_set():
+            raise RequestFailed(grpc.StatusCode.CANCELLED, "the client was closed")

@@ -86,9 +86,16 @@ class Results:
         Raises:
             ValueError: The response does not hold one result per image.
         """
-        if not response.HasField("table"):  # from a server that does not know tables yet
-            return cls._of_ranked(response.results, images, response.model_version)
-        table = response.table
+        if response.HasField("table"):
+            results = cls._of_table(response.table, images, response.model_version)
+        else:  # from a server that does not know tables yet
+            results = cls._of_ranked(response.results, images, response.model_version)
+        if not results.classes and len(results.errors) < images:
+            raise ValueError(f"the server sent neither classes nor errors for some of {images} images")
+        return results
+
+    @classmethod
+    def _of_table(cls, table: messages.ProbabilityTable, images: int, model_version: str) -> "Results":
         classes, values = list(table.classes), table.probabilities
         if len(values) != 4 * images * len(classes):
             raise ValueError(
@@ -96,7 +103,9 @@ class Results:
             )
         probabilities = np.frombuffer(values, "<f4").reshape(images, len(classes))
         errors = {index: error.message for index, error in table.errors.items()}
-        return cls(probabilities, classes, errors, response.model_version)
+        if any(index >= images for index in errors):
+            raise ValueError(f"the server sent an error for image {max(errors)}, but there are only {images}")
+        return cls(probabilities, classes, errors, model_version)
 
     @classmethod
     def _of_ranked(cls, results: Sequence[messages.ImageResult], images: int, model_version: str) -> "Results":

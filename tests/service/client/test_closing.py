@@ -1,12 +1,13 @@
-"""Closing a client while other threads use it."""
+"""Closing a client while other threads or tasks use it."""
 
+import asyncio
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import pytest
 
-from service.client import ClassificationError, Client, Options
+from service.client import AsyncClient, ClassificationError, Client, Options
 from tests.service.client.scripted import Scripted, serve
 from tests.service.conftest import until
 from tests.service.exports import pictures
@@ -68,3 +69,39 @@ def test_a_closed_client_says_so(images):
         for _ in range(2):
             assert str(failure_of(lambda: client.classify(pictures(images)))) == "CANCELLED: the client was closed"
         client.close()
+
+
+@pytest.mark.parametrize("coalesce", [True, False])
+def test_tasks_that_wait_fail_at_once_when_the_asyncio_client_is_closed(coalesce):
+    servicer = Blocked()
+
+    async def use(target):
+        client = AsyncClient(target, Options(coalesce=coalesce, timeout=600))
+        await client.model()
+        calls = [asyncio.create_task(client.classify(pictures(1))) for _ in range(6)]
+        await asyncio.to_thread(servicer.arrived.acquire)
+        await client.close()
+        outcomes = await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), 60)
+        assert {outcome.code for outcome in outcomes} == {grpc.StatusCode.CANCELLED}
+        with pytest.raises(ClassificationError, match="CANCELLED: the client was closed"):
+            await client.classify(pictures(1))
+
+    with serve(servicer) as target:
+        asyncio.run(use(target))
+        servicer.go_on.set()
+
+
+def test_a_task_that_pauses_before_its_next_attempt_ends_when_the_asyncio_client_is_closed():
+    servicer = Scripted((grpc.StatusCode.UNAVAILABLE, (("grpc-retry-pushback-ms", "600000"),)))
+
+    async def use(target):
+        client = AsyncClient(target, Options(timeout=3600))
+        await client.model()
+        call = asyncio.create_task(client.classify(pictures(1)))
+        await asyncio.to_thread(until, lambda: bool(servicer.calls))
+        await client.close()
+        with pytest.raises(ClassificationError, match="CANCELLED"):
+            await asyncio.wait_for(call, 60)
+
+    with serve(servicer) as target:
+        asyncio.run(use(target))

@@ -118,6 +118,22 @@ def test_a_response_with_another_number_of_results_is_refused():
         distribute([content, content], response)
 
 
+def test_a_response_without_classes_or_with_errors_of_other_images_is_refused():
+    content = Content(pixels=pixels(1, 2))
+    error = messages.ImageError(code=3, message="bad")
+    empty = messages.ProbabilityTable(errors={0: error})
+    for response in (
+        messages.ClassifyResponse(table=empty),
+        messages.ClassifyResponse(results=[messages.ImageResult(), messages.ImageResult(error=error)]),
+    ):
+        with pytest.raises(RequestFailed, match="INTERNAL: the server sent neither classes nor errors for some of 2"):
+            distribute([content], response)
+    response = answer(request_of([content]))
+    response.table.errors[2].CopyFrom(error)
+    with pytest.raises(RequestFailed, match="INTERNAL: the server sent an error for image 2, but there are only 2"):
+        distribute([content], response)
+
+
 def test_a_table_of_two_models_with_different_classes_is_refused():
     one = Results(np.zeros((1, 2), np.float32), ("cat", "dog"), {}, "1")
     two = Results(np.zeros((1, 2), np.float32), ("cat", "ship"), {}, "2")
