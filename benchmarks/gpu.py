@@ -22,7 +22,7 @@ import onnxruntime
 from cifar_core.data import add_data_argument
 from cifar_core.device import choose_device, describe_environment
 from cifar_core.errors import CifarError, run_command
-from cifar_core.images import IMAGE_SIZE
+from cifar_core.pixels import IMAGE_SIZE
 from cifar_core.study.markdown import markdown_table
 from service.client import Client
 from service.launch import ServerProcess

@@ -30,8 +30,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from cifar_core.data import add_data_argument, load_dataset
 from cifar_core.device import CPU, DEVICES, describe_environment
 from cifar_core.export import export_run
-from cifar_core.images import IMAGE_SIZE
 from cifar_core.models import fuse_batch_norm
+from cifar_core.pixels import IMAGE_SIZE
 from cifar_core.predictors import build_model
 from cifar_core.recipe import Recipe
 from cifar_core.recipes import get_recipe

@@ -27,7 +27,6 @@ from cifar_core.data import Dataset, add_data_argument, load_dataset, split
 from cifar_core.device import CPU
 from cifar_core.errors import CifarError, program_name, run_command
 from cifar_core.evaluate import check_classes, evaluate
-from cifar_core.images import IMAGE_SIZE
 from cifar_core.manifest import (
     FILE_NAME,
     SCHEMA_VERSION,
@@ -40,6 +39,7 @@ from cifar_core.manifest import (
 )
 from cifar_core.models import Network, fuse_batch_norm
 from cifar_core.parity import Comparison, check_int8, compare_on, measure_parity
+from cifar_core.pixels import IMAGE_SIZE
 from cifar_core.predictors import Predictor, UInt8, build_model, onnx_predictor, predict_all, torch_predictor
 from cifar_core.publish import VARIANT_FILES, is_intact, publish
 from cifar_core.quantise import CALIBRATION_IMAGES, to_int8

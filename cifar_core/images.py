@@ -13,7 +13,6 @@ import struct
 import warnings
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,15 +29,11 @@ from PIL import (
     WebPImagePlugin,
 )
 
-IMAGE_SIZE = 32
-"""Height and width of a decoded image, in pixels."""
-IMAGE_BYTES = IMAGE_SIZE * IMAGE_SIZE * 3
+from cifar_core.pixels import IMAGE_SIZE, ImageLimits, ImageRejected, check_size
 
 # Pillow gives a JPEG file of several pictures, as cameras write them, to the plugin for MPO.
 _PLUGINS = (PngImagePlugin, JpegImagePlugin, MpoImagePlugin, WebPImagePlugin, GifImagePlugin, BmpImagePlugin)
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
-"""File names that the folder loader takes for images, in lower case."""
 
 DECODER_VERSION = 2
 """Part of the key of caches of decoded images: raise it whenever the pixels of any file change."""
@@ -70,31 +65,6 @@ _DAMAGED = (
     OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, OverflowError, ArithmeticError,
     AssertionError, struct.error, zlib.error,
 )  # fmt: skip
-
-
-class ImageRejected(ValueError):
-    """One image cannot be read. The message, for its sender, says what is wrong, the limit and the way out.
-
-    Attributes:
-        internal: Whether the decoder is at fault and not the image.
-    """
-
-    def __init__(self, message: str, internal: bool = False) -> None:
-        super().__init__(message)
-        self.internal = internal
-
-
-@dataclass(frozen=True)
-class ImageLimits:
-    """Limits on one image file.
-
-    Attributes:
-        max_bytes: Largest size of the file in bytes.
-        max_pixels: Largest number of pixels, width times height.
-    """
-
-    max_bytes: int
-    max_pixels: int
 
 
 def decode(data: bytes, limits: ImageLimits | None = None) -> NDArray[np.uint8]:
@@ -140,18 +110,6 @@ def opened(data: bytes, limits: ImageLimits | None = None) -> Iterator[Image.Ima
     except _DAMAGED as error:
         reason = " ".join(str(error).split())
         raise ImageRejected(f"the image is damaged: {reason}" if reason else "the image is damaged") from error
-
-
-def check_size(width: int, height: int, limits: ImageLimits) -> None:
-    """Checks the number of pixels of an image.
-
-    Raises:
-        ImageRejected: The image has too many pixels.
-    """
-    if width * height > limits.max_pixels:
-        raise ImageRejected(
-            f"the image has {width} x {height} = {width * height} pixels; at most {limits.max_pixels} are allowed"
-        )
 
 
 def pixels_of(image: Image.Image) -> NDArray[np.uint8]:
@@ -233,30 +191,3 @@ def _orientation(image: Image.Image) -> int:
         return int(image.getexif().get(_EXIF_ORIENTATION, 1))
     except _DAMAGED:
         return 1  # damaged metadata does not make the pixels unreadable: every viewer shows such a file
-
-
-def raw_image(data: bytes) -> NDArray[np.uint8]:
-    """Raw pixels as an image, uint8 [32, 32, 3]; a view, nothing is copied.
-
-    Raises:
-        ImageRejected: The length is not 3,072 bytes.
-    """
-    if len(data) != IMAGE_BYTES:
-        raise ImageRejected(
-            f"rgb holds {len(data)} bytes; it must hold {IMAGE_BYTES}: "
-            f"{IMAGE_SIZE} rows of {IMAGE_SIZE} pixels of 3 bytes"
-        )
-    return np.frombuffer(data, np.uint8).reshape(IMAGE_SIZE, IMAGE_SIZE, 3)
-
-
-def packed_images(data: bytes) -> NDArray[np.uint8]:
-    """Raw images one after another, uint8 [n, 32, 32, 3]; a view, nothing is copied.
-
-    Raises:
-        ImageRejected: The length is not a multiple of 3,072 bytes.
-    """
-    if len(data) % IMAGE_BYTES:
-        raise ImageRejected(
-            f"packed_rgb holds {len(data)} bytes; it must hold a multiple of {IMAGE_BYTES}, the bytes of one image"
-        )
-    return np.frombuffer(data, np.uint8).reshape(-1, IMAGE_SIZE, IMAGE_SIZE, 3)

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn.functional import adaptive_max_pool2d, relu
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
-from cifar_core.images import IMAGE_SIZE
 from cifar_core.layers import (
     Activation,
     ConvBlock,
@@ -25,6 +24,7 @@ from cifar_core.layers import (
     batch_norm_layer,
     small_head,
 )
+from cifar_core.pixels import IMAGE_SIZE
 
 HIDDEN_UNITS = 512
 """Units of the hidden fully connected layer of the study's networks."""

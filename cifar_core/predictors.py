@@ -11,8 +11,8 @@ import numpy.typing as npt
 import torch
 
 from cifar_core.errors import CifarError
-from cifar_core.images import IMAGE_SIZE
 from cifar_core.models import Network
+from cifar_core.pixels import IMAGE_SIZE
 from cifar_core.recipe import RecipeError, read_recipe
 from cifar_core.run_folder import RunFolder, load_checkpoint
 

@@ -22,9 +22,9 @@ from pydantic import (
 )
 
 from cifar_core.errors import CifarError
-from cifar_core.images import IMAGE_SIZE
 from cifar_core.layers import Activation
 from cifar_core.models import NETWORKS, Network, NetworkOptions, make_model
+from cifar_core.pixels import IMAGE_SIZE
 
 SMALLEST_SIZE = 16
 """Height and width, in pixels, below which the networks have no pixels left after their poolings."""

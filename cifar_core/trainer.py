@@ -31,11 +31,11 @@ from cifar_core.device import describe_environment, keep_freed_memory
 from cifar_core.distributed import ALONE, Ranks
 from cifar_core.errors import CifarError
 from cifar_core.files import FileWriteError
-from cifar_core.images import IMAGE_SIZE
 from cifar_core.initial_weights import InitialWeights, start_from
 from cifar_core.models import Network, WhitenedConvNet
 from cifar_core.optimizers import make_optimizer, set_learning_rate
 from cifar_core.passes import recompute_statistics, validate
+from cifar_core.pixels import IMAGE_SIZE
 from cifar_core.recipe import Recipe
 from cifar_core.resuming import check_same_run
 from cifar_core.run_folder import RunError, RunFolder, best_epoch, load_checkpoint

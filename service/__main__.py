@@ -16,6 +16,8 @@ def main() -> int:
     gc.disable()  # objects of imports stay, so collections only delay the start; the server enables it again
     # Nothing of ours is a plugin of pydantic. Looking for plugins reads the metadata of every installed package.
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
+    # The server multiplies no matrices with numpy, which otherwise starts a thread per core for it.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     # Imported after the signals are handled, because the imports take time and a signal may arrive meanwhile.
     from cifar_core.errors import needs_extra
 

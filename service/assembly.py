@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from cifar_core.images import ImageLimits
+from cifar_core.pixels import ImageLimits
 from service.core.batcher import Batcher
 from service.core.decoding import Decoder
 from service.core.inference import Inference, Limits

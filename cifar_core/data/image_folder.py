@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 from cifar_core.data.errors import OTHER_DATA, DataError
 from cifar_core.data.stratify import Labelled, stratified_split
-from cifar_core.images import DECODER_VERSION, EXTENSIONS, IMAGE_SIZE, ImageRejected, decode
+from cifar_core.images import DECODER_VERSION, decode
+from cifar_core.pixels import EXTENSIONS, IMAGE_SIZE, ImageRejected
 
 logger = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from cifar_core.images import IMAGE_SIZE
+from cifar_core.pixels import IMAGE_SIZE
 
 SYNTHETIC_CLASSES = (
     "disc", "ring", "square", "triangle", "cross", "horizontal stripes", "vertical stripes", "diagonal stripes",

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image as PillowImage
 
-from cifar_core.images import IMAGE_BYTES, IMAGE_SIZE
+from cifar_core.pixels import IMAGE_BYTES, IMAGE_SIZE
 from service.generated.cifar.v1 import image_classifier_pb2 as messages
 
 ImageSource: TypeAlias = "str | os.PathLike[str] | bytes | PillowImage.Image | NDArray[np.uint8]"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from PIL import Image, JpegImagePlugin
 
-from cifar_core.images import ImageLimits, ImageRejected, check_size
+from cifar_core.pixels import ImageLimits, ImageRejected, check_size
 
 MAX_DIMENSION = 65_535
 """Largest width or height in pixels, as in JPEG. Pillow needs memory for each row, however short it is."""

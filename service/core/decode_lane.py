@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from cifar_core.images import IMAGE_SIZE, ImageLimits, ImageRejected
+from cifar_core.pixels import IMAGE_SIZE, ImageLimits, ImageRejected
+from service.core.decode_messages import NEEDED, Kind, ProcessLimits
 from service.core.decode_process import DecodeProcess, discard_process, start_process
-from service.core.decode_worker import NEEDED, Kind, ProcessLimits
 from service.core.fair_queue import DecodeRequest, FairQueue, Job
 from service.errors import Overloaded
 

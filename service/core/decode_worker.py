@@ -1,33 +1,25 @@
 """A decode process: reads image files from a socket and answers with pixels, under limits that the kernel enforces.
 
-The only module of the server that it may import is `decode_checks`; it must never import gRPC. The fork server of
-`multiprocessing` imports this module once, and each process starts as a copy of it. Data from outside is never
-unpickled.
+The only modules of the server that it may import are `decode_checks` and `decode_messages`; it must never import gRPC.
+The fork server of `multiprocessing` imports this module once, and each process starts as a copy of it. The server does
+not import it, and so has no library that opens images. Data from outside is never unpickled.
 
-For each file the parent sends a `REQUEST` header (size of the file and memory for decoding it, both in bytes) and the
-file. For each file, in order, the process sends a `REPLY` header (kind, size of the content) and the content: pixels or
-a message.
+What the two sides send each other is described in `decode_messages`.
 """
 
 import contextlib
 import ctypes
-import enum
 import os
 import resource
 import signal
 import socket
-import struct
 import traceback
-from dataclasses import dataclass
 from pathlib import Path
 
-from cifar_core.images import IMAGE_BYTES, ImageLimits, ImageRejected, opened, pixels_of
+from cifar_core.images import opened, pixels_of
+from cifar_core.pixels import ImageLimits, ImageRejected
 from service.core.decode_checks import Demand, check_memory, check_structure, demand_by_header, demand_of
-
-REQUEST = struct.Struct("<IQ")
-REPLY = struct.Struct("<BI")
-NEEDED = struct.Struct("<Q")
-MAX_REPLY_BYTES = max(IMAGE_BYTES, 4000)
+from service.core.decode_messages import MAX_REPLY_BYTES, NEEDED, REPLY, REQUEST, Kind, ProcessLimits
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NO_NEW_PRIVS = 38
@@ -37,43 +29,6 @@ _MIB = 2**20
 _MARGIN_BYTES = 32 * _MIB
 _OPEN_FILES = 64
 _OOM_SCORE = "500"
-
-
-class Kind(enum.IntEnum):
-    """What a reply holds."""
-
-    READY = 0  # no content: the process has started
-    PIXELS = 1  # 3,072 bytes
-    REJECTED = 2  # message for the sender of the image
-    FAULT = 3  # traceback for the log
-    LARGE = 4  # `NEEDED`: the image needs more memory, or has more pixels, than allowed here; it was not decoded
-
-
-SIZES = {
-    Kind.READY: range(1),
-    Kind.PIXELS: range(IMAGE_BYTES, IMAGE_BYTES + 1),
-    Kind.REJECTED: range(MAX_REPLY_BYTES + 1),
-    Kind.FAULT: range(MAX_REPLY_BYTES + 1),
-    Kind.LARGE: range(NEEDED.size, NEEDED.size + 1),
-}
-"""By kind, the sizes that a reply may have, in bytes."""
-
-
-@dataclass(frozen=True)
-class ProcessLimits:
-    """Limits of a process for one file.
-
-    Attributes:
-        cpu_seconds: Seconds of CPU time, after which the kernel ends the process with SIGPROF.
-        max_pixels: Largest number of pixels. The reply to a larger image is `LARGE`.
-        max_memory: Largest memory in bytes. An image that needs more is rejected.
-        niceness: Number that is added to the niceness of the server.
-    """
-
-    cpu_seconds: float
-    max_pixels: int
-    max_memory: int
-    niceness: int
 
 
 def main(connection: socket.socket, limits: ProcessLimits, image_limits: ImageLimits) -> None:

@@ -11,9 +11,9 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from cifar_core.images import ImageLimits, ImageRejected
+from cifar_core.pixels import ImageLimits, ImageRejected
 from service.core.decode_lane import Lane, LaneOptions
-from service.core.decode_worker import ProcessLimits
+from service.core.decode_messages import ProcessLimits
 from service.core.fair_queue import Decoded, DecodeRequest, Job
 
 __all__ = ["Decoded", "Decoder"]

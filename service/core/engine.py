@@ -10,7 +10,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from cifar_core.images import IMAGE_SIZE
+from cifar_core.pixels import IMAGE_SIZE
 from service.errors import StartError
 
 logger = logging.getLogger(__name__)
@@ -56,14 +56,15 @@ class Engine:
         return logits, probabilities
 
     def warm_up(self, max_batch_size: int) -> None:
-        """Computes batches of the largest size, so that no request waits for first allocations.
+        """Computes batches of the sizes that are slower at first, and one of the largest, which shows that it fits.
 
-        CUDA chooses its algorithms for each size, so it also computes smaller batches.
+        CUDA chooses its algorithms for each size, so all powers of two are computed. On the CPU the first batch of a
+        size takes no longer than the next ones, so the session for batches beside others computes one image.
         """
         smaller = [2**power for power in range(max_batch_size.bit_length()) if 2**power < max_batch_size]
-        sizes = [] if self.device == "cpu" else smaller
-        for session in dict.fromkeys((self._session, self._single)):
-            for size in (*sizes, max_batch_size):
+        sizes = {self._single: [1], self._session: [*([] if self.device == "cpu" else smaller), max_batch_size]}
+        for session, batch_sizes in sizes.items():
+            for size in batch_sizes:
                 session.run(OUTPUTS, {"images": np.zeros((size, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)})
 
 

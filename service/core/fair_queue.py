@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from numpy import uint8
 from numpy.typing import NDArray
 
-from cifar_core.images import ImageRejected
+from cifar_core.pixels import ImageRejected
 from service.errors import DeadlineExpired, RequestError
 
 Decoded = NDArray[uint8] | ImageRejected

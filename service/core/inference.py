@@ -14,7 +14,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from cifar_core.images import ImageLimits
+from cifar_core.pixels import ImageLimits
 from service import tracing
 from service.core.batcher import Admission, Batcher
 from service.core.decoding import Decoded, Decoder

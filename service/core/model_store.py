@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from cifar_core.images import IMAGE_SIZE
 from cifar_core.manifest import FILE_NAME, Manifest, ManifestError, read_manifest
+from cifar_core.pixels import IMAGE_SIZE
 from service.core.engine import Device, Engine
 from service.core.export_numbers import ExportNumbers
 from service.errors import StartError

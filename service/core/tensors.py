@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from cifar_core.images import IMAGE_BYTES, IMAGE_SIZE
+from cifar_core.pixels import IMAGE_BYTES, IMAGE_SIZE
 from service.core.model_store import Model
 from service.errors import InvalidRequest, NotFound, Unsupported, quoted
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cifar_core.images import IMAGE_SIZE, ImageRejected
+from cifar_core.pixels import IMAGE_SIZE, ImageRejected
 from service.core.decoding import Decoded
 from service.core.inference import Answer as Outputs
 from service.core.inference import Inference

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic_core import from_json, to_json
 
-from cifar_core.images import IMAGE_BYTES
+from cifar_core.pixels import IMAGE_BYTES
 from service.core import tensors
 from service.core.inference import Answer as Outputs
 from service.core.tensors import EXPORT_PARAMETER, INPUT, RequestedOutput

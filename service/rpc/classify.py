@@ -6,7 +6,7 @@ import grpc
 import numpy as np
 from numpy.typing import NDArray
 
-from cifar_core.images import IMAGE_SIZE, ImageRejected, packed_images, raw_image
+from cifar_core.pixels import IMAGE_SIZE, ImageRejected, packed_images, raw_image
 from service.core.decoding import Decoded
 from service.core.inference import Inference
 from service.core.tensors import MAX_ID_CHARACTERS

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from cifar_core.images import IMAGE_BYTES
+from cifar_core.pixels import IMAGE_BYTES
 from service import tracing
 from service.core import tensors
 from service.core.inference import Answer, Inference

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from cifar_core.images import ImageLimits
+from cifar_core.pixels import ImageLimits
 from service.core.model_store import Model
 from service.cpu_quota import usable_cpus
 from service.score.errors import ScoreError

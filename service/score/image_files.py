@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cifar_core.images import EXTENSIONS, ImageRejected
+from cifar_core.pixels import EXTENSIONS, ImageRejected
 from service.score.errors import ScoreError
 from service.score.rows import KIND_FOLDER, FileName, Rows
 

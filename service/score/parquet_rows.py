@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from cifar_core.images import IMAGE_BYTES, IMAGE_SIZE, ImageRejected
+from cifar_core.pixels import IMAGE_BYTES, IMAGE_SIZE, ImageRejected
 from service.core.fair_queue import Decoded
 from service.score.errors import ScoreError
 from service.score.rows import Rows

@@ -9,7 +9,7 @@ import pyarrow as pa
 from numpy import uint8
 from numpy.typing import NDArray
 
-from cifar_core.images import ImageRejected
+from cifar_core.pixels import ImageRejected
 from service.core.fair_queue import Decoded
 
 KIND_FOLDER, KIND_LIST, KIND_PARQUET = "folder", "list", "parquet"

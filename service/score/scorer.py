@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from cifar_core.images import IMAGE_SIZE, ImageLimits, ImageRejected
+from cifar_core.pixels import IMAGE_SIZE, ImageLimits, ImageRejected
 from service.core.decoding import Decoder
 from service.core.engine import Device
 from service.core.fair_queue import Decoded

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from cifar_core.images import EXTENSIONS
+from cifar_core.pixels import EXTENSIONS
 from service.score.errors import ScoreError
 from service.score.image_files import ImageFiles
 from service.score.parquet_rows import Content, ParquetRows, parquet_names

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from cifar_core.images import FORMATS, ImageLimits, ImageRejected, decode, packed_images, raw_image
+from cifar_core.images import FORMATS, decode
+from cifar_core.pixels import ImageLimits, ImageRejected, packed_images, raw_image
 from tests.cifar_core.image_corpus import gradient, half_transparent, saved, sixteen_bit
 from tests.service.exports import pictures
 

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from cifar_core.data import load_dataset
-from cifar_core.images import EXTENSIONS, decode
+from cifar_core.images import decode
+from cifar_core.pixels import EXTENSIONS
 from service.generated.cifar.v1 import image_classifier_pb2 as messages
 from service.generated.cifar.v1 import image_classifier_pb2_grpc as rpc
 from tests.cifar_core.image_corpus import ORIENTATIONS, CorpusFile, corpus

@@ -7,8 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from cifar_core.images import FORMATS, IMAGE_BYTES, ImageLimits
-from service.core.decode_worker import Kind, ProcessLimits, answer
+from cifar_core.images import FORMATS
+from cifar_core.pixels import IMAGE_BYTES, ImageLimits
+from service.core.decode_messages import Kind, ProcessLimits
+from service.core.decode_worker import answer
 from service.errors import RequestError
 from service.generated.cifar.v1 import image_classifier_pb2 as classify_messages
 from service.generated.inference import open_inference_pb2 as inference_messages

@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
-from cifar_core.images import ImageLimits
+from cifar_core.pixels import ImageLimits
 from service.core.decoding import Decoder
 from tests.cifar_core.image_corpus import gradient, saved
 

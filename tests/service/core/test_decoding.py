@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cifar_core.images import ImageLimits, ImageRejected, decode
+from cifar_core.images import decode
+from cifar_core.pixels import ImageLimits, ImageRejected
 from service.core import decode_lane, decode_worker
-from service.core.decode_worker import Kind, ProcessLimits
+from service.core.decode_messages import Kind, ProcessLimits
 from service.core.decoding import Decoder
 from service.errors import DeadlineExpired, Overloaded
 from tests.cifar_core.image_corpus import gradient, saved

@@ -6,7 +6,7 @@ import time
 import numpy as np
 import pytest
 
-from cifar_core.images import ImageRejected
+from cifar_core.pixels import ImageRejected
 from service.core import decode_checks
 from service.core.decoding import Decoder
 from tests.cifar_core.image_corpus import gradient, saved

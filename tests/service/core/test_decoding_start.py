@@ -9,7 +9,7 @@ from tests.conftest import REPOSITORY
 
 SCRIPT = """
 import asyncio, sys, time
-from cifar_core.images import ImageLimits
+from cifar_core.pixels import ImageLimits
 from service.core.decoding import Decoder
 
 async def main(seconds):

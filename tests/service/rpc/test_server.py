@@ -1,5 +1,6 @@
 """Start, drain and stop of a real server process."""
 
+import io
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from PIL import Image as PillowImage
 
 from service.generated.cifar.v1 import image_classifier_pb2 as messages
 from service.generated.cifar.v1 import image_classifier_pb2_grpc as rpc
@@ -47,6 +49,17 @@ def test_the_server_imports_neither_torch_nor_the_training_library():
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_process_that_talks_to_clients_does_not_load_pillow(server):
+    picture = io.BytesIO()
+    PillowImage.fromarray(pictures(1)[0]).save(picture, "PNG")
+    request = messages.ClassifyRequest(images=[messages.Image(encoded=picture.getvalue())])
+    with grpc.insecure_channel(server.target) as channel:
+        assert not rpc.ImageClassifierStub(channel).Classify(request).results[0].HasField("error")
+    libraries = Path(f"/proc/{server.process.pid}/maps").read_text()
+    assert "onnxruntime" in libraries
+    assert "PIL/_imaging" not in libraries
 
 
 def run_to_end(*arguments: str | Path) -> subprocess.CompletedProcess[str]:

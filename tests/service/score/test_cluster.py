@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cifar_core.images import ImageLimits
+from cifar_core.pixels import ImageLimits
 from service.score.errors import ScoreError
 from service.score.output import OutputFolder
 from service.score.progress import ScoreProgress

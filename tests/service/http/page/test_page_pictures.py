@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 from playwright.sync_api import JSHandle, expect
 
-from cifar_core.images import IMAGE_SIZE, ImageRejected, decode
+from cifar_core.images import decode
 from cifar_core.manifest import read_manifest
+from cifar_core.pixels import IMAGE_SIZE, ImageRejected
 from service.client import Client
 from tests.conftest import REPOSITORY
 from tests.service.conftest import Server
