@@ -1,4 +1,4 @@
-"""What the server and its decode processes send each other, and how a process is started.
+"""What the server and its decode processes send each other.
 
 For each file the server sends a `REQUEST` header (size of the file and memory for decoding it, both in bytes) and the
 file. For each file, in order, the process sends a `REPLY` header (kind, size of the content) and the content: pixels or
@@ -6,11 +6,10 @@ a message.
 """
 
 import enum
-import socket
 import struct
 from dataclasses import dataclass
 
-from cifar_core.pixels import IMAGE_BYTES, ImageLimits
+from cifar_core.pixels import IMAGE_BYTES
 
 REQUEST = struct.Struct("<IQ")
 REPLY = struct.Struct("<BI")
@@ -53,10 +52,3 @@ class ProcessLimits:
     max_pixels: int
     max_memory: int
     niceness: int
-
-
-def run(connection: socket.socket, limits: ProcessLimits, image_limits: ImageLimits) -> None:
-    """The main function of a decode process; see `decode_worker.main`. Only there Pillow is imported."""
-    from service.core import decode_worker
-
-    decode_worker.main(connection, limits, image_limits)

@@ -15,7 +15,7 @@ from concurrent.futures import Executor, Future
 from multiprocessing.context import ForkServerProcess
 
 from cifar_core.pixels import ImageLimits
-from service.core import decode_messages, fork_server
+from service.core import decode_entry, fork_server
 from service.core.decode_messages import REPLY, REQUEST, SIZES, Kind, ProcessLimits
 from service.core.fair_queue import Job
 
@@ -46,7 +46,7 @@ def start_process(limits: ProcessLimits, image_limits: ImageLimits) -> tuple[For
     ours, theirs = socket.socketpair()
     with theirs:
         process = fork_server.context.Process(
-            target=decode_messages.run, args=(theirs, limits, image_limits), name=_NAME, daemon=True
+            target=decode_entry.run, args=(theirs, limits, image_limits), name=_NAME, daemon=True
         )
         process.start()
     ours.setblocking(False)
