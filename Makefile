@@ -24,6 +24,8 @@ RAY   := $(VENV)/.ray
 # The generator of service/generated is older than the packages in .venv, so it has a folder of its own.
 GENERATOR := $(VENV)/generator
 OLDEST    := .venv-oldest
+# Takes precedence over the onnxruntime in .venv.
+OPENVINO  := $(VENV)/openvino
 
 DATA_OPTION  = $(if $(DATA),--data $(DATA))
 TRAIN_OPTIONS = --seed $(SEED) --device $(DEVICE) $(if $(PRECISION),--precision $(PRECISION)) --resume $(DATA_OPTION)
@@ -34,7 +36,7 @@ OLDEST_TOOLS := pytest pytest-timeout hypothesis trustme onnx psutil
 
 # `make train export` must run in this order, even with -j.
 .NOTPARALLEL:
-.PHONY: help demo serve setup data train export evaluate report test test-slow test-oldest lint format protos wheel bench-training bench-recipes gpu bench-dependability bench-serving bench-scaling kserve-sdk soak attacks chaos fuzz clean
+.PHONY: help demo serve setup data train export evaluate report test test-slow test-oldest test-openvino lint format protos wheel bench-training bench-recipes gpu bench-dependability bench-serving bench-scaling kserve-sdk soak attacks chaos fuzz clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets and the variables that can be set
@@ -45,7 +47,7 @@ help: ## list the targets and the variables that can be set
 	@echo "  MODEL=exported/model.onnx | runs/RECIPE/SEED | grpc://HOST:PORT   the model that evaluate measures"
 	@echo "  OPTIONS='--port 50051 …'                options of the server"
 	@echo "  HTTP_PORT=8080                          port of the page and of REST that make serve opens"
-	@echo "  PROCESSOR=cpu|cuda                      which build of onnxruntime to install"
+	@echo "  PROCESSOR=cpu|cuda|openvino             which build of onnxruntime to install"
 
 demo: $(SERVE) ## serve the shipped model, classify the pictures in samples/, and stop; does not install PyTorch
 	$(PY) -m service.demo
@@ -55,10 +57,10 @@ serve: $(SERVE) ## serve exported/ over gRPC on 127.0.0.1:50051 and HTTP on 8080
 
 setup: $(READY) ## create or update .venv with all packages
 
-# Both builds of onnxruntime install the same module, so the other build is removed first.
+# The builds of onnxruntime install the same module, so the other build is removed first.
 $(SERVE): pyproject.toml constraints.txt
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	if ls $(VENV)/.serve-* >/dev/null 2>&1 && ! test -e $@; then $(PY) -m pip uninstall -q -y onnxruntime onnxruntime-gpu; fi
+	if ls $(VENV)/.serve-* >/dev/null 2>&1 && ! test -e $@; then $(PY) -m pip uninstall -q -y onnxruntime onnxruntime-gpu onnxruntime-openvino; fi
 	$(PY) -m pip install -q -c constraints.txt -e '.[$(PROCESSOR),http]'
 	rm -f $(VENV)/.serve-* $(VENV)/.ready-* $(RAY)
 	touch $@
@@ -101,6 +103,14 @@ test: $(READY) ## run all tests except the slow ones
 test-slow: $(RAY) ## run the slow tests
 	$(PY) -m pytest -m slow
 
+$(OPENVINO)/.ready: constraints.txt | $(READY)
+	rm -rf $(OPENVINO)
+	$(PY) -m pip install -q --no-deps --target $(OPENVINO) -c constraints.txt onnxruntime-openvino
+	touch $@
+
+test-openvino: $(OPENVINO)/.ready ## test serving and measuring with OpenVINO
+	PYTHONPATH=$(OPENVINO) $(PY) -m pytest tests/test_openvino.py
+
 test-oldest: ## test the client and the server with the lowest versions that pyproject.toml allows, in .venv-oldest
 	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install -q -c constraints-oldest.txt -e '.[$(PROCESSOR)]' $(OLDEST_TOOLS)
@@ -136,7 +146,7 @@ gpu: $(READY) ## with PROCESSOR=cuda and a CUDA device: its tests, training, exp
 bench-dependability: $(READY) ## measure start, deadlines, refusals and memory of the server
 	$(PY) benchmarks/dependability.py
 
-bench-serving: $(READY) ## install Triton, MLServer, Ray Serve and LitServe and compare serving speed with theirs; half an hour
+bench-serving: $(READY) $(OPENVINO)/.ready ## install Triton, MLServer, Ray Serve and LitServe and compare serving speed with theirs; half an hour
 	$(PY) benchmarks/serving.py
 
 bench-scaling: $(READY) ## measure capacity per core, and latency of one to three servers against an estimate; 12 minutes

@@ -62,6 +62,15 @@ OURS = (
     Server("ours with the Open Inference Protocol", MODEL_INFER, QUEUE),
     Server("ours with two workers", options=(*QUEUE, "--workers", "2"), connections=16),
     Server("ours in int8", options=(*QUEUE, "--variant", "int8")),
+    *(
+        # Of .venv/openvino (make test-openvino), if PYTHONPATH does not name another onnxruntime.
+        Server(
+            f"ours with OpenVINO in {variant}",
+            options=(*QUEUE, "--device", "openvino", "--variant", variant),
+            environment={"PYTHONPATH": str(REPOSITORY / ".venv/openvino")},
+        )
+        for variant in ("fp32", "bf16", "int8")
+    ),
 )
 PEER_SERVERS = (
     Server(

@@ -131,6 +131,20 @@ def evaluate(predictor: Predictor, dataset: Dataset, which: SplitName = "test") 
     }
 
 
+def manifest_fields(result: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a variant in the manifest that hold these measurements on the test images."""
+    calibration = result["calibration"]
+    return {
+        "test_accuracy": result["accuracy"],
+        "test_images": result["images"],
+        "test_loss": result["loss"],
+        "test_loss_before": calibration["loss_before"],
+        "test_ece": calibration["ece"],
+        "test_ece_before": calibration["ece_before"],
+        "test_ece_equal_mass": calibration["ece_equal_mass"],
+    }
+
+
 def _calibration(probabilities: Doubles, logits: Floats | None, labels: Int64) -> dict[str, Any]:
     """Calibration as the graph computes it and, from the softmax of the logits, without it ("before")."""
     before = None if logits is None else softmax(logits.astype(np.float64), axis=1)

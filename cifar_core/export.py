@@ -26,7 +26,7 @@ from cifar_core.calibration_graph import add_calibration
 from cifar_core.data import Dataset, add_data_argument, load_dataset, split
 from cifar_core.device import CPU
 from cifar_core.errors import CifarError, program_name, run_command
-from cifar_core.evaluate import check_classes, evaluate
+from cifar_core.evaluate import check_classes, evaluate, manifest_fields
 from cifar_core.manifest import (
     FILE_NAME,
     SCHEMA_VERSION,
@@ -219,7 +219,7 @@ def _identity(checkpoint: dict[str, Any], description: dict[str, Any], recipe: R
         "classes": tuple(checkpoint["classes"]),
         "data": Data(**description["data"]),
         "libraries": {name: version(name) for name in ("torch", "onnx", "onnxscript", "numpy")}
-        # Its package is called onnxruntime or onnxruntime-gpu.
+        # Its package is called onnxruntime, onnxruntime-gpu or onnxruntime-openvino.
         | {"onnxruntime": onnxruntime.__version__},
     }
 
@@ -232,7 +232,7 @@ def _current_export(target: Path, identity: dict[str, Any]) -> Manifest | None:
         return None
     same = all(getattr(manifest, field) == value for field, value in identity.items())
     calibrated = all(variant.calibration is not None for variant in manifest.variants.values())
-    complete = manifest.variants.keys() == VARIANT_FILES.keys() and calibrated
+    complete = manifest.variants.keys() >= VARIANT_FILES.keys() and calibrated
     return manifest if same and complete and is_intact(target, manifest) else None
 
 
@@ -279,24 +279,10 @@ def _variant(
     calibration_images: int | None = None,
 ) -> Variant:
     """A graph's entry in the manifest, with its accuracy and calibration on the test images."""
-    result = evaluate(predictor, dataset, "test")
-    measured: dict[str, Any] = {
-        "test_images": result["images"],
-        "test_loss": result["loss"],
-        "test_loss_before": result["calibration"]["loss_before"],
-        "test_ece": result["calibration"]["ece"],
-        "test_ece_before": result["calibration"]["ece_before"],
-        "test_ece_equal_mass": result["calibration"]["ece_equal_mass"],
-        "calibration": calibration,
-    }
+    measured = manifest_fields(evaluate(predictor, dataset, "test")) | {"calibration": calibration}
     if calibration_images is not None:
         measured["calibration_images"] = calibration_images
-    return Variant(
-        file=VARIANT_FILES[name],
-        sha256=hashlib.sha256(graph).hexdigest(),
-        test_accuracy=result["accuracy"],
-        **measured,
-    )
+    return Variant(file=VARIANT_FILES[name], sha256=hashlib.sha256(graph).hexdigest(), **measured)
 
 
 def _summary(target: Path, manifest: Manifest) -> str:

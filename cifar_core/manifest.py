@@ -16,6 +16,8 @@ from cifar_core.files import to_json
 
 SCHEMA_VERSION = 1
 FILE_NAME = "manifest.json"
+OPENVINO_PREFIX = "openvino-"
+"""Begins the names of the variants that were measured with OpenVINO."""
 
 Name = Annotated[str, StringConstraints(min_length=1)]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
@@ -75,6 +77,11 @@ class Variant(_Part):
         default=None,
         description="int8 only: number of training images that determined the ranges of activations",
     )
+    openvino_precision: Literal["fp32", "bf16"] | None = Field(
+        default=None,
+        description="given if OpenVINO computed these measurements, and only OpenVINO may serve this variant: the "
+        "precision of the operations that are not in int8",
+    )
 
 
 class Parity(_Part):
@@ -114,15 +121,30 @@ class Manifest(_Part):
             raise ValueError("classes: a name occurs twice")
         return self
 
-    def variant(self, name: str) -> Variant:
+    def variant(self, name: str, *, openvino: bool = False) -> Variant:
         """The entry of one variant.
+
+        Args:
+            name: its name, such as fp32, bf16 or int8.
+            openvino: whether OpenVINO computes it. Its entries are named openvino-fp32 and so on.
 
         Raises:
             ManifestError: There is no such variant; the message lists the existing ones.
         """
-        if name not in self.variants:
-            raise ManifestError(f"there is no variant '{name}'; the variants are: {', '.join(sorted(self.variants))}")
-        return self.variants[name]
+        found = {
+            key.removeprefix(OPENVINO_PREFIX): variant
+            for key, variant in self.variants.items()
+            if (variant.openvino_precision is not None) == openvino
+        }
+        if name in found:
+            return found[name]
+        names = ", ".join(sorted(found)) or "none"
+        if openvino:
+            raise ManifestError(
+                f"variant '{name}' was not measured with OpenVINO; the variants that were: {names}; measure all with: "
+                "python -m cifar_core.measure_openvino"
+            )
+        raise ManifestError(f"there is no variant '{name}'; the variants are: {names}")
 
     def to_json(self) -> bytes:
         """The content of manifest.json. Optional fields that were not set are left out."""

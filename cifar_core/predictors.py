@@ -12,6 +12,7 @@ import torch
 
 from cifar_core.errors import CifarError
 from cifar_core.models import Network
+from cifar_core.openvino import Precision, open_session
 from cifar_core.pixels import IMAGE_SIZE
 from cifar_core.recipe import RecipeError, read_recipe
 from cifar_core.run_folder import RunFolder, load_checkpoint
@@ -125,7 +126,25 @@ def onnx_predictor(model: Path | bytes, device: torch.device) -> Predictor:
             onnxruntime cannot use it.
     """
     name = str(model) if isinstance(model, Path) else "the exported graph"
-    session = _onnx_session(model, name, device)
+    return _session_predictor(_onnx_session(model, name, device), name)
+
+
+def openvino_predictor(graph: bytes, threads: int, precision: Precision) -> Predictor:
+    """An exported graph, computed by OpenVINO as the server computes it.
+
+    Args:
+        graph: content of the ONNX file.
+        threads: number of threads.
+        precision: of the operations that are not in int8.
+
+    Raises:
+        PredictorError: It is not a graph of this project.
+        OpenVinoError: OpenVINO is not installed, or cannot compute it here.
+    """
+    return _session_predictor(open_session(graph, threads, 1, precision), "the exported graph")
+
+
+def _session_predictor(session: Any, name: str) -> Predictor:  # noqa: ANN401 (onnxruntime has no types)
     metadata = session.get_modelmeta().custom_metadata_map
     inputs = [(value.name, value.type, value.shape[1:]) for value in session.get_inputs()]
     outputs = [value.name for value in session.get_outputs()]

@@ -31,7 +31,7 @@ def main() -> int:
         if importlib.util.find_spec("onnxruntime") is None:  # not imported: a supervisor does not need it
             print(
                 "error: the module onnxruntime is not installed: "
-                "pip install 'cifar-classifier[cpu]', or [cuda] for CUDA",
+                "pip install 'cifar-classifier[cpu]', or [cuda] or [openvino]",
                 file=sys.stderr,
             )
             return 2

@@ -81,9 +81,11 @@ class Settings(BaseModel):
     model_name: ModelName = Field(
         "cifar10", description="name by which clients of the Open Inference Protocol address the model"
     )
-    variant: str = Field("fp32", description="variant of the model to serve, as named in the manifest: fp32, int8")
-    device: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="where to compute; auto uses CUDA if onnxruntime supports it and logs its choice"
+    variant: str = Field("fp32", description="variant of the model to serve: fp32 or int8; also bf16 with openvino")
+    device: Literal["auto", "cpu", "cuda", "openvino"] = Field(
+        "auto",
+        description="where to compute; auto uses CUDA if onnxruntime supports it and logs its choice; openvino is the "
+        "CPU with OpenVINO, for variants that were measured with it",
     )
     threads: Threads = Field(
         0, description="number of onnxruntime threads in each process; 0: the available cores divided by --workers"

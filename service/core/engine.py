@@ -10,14 +10,19 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
+from cifar_core import openvino
 from cifar_core.pixels import IMAGE_SIZE
 from service.errors import StartError
 
 logger = logging.getLogger(__name__)
 
-Device = Literal["auto", "cpu", "cuda"]
+Device = Literal["auto", "cpu", "cuda", "openvino"]
+UsedDevice = Literal["cpu", "cuda", "openvino"]
 CUDA = "CUDAExecutionProvider"
 CPU = "CPUExecutionProvider"
+
+# Its int8 rounds otherwise than onnxruntime's; bf16 has 8 significant bits.
+_OPENVINO_TOLERANCE = {"fp32": 0.03, "bf16": 0.1}
 
 OUTPUTS = ("logits", "probabilities")
 
@@ -29,20 +34,37 @@ class Engine:
         graph: Content of an ONNX file with the contract of the export: input `images`, uint8 [batch, 32, 32, 3];
             outputs `logits` and `probabilities`, float32 [batch, classes].
         device: "cuda" uses CUDA or fails; "auto" uses CUDA if it works, otherwise the CPU, and logs the choice.
+            "openvino" computes on the CPU with OpenVINO or fails.
         threads: Number of intra-op threads. A batch running alone uses all of them; while several batches run at once,
             each extra batch uses one thread so that batches do not contend.
+        precision: OpenVINO only: precision of the operations that are not in int8.
 
     Raises:
         StartError: The graph cannot be loaded, breaks the contract, or the requested device is not available.
     """
 
-    def __init__(self, graph: bytes, device: Device = "auto", threads: int = 1) -> None:
-        self._session, self.device = _open(graph, device, threads)
+    def __init__(
+        self, graph: bytes, device: Device = "auto", threads: int = 1, precision: openvino.Precision = "fp32"
+    ) -> None:
+        self.device: UsedDevice
+        if device == "openvino":
+            self.device = device
+            try:
+                self._session = openvino.open_session(graph, threads, 1, precision)
+                parallel = threads > 1
+                self._single = openvino.open_session(graph, threads, threads, precision) if parallel else self._session
+            except openvino.OpenVinoError as error:
+                raise StartError(f"--device openvino: {error}") from error
+        else:
+            self._session, self.device = _open(graph, device, threads)
+            parallel = threads > 1 and self.device == "cpu"
+            self._single = _session(graph, [CPU], 1) if parallel else self._session
         self.classes = _check_contract(self._session)
         self.metadata: dict[str, str] = dict(self._session.get_modelmeta().custom_metadata_map)
-        self.parallel = threads if self.device == "cpu" else 1
+        self.parallel = 1 if self.device == "cuda" else threads
         """Number of batches worth computing at once."""
-        self._single = _session(graph, [CPU], 1) if self.parallel > 1 else self._session
+        self.tolerance = 1e-3 if self.device != "openvino" else _OPENVINO_TOLERANCE[precision]
+        """Largest difference of a probability that rounding may cause, between batches and between libraries."""
 
     def compute(self, images: NDArray[np.uint8], *, alone: bool) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Logits and probabilities, each float32 [n, classes], of uint8 images [n, 32, 32, 3]. Thread-safe.
@@ -62,13 +84,13 @@ class Engine:
         size takes no longer than the next ones, so the session for batches beside others computes one image.
         """
         smaller = [2**power for power in range(max_batch_size.bit_length()) if 2**power < max_batch_size]
-        sizes = {self._single: [1], self._session: [*([] if self.device == "cpu" else smaller), max_batch_size]}
+        sizes = {self._single: [1], self._session: [*(smaller if self.device == "cuda" else []), max_batch_size]}
         for session, batch_sizes in sizes.items():
             for size in batch_sizes:
                 session.run(OUTPUTS, {"images": np.zeros((size, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)})
 
 
-def _open(graph: bytes, device: Device, threads: int) -> tuple[Any, Literal["cpu", "cuda"]]:
+def _open(graph: bytes, device: Literal["auto", "cpu", "cuda"], threads: int) -> tuple[Any, Literal["cpu", "cuda"]]:
     if device != "cpu":
         if CUDA in onnxruntime.get_available_providers():
             session = _session(graph, [CUDA, CPU], threads)

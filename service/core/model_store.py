@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cifar_core.manifest import FILE_NAME, Manifest, ManifestError, read_manifest
 from cifar_core.pixels import IMAGE_SIZE
@@ -74,7 +75,7 @@ def load(folder: Path, variant: str, *, device: Device, threads: int, max_batch_
     """
     manifest = _read_manifest(folder)
     try:
-        entry = manifest.variant(variant)
+        entry = manifest.variant(variant, openvino=device == "openvino")
     except ManifestError as error:
         raise StartError(f"{folder / FILE_NAME}: {error}") from error
     path = folder / entry.file
@@ -90,8 +91,10 @@ def load(folder: Path, variant: str, *, device: Device, threads: int, max_batch_
             "copy the whole export again"
         )
     try:
-        engine = Engine(graph, device, threads)
+        engine = Engine(graph, device, threads, entry.openvino_precision or "fp32")
         _self_test(engine, manifest.classes, manifest.model_version)
+        if engine.device == "openvino":
+            _compare(engine, Engine(graph, "cpu"))
         _warm_up(engine, max_batch_size)
     except StartError as error:
         raise StartError(f"{path}: {error}") from error
@@ -131,7 +134,7 @@ def _self_test(engine: Engine, classes: tuple[str, ...], version: str) -> None:
     inside = engine.metadata.get("model_version", version)
     if inside != version:
         raise StartError(f"the graph is of model version '{inside}', the manifest of '{version}'")
-    images = np.random.default_rng(0).integers(0, 256, (3, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
+    images = _random_images()
     try:
         logits, probabilities = engine.compute(images, alone=True)
         alone = np.concatenate([engine.compute(images[row : row + 1], alone=True)[1] for row in range(len(images))])
@@ -145,8 +148,23 @@ def _self_test(engine: Engine, classes: tuple[str, ...], version: str) -> None:
         raise StartError("self-test: the outputs are not finite")
     if probabilities.min() < 0 or not np.allclose(probabilities.sum(axis=1), 1, atol=1e-4):
         raise StartError("self-test: the probabilities of an image do not sum to 1")
-    if not np.allclose(probabilities, alone, atol=1e-3):
+    if not np.allclose(probabilities, alone, atol=engine.tolerance):
         raise StartError("self-test: an image's probabilities depend on the others in its batch")
+
+
+def _compare(engine: Engine, reference: Engine) -> None:
+    """Checks on random images that OpenVINO computes on this processor what onnxruntime computes."""
+    images = _random_images()
+    difference = float(np.abs(engine.compute(images, alone=True)[1] - reference.compute(images, alone=True)[1]).max())
+    if not difference <= engine.tolerance:
+        raise StartError(
+            f"self-test: probabilities computed by OpenVINO differ by {difference:.2g} from onnxruntime's; at most "
+            f"{engine.tolerance:g} is allowed: use --device cpu"
+        )
+
+
+def _random_images() -> NDArray[np.uint8]:
+    return np.random.default_rng(0).integers(0, 256, (3, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
 
 
 class ModelStore:
@@ -183,8 +201,8 @@ class ModelStore:
         self._numbers = numbers or ExportNumbers()
         self._threads, self._max_batch_size = threads, max_batch_size
         self.on_reload = on_reload
-        self._watcher = Watcher(self._files, self._replace, self._keep_old)
         self.current = self._load(device)
+        self._watcher = Watcher(self._files, self._replace, self._keep_old)
 
     async def reload(self) -> bool:
         """Loads the export in the folder, changed or not. Returns False if it was refused and the old model stays."""
@@ -197,7 +215,11 @@ class ModelStore:
     def _files(self) -> list[Path]:
         manifest = self._folder / FILE_NAME
         try:
-            return [manifest, self._folder / read_manifest(self._folder).variant(self._variant).file]
+            on_openvino = self.current.engine.device == "openvino"
+            return [
+                manifest,
+                self._folder / read_manifest(self._folder).variant(self._variant, openvino=on_openvino).file,
+            ]
         except ManifestError:  # reported by the reload that follows
             return [manifest]
 

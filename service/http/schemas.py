@@ -73,7 +73,7 @@ SCHEMAS: Final[Schema] = {
             "name": _TEXT,
             "version": _TEXT,
             "variant": _TEXT,
-            "device": {"enum": ["cpu", "cuda"]},
+            "device": {"enum": ["cpu", "cuda", "openvino"]},
             "classes": _list(_TEXT),
             "image_size": _COUNT,
             "accuracy": {**_SHARE, "description": "Share of the test images that this variant classifies correctly."},

@@ -157,7 +157,7 @@ def _options(chosen: argparse.Namespace) -> ScoreOptions:
     return ScoreOptions(
         model=chosen.model.resolve(),
         variant=chosen.variant,
-        device="cpu" if chosen.ray else chosen.device,
+        device="cpu" if chosen.ray and chosen.device == "auto" else chosen.device,
         threads=chosen.threads or cores,
         decode_processes=chosen.decode_processes or cores,
         batch_size=chosen.batch_size,
@@ -206,7 +206,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     model.add_argument("--variant", default=_default("variant"), help="variant of the model; default: %(default)s")
     model.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute; default: %(default)s"
+        "--device",
+        choices=("auto", "cpu", "cuda", "openvino"),
+        default="auto",
+        help="where to compute; default: %(default)s",
     )
     _add_limits(parser)
     return parser

@@ -193,5 +193,5 @@ def test_a_server_without_onnxruntime_names_the_extras_that_install_it(installed
     done = run(installed, tmp_path, "-m", "service", python=("-S",), paths=(base, tmp_path))
     assert done.returncode == 2
     assert done.stderr == (
-        "error: the module onnxruntime is not installed: pip install 'cifar-classifier[cpu]', or [cuda] for CUDA\n"
+        "error: the module onnxruntime is not installed: pip install 'cifar-classifier[cpu]', or [cuda] or [openvino]\n"
     )

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -169,6 +170,31 @@ def test_a_picture_can_be_dropped(visit: Visit) -> None:
     expect(prompt).to_contain_text("Drop pictures here", use_inner_text=True)
     visit.wait_for_answers(1)
     assert visit.tiles()[0].startswith("cat.jpg: cat")
+
+
+def drop(visit: Visit, *paths: Path) -> None:
+    """Drops files and folders on the page as the browser does when a user lets go of them."""
+    browser = visit.page.context.new_cdp_session(visit.page)
+    for kind in ("dragEnter", "dragOver", "drop"):
+        data = {"items": [], "files": [str(path) for path in paths], "dragOperationsMask": 1}
+        browser.send("Input.dispatchDragEvent", {"type": kind, "x": 200, "y": 200, "data": data})
+
+
+def test_several_pictures_can_be_dropped(visit: Visit) -> None:
+    drop(visit, sample("cat.jpg"), sample("airplane.png"))
+    visit.wait_for_answers(2)
+    assert sorted(tile.partition(":")[0] for tile in visit.tiles()) == ["airplane.png", "cat.jpg"]
+
+
+def test_of_dropped_folders_all_pictures_are_classified_at_any_depth(visit: Visit, tmp_path: Path) -> None:
+    (tmp_path / "outer/inner").mkdir(parents=True)
+    # A browser hands out the entries of a folder in portions of a hundred.
+    names = [path.name for path in many_pictures(tmp_path / "outer/inner", 120)]
+    (tmp_path / "outer/notes.txt").write_text("no picture")
+    shutil.copy(sample("cat.jpg"), tmp_path / "outer/cat.jpg")
+    drop(visit, tmp_path / "outer", sample("airplane.png"))
+    visit.wait_for_answers(122)
+    assert sorted(tile.partition(":")[0] for tile in visit.tiles()) == sorted([*names, "cat.jpg", "airplane.png"])
 
 
 def test_a_picture_can_be_pasted(visit: Visit) -> None:

@@ -1,0 +1,100 @@
+"""Measures an export as OpenVINO computes it, and writes the measurements to its manifest.
+
+    python -m cifar_core.measure_openvino [--export exported]
+
+The server computes with OpenVINO (`--device openvino`) only what was measured: fp32, bf16 and int8 differ from what
+onnxruntime computes, bf16 most. Needs onnxruntime-openvino: `make setup PROCESSOR=openvino`.
+"""
+
+import argparse
+from pathlib import Path
+
+from cifar_core.data import Dataset, add_data_argument, load_dataset
+from cifar_core.device import CPU
+from cifar_core.errors import program_name, run_command
+from cifar_core.evaluate import check_classes, choose_split, evaluate, manifest_fields
+from cifar_core.manifest import FILE_NAME, OPENVINO_PREFIX, Manifest, Variant, read_manifest
+from cifar_core.openvino import Precision
+from cifar_core.parity import INT8_IMAGES, INT8_LIMIT, ParityError
+from cifar_core.predictors import Predictor, onnx_predictor, openvino_predictor, predict_all
+from cifar_core.publish import PublishError, is_intact, publish
+from cifar_core.run_folder import default_folder
+
+PRECISIONS: dict[str, tuple[str, Precision]] = {
+    "fp32": ("fp32", "fp32"),
+    "bf16": ("fp32", "bf16"),
+    "int8": ("int8", "fp32"),
+}
+"""By name of the variant: the variant whose file is computed, and the precision."""
+
+
+def measure(folder: Path, dataset: Dataset, threads: int) -> Manifest:
+    """Measures all variants on the test images and adds them to the manifest of the export. Returns the manifest.
+
+    Args:
+        folder: the export.
+        dataset: data with the classes of the model; for the check before, the data that it was trained on.
+        threads: number of threads of OpenVINO.
+
+    Raises:
+        ManifestError: There is no export in the folder.
+        PublishError: The export is damaged, or its folder cannot be written.
+        OpenVinoError: OpenVINO is not installed, or cannot compute the graphs on this machine.
+        ParityError: OpenVINO classifies too few validation images correctly. The folder is unchanged.
+        EvaluationError: The classes of model and data differ.
+    """
+    manifest = read_manifest(folder)
+    if not is_intact(folder, manifest):
+        raise PublishError(f"{folder}: a file of this export is missing or damaged; export the model again")
+    files = {variant.file: (folder / variant.file).read_bytes() for variant in manifest.variants.values()}
+    variants = {name: each for name, each in manifest.variants.items() if each.openvino_precision is None}
+    measured: dict[str, Variant] = {}
+    for name, (source, precision) in PRECISIONS.items():
+        variant = manifest.variant(source)
+        graph = files[variant.file]
+        predictor = openvino_predictor(graph, threads, precision)
+        check_classes(predictor, dataset)
+        _check_validation(name, onnx_predictor(graph, CPU), predictor, dataset)
+        fields = manifest_fields(evaluate(predictor, dataset, "test")) | {"openvino_precision": precision}
+        measured[OPENVINO_PREFIX + name] = Variant(**{**variant.model_dump(exclude_unset=True), **fields})
+    manifest = manifest.model_copy(update={"variants": variants | measured})
+    publish(folder, files | {FILE_NAME: manifest.to_json()})
+    return manifest
+
+
+def _check_validation(name: str, reference: Predictor, predictor: Predictor, dataset: Dataset) -> None:
+    held_out, _ = choose_split(reference, dataset, "validation")
+    images, labels = held_out.images.numpy(), held_out.labels.numpy()
+    before, after = (int((predict_all(each, images)[0].argmax(1) == labels).sum()) for each in (reference, predictor))
+    if before - after > max(INT8_IMAGES, INT8_LIMIT * len(labels)):
+        raise ParityError(
+            f"{name}: OpenVINO classifies {after} of {len(labels)} validation images correctly, onnxruntime {before} "
+            f"(allowed loss: {INT8_LIMIT:.0%}); the manifest is unchanged; report this with the model of the processor"
+        )
+
+
+def main() -> int:
+    """Runs the command."""
+    parser = argparse.ArgumentParser(
+        prog=program_name("cifar_core.measure_openvino"),
+        description="Measures an export as OpenVINO computes it, and writes the measurements to its manifest.",
+    )
+    parser.add_argument(
+        "--export",
+        type=Path,
+        metavar="DIR",
+        help="folder of the export; default: exported (synthetic/exported for synthetic data)",
+    )
+    parser.add_argument("--threads", type=int, default=1, help="number of threads; default: %(default)s")
+    add_data_argument(parser)
+    arguments = parser.parse_args()
+    dataset = load_dataset(arguments.data)
+    folder = arguments.export or default_folder(dataset.kind, "exported")
+    manifest = measure(folder, dataset, arguments.threads)
+    for name, variant in manifest.variants.items():
+        print(f"{name}: test accuracy {variant.test_accuracy:.2%} on {variant.test_images:,} images of {dataset.name}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,74 @@
+"""Sessions of onnxruntime that compute on the CPU with OpenVINO, in fp32 or bf16; to measure a model and to serve it.
+
+OpenVINO uses the matrix units of newer processors (AMX, AVX-512 BF16), for bf16 and for int8. A session computes the
+whole graph with OpenVINO, or cannot be opened: no part of it is left to another provider silently. Must not import
+torch.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from cifar_core.errors import CifarError
+
+PROVIDER = "OpenVINOExecutionProvider"
+Precision = Literal["fp32", "bf16"]
+
+_HINTS = {"fp32": "f32", "bf16": "bf16"}
+_BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})
+_CPU_INFO = Path("/proc/cpuinfo")
+
+
+class OpenVinoError(CifarError):
+    """OpenVINO is not installed, or cannot compute a graph on this machine as asked."""
+
+
+def open_session(graph: bytes, threads: int, streams: int, precision: Precision) -> Any:  # noqa: ANN401 (onnxruntime has no types)
+    """Opens a session.
+
+    Args:
+        graph: Content of an ONNX file.
+        threads: Number of threads in all.
+        streams: Number of batches that are computed at a time, each with its share of the threads.
+        precision: Precision of the operations that are not in int8.
+
+    Raises:
+        OpenVinoError: This onnxruntime has no OpenVINO, the processor does not compute in this precision, or the graph
+            cannot be loaded.
+    """
+    import onnxruntime  # here, because training imports this module and does not need it
+
+    if PROVIDER not in onnxruntime.get_available_providers():
+        raise OpenVinoError(
+            "this onnxruntime has no OpenVINO: pip uninstall onnxruntime, pip install onnxruntime-openvino"
+        )
+    if precision == "bf16" and not _BF16_FLAGS & _processor_flags():
+        raise OpenVinoError(
+            "this processor does not compute in bf16 (it has neither avx512_bf16 nor amx_bf16): use --variant fp32 or "
+            "int8"
+        )
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    properties = {
+        "INFERENCE_PRECISION_HINT": _HINTS[precision],
+        "INFERENCE_NUM_THREADS": str(threads),
+        "NUM_STREAMS": str(streams),
+    }
+    provider = (PROVIDER, {"device_type": "CPU", "load_config": json.dumps({"CPU": properties})})
+    try:
+        session = onnxruntime.InferenceSession(graph, options, providers=[provider])
+    except Exception as error:  # onnxruntime's errors share no other base class
+        raise OpenVinoError(f"OpenVINO cannot load the graph: {' '.join(str(error).split())}") from error
+    if session.get_providers()[0] != PROVIDER:
+        raise OpenVinoError("onnxruntime could not initialise OpenVINO, and printed the reason")
+    session.disable_fallback()
+    return session
+
+
+def _processor_flags() -> set[str]:
+    for line in _CPU_INFO.read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() == "flags":
+            return set(value.split())
+    return set()
