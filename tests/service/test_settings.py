@@ -46,7 +46,7 @@ def test_every_option_has_a_meaning_and_stands_in_the_help():
         (["--max-queue-delay-ms", "-1"], "--max-queue-delay-ms -1"),
         (["--model-name", "a/b"], "--model-name a/b: String should match pattern"),
         (["--model_name", ""], "--model-name : String should match pattern"),
-        (["--device", "tpu"], "--device tpu: Input should be 'auto', 'cpu' or 'cuda'"),
+        (["--device", "tpu"], "--device tpu: Input should be 'auto', 'cpu', 'cuda' or 'openvino'"),
         (["--bogus"], "unrecognized arguments: --bogus"),
         (["--port"], "expected one argument"),
         (["model"], "unrecognized arguments: model"),
