@@ -302,7 +302,7 @@ def draw(results: dict[str, list[Figures]], file: Path) -> None:
     others = itertools.cycle(("blue", "green", "purple", "sky"))
     with style.context(STYLE):
         figure, axes = pyplot.subplots(figsize=(8.0, 4.6), layout="constrained")
-        for (name, rounds), marker in zip(results.items(), "xos^DvP*X", strict=False):
+        for (name, rounds), marker in zip(results.items(), itertools.cycle("xos^DvP*Xd<>h"), strict=False):
             points = [
                 (median(rounds, load.name, "images_per_second"), median(rounds, load.name, "p99"))
                 for load in LOADS
