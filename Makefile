@@ -156,8 +156,9 @@ kserve-sdk: ## install KServe's SDK into .venv-kserve, so that the tests check d
 	$(PYTHON) -m venv .venv-kserve
 	.venv-kserve/bin/pip install -q 'kserve==0.21.0'
 
-soak: $(READY) ## send two million images at full load; print throughput and memory by quarter; half an hour
+soak: $(READY) ## send two million images at full load, and two million through the clients; throughput and memory by quarter; half an hour
 	$(PY) benchmarks/soak.py
+	$(PY) benchmarks/client_soak.py
 
 attacks: $(READY) ## attack a server with default options and compare the measurements with limits; ATTACKS=--all runs all
 	$(PY) -m tests.attacks $(ATTACKS)
