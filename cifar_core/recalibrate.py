@@ -1,0 +1,139 @@
+"""Fits the calibration of an export anew, on the held-out images of the data that it was trained on.
+
+    python -m cifar_core.recalibrate [--export exported]
+
+For exports of earlier versions, whose probabilities have a temperature only, and whose run is not at hand. The network
+and its logits stay the same, bit for bit; so do the predicted classes. Measurements with OpenVINO are removed from the
+manifest, because they hold for the previous probabilities.
+"""
+
+import argparse
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from cifar_core.calibration import choose_calibration
+from cifar_core.calibration_graph import add_calibration
+from cifar_core.data import Dataset, add_data_argument, load_dataset
+from cifar_core.device import CPU
+from cifar_core.errors import CifarError, program_name, run_command
+from cifar_core.evaluate import choose_split, evaluate, manifest_fields
+from cifar_core.manifest import FILE_NAME, CalibrationScale, Manifest, Variant, read_manifest
+from cifar_core.parity import PARITY_LIMIT, ParityError
+from cifar_core.predictors import onnx_predictor, predict_all
+from cifar_core.publish import PublishError, is_intact, publish
+from cifar_core.run_folder import default_folder
+
+
+class RecalibrationError(CifarError):
+    """The export cannot be calibrated with this data. Its folder is unchanged."""
+
+
+def without_calibration(graph: bytes) -> bytes:
+    """The graph of an export up to its logits, its only output.
+
+    Args:
+        graph: the content of an ONNX file with the outputs `logits` and `probabilities`.
+    """
+    model = onnx.load_from_string(graph)
+    made_by = {output: node for node in model.graph.node for output in node.output}
+    needed, missing = set(), ["logits"]
+    while missing:
+        name = missing.pop()
+        if name not in needed:
+            needed.add(name)
+            missing += made_by[name].input if name in made_by else ()
+    parts: list[Any] = [model.graph.node, model.graph.initializer, model.graph.output, model.graph.value_info]
+    for values in parts:
+        kept = [value for value in values if needed.intersection(getattr(value, "output", [value.name]))]
+        del values[:]
+        values.extend(kept)
+    return bytes(model.SerializeToString(deterministic=True))
+
+
+def recalibrate(folder: Path, dataset: Dataset) -> Manifest:
+    """Replaces the calibration of all variants and measures them on the test images. Returns the manifest.
+
+    Raises:
+        ManifestError: There is no export in the folder.
+        PublishError: The export is damaged, or its folder cannot be written.
+        RecalibrationError: The export was trained on other data.
+        ParityError: The new graph differs from what it should compute.
+    """
+    manifest = read_manifest(folder)
+    if not is_intact(folder, manifest):
+        raise PublishError(f"{folder}: a file of this export is missing or damaged; export the model again")
+    if manifest.data.fingerprint != dataset.fingerprint:
+        raise RecalibrationError(
+            f"{folder} was trained on {manifest.data.name} (fingerprint {manifest.data.fingerprint[:12]}), but --data "
+            f"is {dataset.name} ({dataset.fingerprint[:12]}); use the data that it was trained on"
+        )
+    variants: dict[str, Variant] = {}
+    files: dict[str, bytes] = {}
+    for name, variant in manifest.variants.items():
+        if variant.openvino_precision is None:
+            files[variant.file], variants[name] = _recalibrated(folder, variant, manifest, dataset)
+    kept = {field: getattr(manifest, field) for field in manifest.model_fields_set - {"temperature", "variants"}}
+    manifest = Manifest(**kept, variants=variants)
+    publish(folder, files | {FILE_NAME: manifest.to_json()})
+    return manifest
+
+
+def _recalibrated(folder: Path, variant: Variant, manifest: Manifest, dataset: Dataset) -> tuple[bytes, Variant]:
+    before = (folder / variant.file).read_bytes()
+    predictor = onnx_predictor(before, CPU)
+    held_out, _ = choose_split(predictor, dataset, "validation")
+    images, labels = held_out.images.numpy(), held_out.labels.numpy()
+    logits, _ = predict_all(predictor, images)
+    calibration = choose_calibration(logits, labels)
+    graph = add_calibration(without_calibration(before), calibration)
+    exported = onnx_predictor(graph, CPU)
+    new_logits, probabilities = predict_all(exported, images)
+    difference = float(np.abs(probabilities - calibration.probabilities(logits)).max())
+    if not np.array_equal(new_logits, logits) or not difference < PARITY_LIMIT:
+        raise ParityError(
+            f"{variant.file}: the recalibrated graph differs from what it should compute, probabilities by up to "
+            f"{difference:.1e} (limit {PARITY_LIMIT:.0e}); nothing was written"
+        )
+    scale = CalibrationScale(
+        form=calibration.form,
+        coefficients=calibration.coefficients,
+        images=len(labels),
+        chose_epoch=manifest.recipe.get("weights", "best") == "best",
+    )
+    fields = manifest_fields(evaluate(exported, dataset, "test"))
+    changed = fields | {"sha256": hashlib.sha256(graph).hexdigest(), "calibration": scale}
+    return graph, Variant(**{**variant.model_dump(exclude_unset=True), **changed})
+
+
+def main() -> int:
+    """Runs the command."""
+    parser = argparse.ArgumentParser(
+        prog=program_name("cifar_core.recalibrate"),
+        description="Fits the calibration of an export anew, on held-out images of the data that it was trained on.",
+    )
+    parser.add_argument(
+        "--export",
+        type=Path,
+        metavar="DIR",
+        help="folder of the export; default: exported (synthetic/exported for synthetic data)",
+    )
+    add_data_argument(parser)
+    arguments = parser.parse_args()
+    dataset = load_dataset(arguments.data)
+    folder = arguments.export or default_folder(dataset.kind, "exported")
+    before = read_manifest(folder)
+    for name, variant in recalibrate(folder, dataset).variants.items():
+        old = before.variants[name]
+        print(
+            f"{name}: expected calibration error {old.test_ece or 0:.2%} before, {variant.test_ece or 0:.2%} now "
+            f"({variant.calibration.form if variant.calibration else ''}); test accuracy {variant.test_accuracy:.2%}"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)
