@@ -36,6 +36,7 @@ QUARTERS = 4
 TOLERANCE = 0.02
 # Of so many calls one is cancelled, and one has this deadline in seconds.
 SELDOM = 50
+MAX_FAILED = 1000
 SHORT_DEADLINE = 0.02
 MEMORY_GROWTH = 1.1
 """Largest memory of the last quarter, as a multiple of that of the second."""
@@ -51,6 +52,7 @@ class Tally:
 
     def __init__(self, expected: NDArray[np.float32]) -> None:
         self.answered = self.wrong = self.failed = self.expired = self.cancelled = 0
+        self.gave_up = False
         self._expected = expected
 
     def check(self, row: int, probabilities: NDArray[np.float32]) -> None:
@@ -65,6 +67,7 @@ class Tally:
             self.expired += 1
         else:
             self.failed += 1
+            self.gave_up = self.failed >= MAX_FAILED  # the server is gone
             print(error, file=sys.stderr)
 
     def row(self, name: str, quarter: int, seconds: float) -> dict[str, Any]:
@@ -91,7 +94,7 @@ async def with_tasks(target: str, images: int, expected: NDArray[np.float32]) ->
 
             async def call(number: int, tally: Tally = tally, quarter: int = quarter) -> None:
                 chance = random.Random(1000 * quarter + number)
-                while tally.answered < images / QUARTERS:
+                while tally.answered < images / QUARTERS and not tally.gave_up:
                     row, kind = chance.randrange(POOL), chance.randrange(SELDOM)
                     timeout = SHORT_DEADLINE if kind == 1 else None
                     task = asyncio.ensure_future(client.probabilities(pictures[row : row + 1], timeout))
@@ -119,7 +122,7 @@ def with_threads(target: str, images: int, expected: NDArray[np.float32]) -> Non
 
             def call(number: int, tally: Tally = tally, quarter: int = quarter) -> None:
                 chance = random.Random(1000 * quarter + number)
-                while tally.answered < images / QUARTERS:
+                while tally.answered < images / QUARTERS and not tally.gave_up:
                     row, short = chance.randrange(POOL), chance.randrange(SELDOM) == 1
                     try:
                         answer = client.probabilities(pictures[row : row + 1], SHORT_DEADLINE if short else None)
@@ -168,12 +171,19 @@ def main() -> int:
             for kind in ("tasks", "threads")
         ]
         process, memory, rows = psutil.Process(server.process.pid), [], []
-        while any(client.poll() is None for client in clients):
-            memory.append(process.memory_info().rss / 2**20)
-            time.sleep(2)
-        for client in clients:
-            rows += [json.loads(line) for line in client.stdout or ()]
+        try:
+            while any(client.poll() is None for client in clients):
+                memory.append(process.memory_info().rss / 2**20)
+                time.sleep(2)
+            for client in clients:
+                rows += [json.loads(line) for line in client.stdout or ()]
+        finally:
+            for client in clients:
+                client.kill()
         ended_well = all(client.returncode == 0 for client in clients) and server.stop() == 0
+    if len(rows) < len(clients) * QUARTERS:
+        print("a client ended early, see its error above", file=sys.stderr)
+        return 1
     print(tabulate(rows, "keys", "github", intfmt=",", floatfmt=",.0f"))
     quarters = [float(np.median(part)) for part in np.array_split(memory, QUARTERS)]
     print(f"\nmemory of the server by quarter, MiB: {', '.join(f'{value:.0f}' for value in quarters)}")

@@ -18,11 +18,14 @@ from pathlib import Path
 import psutil
 from processes import cpu_seconds, memory, process_tree
 
+from cifar_core.openvino import has_bf16
 from service.errors import StartError
 from service.launch import ServerProcess
 
 REPOSITORY = Path(__file__).parents[1]
 PEERS = REPOSITORY / "benchmarks/peers"
+OPENVINO = REPOSITORY / ".venv/openvino"
+"""The onnxruntime with OpenVINO that `make bench-serving` installs. Without it, servers with OpenVINO are left out."""
 ONNXRUNTIME = "onnxruntime==1.32.0"
 CLASSIFY = "/cifar.v1.ImageClassifier/Classify"
 MODEL_INFER = "/inference.GRPCInferenceService/ModelInfer"
@@ -63,13 +66,13 @@ OURS = (
     Server("ours with two workers", options=(*QUEUE, "--workers", "2"), connections=16),
     Server("ours in int8", options=(*QUEUE, "--variant", "int8")),
     *(
-        # Of .venv/openvino (make test-openvino), if PYTHONPATH does not name another onnxruntime.
         Server(
             f"ours with OpenVINO in {variant}",
             options=(*QUEUE, "--device", "openvino", "--variant", variant),
-            environment={"PYTHONPATH": str(REPOSITORY / ".venv/openvino")},
+            environment={"PYTHONPATH": str(OPENVINO)},
         )
         for variant in ("fp32", "bf16", "int8")
+        if OPENVINO.exists() and (variant != "bf16" or has_bf16())
     ),
 )
 PEER_SERVERS = (

@@ -192,9 +192,24 @@ def export_run(run: RunFolder, dataset: Dataset, target: Path) -> Manifest:
         validation_accuracy=checkpoint["validation_accuracy"],
         parity=parity,
     )
+    _warn_of_lost_measurements(target)
     graphs = {VARIANT_FILES["fp32"]: graph, VARIANT_FILES["int8"]: int8_graph}
     publish(target, graphs | {FILE_NAME: manifest.to_json()})
     return manifest
+
+
+def _warn_of_lost_measurements(target: Path) -> None:
+    """Says that a new export has no measurements with OpenVINO, which the previous one has."""
+    try:
+        previous = read_manifest(target)
+    except ManifestError:
+        return
+    if any(variant.openvino_precision for variant in previous.variants.values()):
+        logger.warning(
+            "the new export is not measured with OpenVINO; a server with --device openvino needs that: "
+            "python -m cifar_core.measure_openvino --export %s",
+            target,
+        )
 
 
 def _check_run(run: RunFolder, description: dict[str, Any], recipe: Recipe, dataset: Dataset) -> None:

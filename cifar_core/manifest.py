@@ -82,6 +82,9 @@ class Variant(_Part):
         description="given if OpenVINO computed these measurements, and only OpenVINO may serve this variant: the "
         "precision of the operations that are not in int8",
     )
+    measured_with: str | None = Field(
+        default=None, description="library and processor of these measurements, if OpenVINO computed them"
+    )
 
 
 class Parity(_Part):
@@ -121,6 +124,15 @@ class Manifest(_Part):
             raise ValueError("classes: a name occurs twice")
         return self
 
+    @model_validator(mode="after")
+    def _check_openvino(self) -> Self:
+        for name, variant in self.variants.items():
+            if name.startswith(OPENVINO_PREFIX) != (variant.openvino_precision is not None):
+                raise ValueError(
+                    f"variants: {name}: a name begins with {OPENVINO_PREFIX} if and only if there is openvino_precision"
+                )
+        return self
+
     def variant(self, name: str, *, openvino: bool = False) -> Variant:
         """The entry of one variant.
 
@@ -131,8 +143,9 @@ class Manifest(_Part):
         Raises:
             ManifestError: There is no such variant; the message lists the existing ones.
         """
+        prefix = OPENVINO_PREFIX if openvino else ""
         found = {
-            key.removeprefix(OPENVINO_PREFIX): variant
+            key.removeprefix(prefix): variant
             for key, variant in self.variants.items()
             if (variant.openvino_precision is not None) == openvino
         }
@@ -141,8 +154,8 @@ class Manifest(_Part):
         names = ", ".join(sorted(found)) or "none"
         if openvino:
             raise ManifestError(
-                f"variant '{name}' was not measured with OpenVINO; the variants that were: {names}; measure all with: "
-                "python -m cifar_core.measure_openvino"
+                f"variant '{name}' was not measured with OpenVINO; the variants that were: {names}; measure it, where "
+                "the training library is installed, with: python -m cifar_core.measure_openvino --export DIR"
             )
         raise ManifestError(f"there is no variant '{name}'; the variants are: {names}")
 

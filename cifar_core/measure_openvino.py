@@ -7,19 +7,23 @@ onnxruntime computes, bf16 most. Needs onnxruntime-openvino: `make setup PROCESS
 """
 
 import argparse
+import logging
 from pathlib import Path
 
 from cifar_core.data import Dataset, add_data_argument, load_dataset
-from cifar_core.device import CPU
+from cifar_core.device import CPU, processor_name
 from cifar_core.errors import program_name, run_command
 from cifar_core.evaluate import check_classes, choose_split, evaluate, manifest_fields
-from cifar_core.manifest import FILE_NAME, OPENVINO_PREFIX, Manifest, Variant, read_manifest
-from cifar_core.openvino import Precision
+from cifar_core.manifest import FILE_NAME, OPENVINO_PREFIX, Manifest, Variant
+from cifar_core.openvino import Precision, has_bf16
 from cifar_core.parity import INT8_IMAGES, INT8_LIMIT, ParityError
 from cifar_core.predictors import Predictor, onnx_predictor, openvino_predictor, predict_all
-from cifar_core.publish import PublishError, is_intact, publish
+from cifar_core.publish import read_export, replace
 from cifar_core.run_folder import default_folder
 
+logger = logging.getLogger(__name__)
+
+MAX_THREADS = 1024
 PRECISIONS: dict[str, tuple[str, Precision]] = {
     "fp32": ("fp32", "fp32"),
     "bf16": ("fp32", "bf16"),
@@ -33,33 +37,42 @@ def measure(folder: Path, dataset: Dataset, threads: int) -> Manifest:
 
     Args:
         folder: the export.
-        dataset: data with the classes of the model; for the check before, the data that it was trained on.
+        dataset: the data that it was trained on.
         threads: number of threads of OpenVINO.
 
     Raises:
         ManifestError: There is no export in the folder.
-        PublishError: The export is damaged, or its folder cannot be written.
+        PublishError: The export is damaged, was trained on other data or replaced meanwhile, or its folder cannot be
+            written.
         OpenVinoError: OpenVINO is not installed, or cannot compute the graphs on this machine.
         ParityError: OpenVINO classifies too few validation images correctly. The folder is unchanged.
         EvaluationError: The classes of model and data differ.
     """
-    manifest = read_manifest(folder)
-    if not is_intact(folder, manifest):
-        raise PublishError(f"{folder}: a file of this export is missing or damaged; export the model again")
-    files = {variant.file: (folder / variant.file).read_bytes() for variant in manifest.variants.values()}
+    manifest, read = read_export(folder, dataset)
     variants = {name: each for name, each in manifest.variants.items() if each.openvino_precision is None}
     measured: dict[str, Variant] = {}
     for name, (source, precision) in PRECISIONS.items():
-        variant = manifest.variant(source)
-        graph = files[variant.file]
-        predictor = openvino_predictor(graph, threads, precision)
+        if source not in variants:
+            continue
+        if precision == "bf16" and not has_bf16():
+            logger.warning("%s is not measured, and has no entry: this processor does not compute in bf16", name)
+            continue
+        variant = variants[source]
+        predictor = openvino_predictor(read[variant.file], threads, precision)
         check_classes(predictor, dataset)
-        _check_validation(name, onnx_predictor(graph, CPU), predictor, dataset)
-        fields = manifest_fields(evaluate(predictor, dataset, "test")) | {"openvino_precision": precision}
+        _check_validation(name, onnx_predictor(read[variant.file], CPU), predictor, dataset)
+        fields = manifest_fields(evaluate(predictor, dataset, "test"))
+        fields |= {"openvino_precision": precision, "measured_with": _environment()}
         measured[OPENVINO_PREFIX + name] = Variant(**{**variant.model_dump(exclude_unset=True), **fields})
     manifest = manifest.model_copy(update={"variants": variants | measured})
-    publish(folder, files | {FILE_NAME: manifest.to_json()})
+    replace(folder, read, {FILE_NAME: manifest.to_json()})
     return manifest
+
+
+def _environment() -> str:
+    import onnxruntime
+
+    return f"onnxruntime-openvino {onnxruntime.__version__}, {processor_name()}"
 
 
 def _check_validation(name: str, reference: Predictor, predictor: Predictor, dataset: Dataset) -> None:
@@ -71,6 +84,12 @@ def _check_validation(name: str, reference: Predictor, predictor: Predictor, dat
             f"{name}: OpenVINO classifies {after} of {len(labels)} validation images correctly, onnxruntime {before} "
             f"(allowed loss: {INT8_LIMIT:.0%}); the manifest is unchanged; report this with the model of the processor"
         )
+
+
+def _threads(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= MAX_THREADS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to {MAX_THREADS}")
+    return int(text)
 
 
 def main() -> int:
@@ -85,9 +104,10 @@ def main() -> int:
         metavar="DIR",
         help="folder of the export; default: exported (synthetic/exported for synthetic data)",
     )
-    parser.add_argument("--threads", type=int, default=1, help="number of threads; default: %(default)s")
+    parser.add_argument("--threads", type=_threads, default=1, help="number of threads; default: %(default)s")
     add_data_argument(parser)
     arguments = parser.parse_args()
+    logging.basicConfig(format="%(levelname)s: %(message)s")
     dataset = load_dataset(arguments.data)
     folder = arguments.export or default_folder(dataset.kind, "exported")
     manifest = measure(folder, dataset, arguments.threads)

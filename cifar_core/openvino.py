@@ -36,13 +36,17 @@ def open_session(graph: bytes, threads: int, streams: int, precision: Precision)
         OpenVinoError: This onnxruntime has no OpenVINO, the processor does not compute in this precision, or the graph
             cannot be loaded.
     """
-    import onnxruntime  # here, because training imports this module and does not need it
+    try:
+        import onnxruntime  # here, because training imports this module and does not need it
+    except ModuleNotFoundError as error:
+        raise OpenVinoError("onnxruntime is not installed: pip install onnxruntime-openvino") from error
 
     if PROVIDER not in onnxruntime.get_available_providers():
         raise OpenVinoError(
-            "this onnxruntime has no OpenVINO: pip uninstall onnxruntime, pip install onnxruntime-openvino"
+            "this onnxruntime has no OpenVINO: pip uninstall onnxruntime onnxruntime-gpu, "
+            "pip install onnxruntime-openvino"
         )
-    if precision == "bf16" and not _BF16_FLAGS & _processor_flags():
+    if precision == "bf16" and not has_bf16():
         raise OpenVinoError(
             "this processor does not compute in bf16 (it has neither avx512_bf16 nor amx_bf16): use --variant fp32 or "
             "int8"
@@ -54,6 +58,7 @@ def open_session(graph: bytes, threads: int, streams: int, precision: Precision)
         "INFERENCE_PRECISION_HINT": _HINTS[precision],
         "INFERENCE_NUM_THREADS": str(threads),
         "NUM_STREAMS": str(streams),
+        "ENABLE_CPU_PINNING": "NO",  # several workers would be bound to the same cores
     }
     provider = (PROVIDER, {"device_type": "CPU", "load_config": json.dumps({"CPU": properties})})
     try:
@@ -66,9 +71,11 @@ def open_session(graph: bytes, threads: int, streams: int, precision: Precision)
     return session
 
 
-def _processor_flags() -> set[str]:
-    for line in _CPU_INFO.read_text().splitlines():
-        name, _, value = line.partition(":")
-        if name.strip() == "flags":
-            return set(value.split())
-    return set()
+def has_bf16() -> bool:
+    """Whether this processor computes in bf16. False if the system does not say which instructions it has."""
+    try:
+        lines = _CPU_INFO.read_text().splitlines()
+    except OSError:
+        return False
+    values = (line.partition(":")[2] for line in lines if line.startswith("flags"))
+    return bool(_BF16_FLAGS.intersection(next(values, "").split()))

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from cifar_core.data import Dataset
 from cifar_core.errors import CifarError
 from cifar_core.manifest import FILE_NAME, Manifest, ManifestError, read_manifest
 
@@ -45,7 +46,7 @@ def publish(target: Path, files: Mapping[str, bytes]) -> None:
     except OSError as error:
         raise PublishError(
             f"{target}: this folder cannot be written ({error.strerror}); its content is unchanged; free some space, "
-            "permit writing, or choose another folder with --output DIR"
+            "permit writing, or choose another folder"
         ) from error
     finally:
         if staging is not None:
@@ -69,6 +70,49 @@ def is_intact(folder: Path, manifest: Manifest) -> bool:
         )
     except OSError:
         return False
+
+
+def read_export(folder: Path, dataset: Dataset) -> tuple[Manifest, dict[str, bytes]]:
+    """The manifest of an export and the content of all its files by name, to change and `replace` it.
+
+    Args:
+        folder: the export.
+        dataset: the data that it was trained on.
+
+    Raises:
+        ManifestError: There is no export in the folder.
+        PublishError: A file is damaged, or the export was trained on other data.
+    """
+    manifest = read_manifest(folder)
+    if not is_intact(folder, manifest):
+        raise PublishError(f"{folder}: a file of this export is missing or damaged; export the model again")
+    if manifest.data.fingerprint != dataset.fingerprint:
+        raise PublishError(
+            f"{folder} was trained on {manifest.data.name or 'unknown data'} (fingerprint "
+            f"{manifest.data.fingerprint[:12] or 'unknown'}), but --data is {dataset.name} "
+            f"({dataset.fingerprint[:12]}); use the data that it was trained on"
+        )
+    return manifest, {name: (folder / name).read_bytes() for name in exported_files(folder)}
+
+
+def replace(folder: Path, read: Mapping[str, bytes], changed: Mapping[str, bytes]) -> None:
+    """Replaces some files of an export, unless it was replaced since it was read.
+
+    Args:
+        folder: the export.
+        read: all its files, from `read_export`.
+        changed: the new content of some of them.
+
+    Raises:
+        PublishError: The folder now holds another export, or cannot be written. Its content is unchanged.
+    """
+    try:
+        now = (folder / FILE_NAME).read_bytes()
+    except OSError as error:
+        raise PublishError(f"{folder / FILE_NAME} cannot be read any more: {error.strerror}") from error
+    if now != read[FILE_NAME]:
+        raise PublishError(f"{folder} was replaced by another export meanwhile and is unchanged; start again")
+    publish(folder, {**read, **changed})
 
 
 def _write(path: Path, content: bytes) -> None:

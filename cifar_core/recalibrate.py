@@ -4,7 +4,7 @@
 
 For exports of earlier versions, whose probabilities have a temperature only, and whose run is not at hand. The network
 and its logits stay the same, bit for bit; so do the predicted classes. Measurements with OpenVINO are removed from the
-manifest, because they hold for the previous probabilities.
+manifest, because they hold for the previous probabilities, and so is the comparison with torch.
 """
 
 import argparse
@@ -19,17 +19,13 @@ from cifar_core.calibration import choose_calibration
 from cifar_core.calibration_graph import add_calibration
 from cifar_core.data import Dataset, add_data_argument, load_dataset
 from cifar_core.device import CPU
-from cifar_core.errors import CifarError, program_name, run_command
+from cifar_core.errors import program_name, run_command
 from cifar_core.evaluate import choose_split, evaluate, manifest_fields
 from cifar_core.manifest import FILE_NAME, CalibrationScale, Manifest, Variant, read_manifest
 from cifar_core.parity import PARITY_LIMIT, ParityError
 from cifar_core.predictors import onnx_predictor, predict_all
-from cifar_core.publish import PublishError, is_intact, publish
+from cifar_core.publish import read_export, replace
 from cifar_core.run_folder import default_folder
-
-
-class RecalibrationError(CifarError):
-    """The export cannot be calibrated with this data. Its folder is unchanged."""
 
 
 def without_calibration(graph: bytes) -> bytes:
@@ -59,31 +55,25 @@ def recalibrate(folder: Path, dataset: Dataset) -> Manifest:
 
     Raises:
         ManifestError: There is no export in the folder.
-        PublishError: The export is damaged, or its folder cannot be written.
-        RecalibrationError: The export was trained on other data.
+        PublishError: The export is damaged, was trained on other data or replaced meanwhile, or its folder cannot be
+            written.
         ParityError: The new graph differs from what it should compute.
     """
-    manifest = read_manifest(folder)
-    if not is_intact(folder, manifest):
-        raise PublishError(f"{folder}: a file of this export is missing or damaged; export the model again")
-    if manifest.data.fingerprint != dataset.fingerprint:
-        raise RecalibrationError(
-            f"{folder} was trained on {manifest.data.name} (fingerprint {manifest.data.fingerprint[:12]}), but --data "
-            f"is {dataset.name} ({dataset.fingerprint[:12]}); use the data that it was trained on"
-        )
+    manifest, read = read_export(folder, dataset)
     variants: dict[str, Variant] = {}
     files: dict[str, bytes] = {}
     for name, variant in manifest.variants.items():
         if variant.openvino_precision is None:
-            files[variant.file], variants[name] = _recalibrated(folder, variant, manifest, dataset)
-    kept = {field: getattr(manifest, field) for field in manifest.model_fields_set - {"temperature", "variants"}}
+            files[variant.file], variants[name] = _recalibrated(read[variant.file], variant, manifest, dataset)
+    # The parity was measured on the previous probabilities, and there is no network in torch to repeat it.
+    dropped = {"temperature", "variants", "parity"}
+    kept = {field: getattr(manifest, field) for field in manifest.model_fields_set - dropped}
     manifest = Manifest(**kept, variants=variants)
-    publish(folder, files | {FILE_NAME: manifest.to_json()})
+    replace(folder, read, files | {FILE_NAME: manifest.to_json()})
     return manifest
 
 
-def _recalibrated(folder: Path, variant: Variant, manifest: Manifest, dataset: Dataset) -> tuple[bytes, Variant]:
-    before = (folder / variant.file).read_bytes()
+def _recalibrated(before: bytes, variant: Variant, manifest: Manifest, dataset: Dataset) -> tuple[bytes, Variant]:
     predictor = onnx_predictor(before, CPU)
     held_out, _ = choose_split(predictor, dataset, "validation")
     images, labels = held_out.images.numpy(), held_out.labels.numpy()
@@ -128,9 +118,11 @@ def main() -> int:
     before = read_manifest(folder)
     for name, variant in recalibrate(folder, dataset).variants.items():
         old = before.variants[name]
+        errors = [f"{error:.2%}" if error is not None else "not measured" for error in (old.test_ece, variant.test_ece)]
+        form = variant.calibration.form if variant.calibration else ""
         print(
-            f"{name}: expected calibration error {old.test_ece or 0:.2%} before, {variant.test_ece or 0:.2%} now "
-            f"({variant.calibration.form if variant.calibration else ''}); test accuracy {variant.test_accuracy:.2%}"
+            f"{name}: expected calibration error {errors[0]} before, {errors[1]} now ({form}); "
+            f"test accuracy {variant.test_accuracy:.2%}"
         )
     return 0
 

@@ -1,5 +1,6 @@
 """Serving and measuring with OpenVINO. `make test-openvino` runs all tests; with another build only refusals run."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -12,9 +13,12 @@ import onnxruntime
 import pytest
 from onnx import helper
 
-from cifar_core import openvino
+from cifar_core import measure_openvino, openvino
+from cifar_core.data import load_dataset
 from cifar_core.manifest import ManifestError, read_manifest
 from cifar_core.openvino import PROVIDER, OpenVinoError, open_session
+from cifar_core.parity import ParityError
+from cifar_core.publish import PublishError
 from service.core.engine import Engine
 from service.core.model_store import load
 from service.errors import StartError
@@ -25,8 +29,7 @@ from tests.service.exports import expected, graph, pictures, write_export
 HAS_OPENVINO = PROVIDER in onnxruntime.get_available_providers()
 has_openvino = pytest.mark.skipif(not HAS_OPENVINO, reason="this onnxruntime has no OpenVINO: make test-openvino")
 without_openvino = pytest.mark.skipif(HAS_OPENVINO, reason="this onnxruntime has OpenVINO")
-BF16 = bool(openvino._BF16_FLAGS & openvino._processor_flags())
-has_bf16 = pytest.mark.skipif(not BF16, reason="this processor does not compute in bf16")
+has_bf16 = pytest.mark.skipif(not openvino.has_bf16(), reason="this processor does not compute in bf16")
 
 
 def measured(folder: Path, **precisions: str) -> Path:
@@ -213,6 +216,53 @@ def exported_copy(tmp_path) -> Path:
             capture_output=True,
         )
     return tmp_path / "exported"
+
+
+@has_openvino
+def test_without_bf16_the_other_variants_are_measured(exported_copy, monkeypatch, capsys):
+    monkeypatch.setattr(measure_openvino, "has_bf16", lambda: False)
+    measure_openvino.measure(exported_copy, load_dataset("synthetic:600"), 1)
+    names = read_manifest(exported_copy).variants.keys()
+    assert names == {"fp32", "int8", "openvino-fp32", "openvino-int8"}
+
+
+@has_openvino
+@pytest.mark.parametrize("case", ["other data", "damaged", "too many wrong", "replaced meanwhile"])
+def test_an_export_that_cannot_be_measured_stays_as_it_is(exported_copy, monkeypatch, case):
+    dataset, error = load_dataset("synthetic:600"), PublishError
+    if case == "other data":
+        dataset = dataclasses.replace(dataset, fingerprint="0" * 64)
+    elif case == "damaged":
+        (exported_copy / "model.onnx").write_bytes(b"damaged")
+    elif case == "too many wrong":
+        error = ParityError
+        monkeypatch.setattr(measure_openvino, "INT8_IMAGES", -1)
+        monkeypatch.setattr(measure_openvino, "INT8_LIMIT", -1.0)
+    else:
+        evaluate = measure_openvino.evaluate
+
+        def slow(*arguments):
+            manifest = json.loads((exported_copy / "manifest.json").read_text())
+            (exported_copy / "manifest.json").write_text(json.dumps(manifest | {"model_version": "another"}))
+            return evaluate(*arguments)
+
+        monkeypatch.setattr(measure_openvino, "evaluate", slow)
+    kept = (exported_copy / "model.int8.onnx").read_bytes()
+    with pytest.raises(error):
+        measure_openvino.measure(exported_copy, dataset, 1)
+    assert not [name for name in read_manifest(exported_copy).variants if name.startswith("openvino")]
+    assert (exported_copy / "model.int8.onnx").read_bytes() == kept
+
+
+@pytest.mark.parametrize("change", [{"openvino-x": {}}, {"fp32": {"openvino_precision": "bf16"}}])
+def test_a_manifest_whose_names_and_precisions_disagree_is_refused(tmp_path, change):
+    folder = write_export(tmp_path / "export", graph())
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for name, values in change.items():
+        manifest["variants"][name] = manifest["variants"]["fp32"] | values
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ManifestError, match="if and only if there is openvino_precision"):
+        read_manifest(folder)
 
 
 def run_measurement(folder: Path) -> subprocess.CompletedProcess[str]:

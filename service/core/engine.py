@@ -21,9 +21,6 @@ UsedDevice = Literal["cpu", "cuda", "openvino"]
 CUDA = "CUDAExecutionProvider"
 CPU = "CPUExecutionProvider"
 
-# Its int8 rounds otherwise than onnxruntime's; bf16 has 8 significant bits.
-_OPENVINO_TOLERANCE = {"fp32": 0.03, "bf16": 0.1}
-
 OUTPUTS = ("logits", "probabilities")
 
 
@@ -63,8 +60,6 @@ class Engine:
         self.metadata: dict[str, str] = dict(self._session.get_modelmeta().custom_metadata_map)
         self.parallel = 1 if self.device == "cuda" else threads
         """Number of batches worth computing at once."""
-        self.tolerance = 1e-3 if self.device != "openvino" else _OPENVINO_TOLERANCE[precision]
-        """Largest difference of a probability that rounding may cause, between batches and between libraries."""
 
     def compute(self, images: NDArray[np.uint8], *, alone: bool) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Logits and probabilities, each float32 [n, classes], of uint8 images [n, 32, 32, 3]. Thread-safe.
@@ -101,7 +96,10 @@ def _open(graph: bytes, device: Literal["auto", "cpu", "cuda"], threads: int) ->
                 "onnxruntime has CUDA but could not initialise it: is there a device, and are CUDA and cuDNN installed?"
             )
         else:
-            problem = "this onnxruntime has no CUDA: pip uninstall onnxruntime, pip install onnxruntime-gpu"
+            problem = (
+                "this onnxruntime has no CUDA: pip uninstall onnxruntime onnxruntime-openvino, "
+                "pip install onnxruntime-gpu"
+            )
         if device == "cuda":
             raise StartError(f"--device cuda: {problem}")
         logger.info("computing on the CPU: %s", problem)

@@ -25,6 +25,11 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_NAME = "cifar10"
 
+# Largest difference of a probability that rounding may cause, between batches and between libraries.
+_TOLERANCE = 1e-3
+# OpenVINO rounds int8 otherwise than onnxruntime, and bf16 has 8 significant bits.
+_OPENVINO_TOLERANCE = {"int8": 0.03, "bf16": 0.1}
+
 
 @dataclass(frozen=True, eq=False)
 class Model:
@@ -54,7 +59,7 @@ class Model:
 
     @property
     def device(self) -> str:
-        """The device that computes the graph, "cpu" or "cuda"."""
+        """The device that computes the graph: "cpu", "cuda" or "openvino"."""
         return self.engine.device
 
 
@@ -92,9 +97,11 @@ def load(folder: Path, variant: str, *, device: Device, threads: int, max_batch_
         )
     try:
         engine = Engine(graph, device, threads, entry.openvino_precision or "fp32")
-        _self_test(engine, manifest.classes, manifest.model_version)
-        if engine.device == "openvino":
-            _compare(engine, Engine(graph, "cpu"))
+        tolerance = _TOLERANCE
+        if device == "openvino":
+            tolerance = _OPENVINO_TOLERANCE.get(variant, _TOLERANCE)
+            _compare(engine, Engine(graph, "cpu"), tolerance)
+        _self_test(engine, manifest.classes, manifest.model_version, tolerance)
         _warm_up(engine, max_batch_size)
     except StartError as error:
         raise StartError(f"{path}: {error}") from error
@@ -127,7 +134,7 @@ def _warm_up(engine: Engine, max_batch_size: int) -> None:
         raise StartError(f"warm-up with batches of up to {max_batch_size} images fails: {_one_line(error)}") from error
 
 
-def _self_test(engine: Engine, classes: tuple[str, ...], version: str) -> None:
+def _self_test(engine: Engine, classes: tuple[str, ...], version: str, tolerance: float) -> None:
     """Checks on random images that the graph computes what the manifest and the contract of the export promise."""
     if engine.classes != len(classes):
         raise StartError(f"the graph has {engine.classes} classes, the manifest names {len(classes)}")
@@ -137,7 +144,8 @@ def _self_test(engine: Engine, classes: tuple[str, ...], version: str) -> None:
     images = _random_images()
     try:
         logits, probabilities = engine.compute(images, alone=True)
-        alone = np.concatenate([engine.compute(images[row : row + 1], alone=True)[1] for row in range(len(images))])
+        # Batches that run beside others are computed by another session.
+        single = np.concatenate([engine.compute(images[row : row + 1], alone=False)[1] for row in range(len(images))])
     except Exception as error:  # onnxruntime's errors share no other base class
         raise StartError(f"self-test: the graph fails: {_one_line(error)}") from error
     if logits.shape != (len(images), len(classes)) or probabilities.shape != logits.shape:
@@ -148,18 +156,22 @@ def _self_test(engine: Engine, classes: tuple[str, ...], version: str) -> None:
         raise StartError("self-test: the outputs are not finite")
     if probabilities.min() < 0 or not np.allclose(probabilities.sum(axis=1), 1, atol=1e-4):
         raise StartError("self-test: the probabilities of an image do not sum to 1")
-    if not np.allclose(probabilities, alone, atol=engine.tolerance):
+    if not np.allclose(probabilities, single, atol=tolerance):
         raise StartError("self-test: an image's probabilities depend on the others in its batch")
 
 
-def _compare(engine: Engine, reference: Engine) -> None:
+def _compare(engine: Engine, reference: Engine, tolerance: float) -> None:
     """Checks on random images that OpenVINO computes on this processor what onnxruntime computes."""
     images = _random_images()
-    difference = float(np.abs(engine.compute(images, alone=True)[1] - reference.compute(images, alone=True)[1]).max())
-    if not difference <= engine.tolerance:
+    try:
+        expected = reference.compute(images, alone=True)[1]
+        differences = [np.abs(engine.compute(images, alone=alone)[1] - expected).max() for alone in (True, False)]
+    except Exception as error:  # onnxruntime's errors share no other base class
+        raise StartError(f"self-test: the graph fails: {_one_line(error)}") from error
+    if not max(differences) <= tolerance:
         raise StartError(
-            f"self-test: probabilities computed by OpenVINO differ by {difference:.2g} from onnxruntime's; at most "
-            f"{engine.tolerance:g} is allowed: use --device cpu"
+            f"self-test: probabilities computed by OpenVINO differ by {max(differences):.2g} from onnxruntime's; at "
+            f"most {tolerance:g} is allowed: use --device cpu"
         )
 
 
@@ -201,8 +213,9 @@ class ModelStore:
         self._numbers = numbers or ExportNumbers()
         self._threads, self._max_batch_size = threads, max_batch_size
         self.on_reload = on_reload
-        self.current = self._load(device)
+        self._openvino = device == "openvino"
         self._watcher = Watcher(self._files, self._replace, self._keep_old)
+        self.current = self._load(device)
 
     async def reload(self) -> bool:
         """Loads the export in the folder, changed or not. Returns False if it was refused and the old model stays."""
@@ -215,11 +228,8 @@ class ModelStore:
     def _files(self) -> list[Path]:
         manifest = self._folder / FILE_NAME
         try:
-            on_openvino = self.current.engine.device == "openvino"
-            return [
-                manifest,
-                self._folder / read_manifest(self._folder).variant(self._variant, openvino=on_openvino).file,
-            ]
+            variant = read_manifest(self._folder).variant(self._variant, openvino=self._openvino)
+            return [manifest, self._folder / variant.file]
         except ManifestError:  # reported by the reload that follows
             return [manifest]
 

@@ -204,6 +204,26 @@ def test_a_new_export_replaces_the_old_one_and_a_bad_one_does_not(tmp_path):
     asyncio.run(test())
 
 
+def test_an_export_that_arrives_while_the_first_one_is_warmed_up_is_noticed(tmp_path, fast_polls, monkeypatch):
+    warm_up = Engine.warm_up
+
+    def slow(self: Engine, max_batch_size: int) -> None:
+        warm_up(self, max_batch_size)
+        if not arrived:
+            arrived.append(write_export(tmp_path, graph(1), "second"))
+
+    arrived: list[Path] = []
+    monkeypatch.setattr(Engine, "warm_up", slow)
+
+    async def test():
+        reloads = Reloads(write_export(tmp_path, graph(0), "first"))
+        assert reloads.store.current.version == "first"
+        async with reloads.watching():
+            await reloads.until("second")
+
+    asyncio.run(test())
+
+
 def test_an_unexpected_error_keeps_the_old_model_and_is_logged_with_its_traceback(tmp_path, monkeypatch, caplog):
     def fail(*_args: object, **_options: object) -> Model:
         raise MemoryError
