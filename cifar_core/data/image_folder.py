@@ -69,7 +69,7 @@ class ImageFolder:
 def read_image_folder(folder: Path) -> ImageFolder:
     """Reads a folder, from the cache if it has not changed since the cache was written.
 
-    Files with an extension that is not in `images.EXTENSIONS` and damaged files are left out; a warning in the log
+    Files with an extension that is not in `pixels.EXTENSIONS` and damaged files are left out; a warning in the log
     counts and names them.
 
     Raises:

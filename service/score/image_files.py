@@ -23,7 +23,7 @@ class ImageFiles:
     """A folder, or a list of files.
 
     A folder is searched with its subfolders, in the order of the names, for files with an extension in
-    `images.EXTENSIONS`; links to folders are not followed. A list is a text file with one path per line.
+    `pixels.EXTENSIONS`; links to folders are not followed. A list is a text file with one path per line.
 
     Args:
         kind: "folder" or "list".

@@ -12,6 +12,7 @@ from cifar_core import images
 from cifar_core.data import DataError, load_dataset
 from cifar_core.data import image_folder as loader
 from cifar_core.data.image_folder import read_image_folder
+from cifar_core.pixels import EXTENSIONS
 
 GREY_RAMP = Image.fromarray(np.tile(np.arange(32, dtype=np.uint8) * 8, (32, 1)))
 
@@ -60,7 +61,7 @@ def test_a_folder_holds_the_same_images_as_the_data_set_it_was_written_from(smal
 
 def test_every_supported_extension_is_read_in_lower_and_upper_case(tmp_path):
     forms = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".gif": "GIF", ".bmp": "BMP"}
-    assert forms.keys() == set(images.EXTENSIONS)
+    assert forms.keys() == set(EXTENSIONS)
     files = {}
     for extension, form in forms.items():
         files["lower" + extension] = files["UPPER" + extension.upper()] = encode(GREY_RAMP.convert("RGB"), form)
