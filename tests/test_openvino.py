@@ -68,6 +68,7 @@ def test_without_openvino_the_device_is_refused_and_the_error_says_what_to_insta
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 @without_openvino
 def test_without_openvino_nothing_is_measured(exported_copy):
     before = (exported_copy / "manifest.json").read_bytes()
