@@ -64,9 +64,8 @@ def exported_files(folder: Path) -> set[str]:
 def is_intact(folder: Path, manifest: Manifest) -> bool:
     """Whether every file that a manifest names is in the folder and has the SHA-256 of the manifest."""
     try:
-        return all(
-            hashlib.sha256((folder / variant.file).read_bytes()).hexdigest() == variant.sha256
-            for variant in manifest.variants.values()
+        return _match(
+            manifest, {variant.file: (folder / variant.file).read_bytes() for variant in manifest.variants.values()}
         )
     except OSError:
         return False
@@ -84,15 +83,30 @@ def read_export(folder: Path, dataset: Dataset) -> tuple[Manifest, dict[str, byt
         PublishError: A file is damaged, or the export was trained on other data.
     """
     manifest = read_manifest(folder)
-    if not is_intact(folder, manifest):
-        raise PublishError(f"{folder}: a file of this export is missing or damaged; export the model again")
+    try:
+        files = {name: (folder / name).read_bytes() for name in exported_files(folder)}
+    except OSError as error:
+        raise PublishError(f"{error.filename} cannot be read: {error.strerror}; export the model again") from error
+    # The digests are those of the bytes that were read: another export may replace this one meanwhile.
+    if read_manifest(folder) != manifest or not _match(manifest, files):
+        raise PublishError(
+            f"{folder}: a file of this export is missing or damaged, or was just being replaced; start again, or "
+            "export the model again"
+        )
     if manifest.data.fingerprint != dataset.fingerprint:
         raise PublishError(
             f"{folder} was trained on {manifest.data.name or 'unknown data'} (fingerprint "
             f"{manifest.data.fingerprint[:12] or 'unknown'}), but --data is {dataset.name} "
             f"({dataset.fingerprint[:12]}); use the data that it was trained on"
         )
-    return manifest, {name: (folder / name).read_bytes() for name in exported_files(folder)}
+    return manifest, files
+
+
+def _match(manifest: Manifest, files: Mapping[str, bytes]) -> bool:
+    return all(
+        variant.file in files and hashlib.sha256(files[variant.file]).hexdigest() == variant.sha256
+        for variant in manifest.variants.values()
+    )
 
 
 def replace(folder: Path, read: Mapping[str, bytes], changed: Mapping[str, bytes]) -> None:

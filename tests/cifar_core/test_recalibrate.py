@@ -8,6 +8,7 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
+from cifar_core import publish
 from cifar_core.device import CPU
 from cifar_core.export import export_run
 from cifar_core.manifest import read_manifest
@@ -90,3 +91,17 @@ def test_other_data_and_a_damaged_export_are_refused_and_nothing_changes(with_te
     with pytest.raises(PublishError, match="missing or damaged"):
         recalibrate(with_temperature, small)
     assert contents(with_temperature) == kept
+
+
+def test_an_export_that_is_replaced_while_it_is_read_is_not_mixed_with_the_other(with_temperature, small, monkeypatch):
+    other = (with_temperature / "manifest.json").read_text().replace('"seed": 0', '"seed": 7')
+    read_names = publish.exported_files
+
+    def swap_first(folder):
+        (with_temperature / "manifest.json").write_text(other)
+        return read_names(folder)
+
+    monkeypatch.setattr(publish, "exported_files", swap_first)
+    with pytest.raises(PublishError, match="just being replaced"):
+        recalibrate(with_temperature, small)
+    assert (with_temperature / "manifest.json").read_text() == other
