@@ -7,12 +7,14 @@
 import asyncio
 import collections
 import contextlib
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any
 
 import grpc
 
-from service.errors import Overloaded, RequestError
+from service.core.batcher import DEADLINE_SLACK
+from service.errors import DeadlineExpired, Overloaded, RequestError
 from service.rpc.calls import Behaviour, Call, Calls, Response, Serialize, deadline_of
 from service.rpc.statuses import Context, Failure, abort
 from service.rpc.tracing import on_received
@@ -90,12 +92,13 @@ class _RequestStream:
         self._window = asyncio.Semaphore(STREAM_WINDOW)
         self.stopped = False  # the server stopped reading it
         self._deadline = deadline_of(context)
+        self._expired = False  # a request was not answered because the deadline of the stream passed
 
     async def run(self, slot: Any, serialize: Serialize) -> None:  # noqa: ANN401 -- private to Receiver
         """Reads, answers and writes until the client ends the stream, or the server stops.
 
         Raises:
-            RequestError: The next request did not arrive in time.
+            RequestError: The next request did not arrive in time, or the deadline passed before all were answered.
         """
         answering = asyncio.create_task(self._answer_all(slot))
         try:
@@ -109,6 +112,8 @@ class _RequestStream:
                 slot.unanswered = len(self._accepted)
                 self._window.release()
             await answering  # raises what ended it
+            if self._expired:
+                raise DeadlineExpired("the deadline of the stream passed before all requests were answered")
         finally:
             answering.cancel()
             self._accepted.clear()
@@ -153,6 +158,9 @@ class _RequestStream:
             with self._calls.span(call.method, self._context):
                 return await self._calls.answer(parse_and_answer, None, call)
         except Failure as failure:
+            # A request may have an earlier deadline of its own, which does not concern the others.
+            if failure.code is grpc.StatusCode.DEADLINE_EXCEEDED and self._deadline is not None:
+                self._expired |= time.monotonic() >= self._deadline - DEADLINE_SLACK
             return self._on_failure(request, failure)
 
 
