@@ -35,12 +35,9 @@ from cifar_core.pixels import IMAGE_SIZE, ImageLimits, ImageRejected, check_size
 _PLUGINS = (PngImagePlugin, JpegImagePlugin, MpoImagePlugin, WebPImagePlugin, GifImagePlugin, BmpImagePlugin)
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 
-DECODER_VERSION = 2
+DECODER_VERSION = 3
 """Part of the key of caches of decoded images: raise it whenever the pixels of any file change."""
 
-# libjpeg can decode a JPEG file at half, a quarter or an eighth of its size. It decodes at the smallest of these sizes
-# that is at least this many times the size of the result.
-_DRAFT_FACTOR = 2
 # A larger image is reduced by an integer factor to about this many times the size of the result, and then resized.
 _REDUCED_FACTOR = 3
 # Large images are converted in strips of about this many pixels, so that no second copy of the whole image is needed.
@@ -115,10 +112,14 @@ def opened(data: bytes, limits: ImageLimits | None = None) -> Iterator[Image.Ima
 def pixels_of(image: Image.Image) -> NDArray[np.uint8]:
     """Decodes an opened image: uint8 [32, 32, 3], RGB. Raises the exceptions of Pillow."""
     orientation = _orientation(image)
+    extent: tuple[float, float] = image.size
     if isinstance(image, JpegImagePlugin.JpegImageFile):
-        image.draft(None, (_DRAFT_FACTOR * IMAGE_SIZE, _DRAFT_FACTOR * IMAGE_SIZE))
+        # libjpeg decodes at the smallest of 1/1, 1/2, 1/4 and 1/8 of the size that is not smaller than the result. It
+        # averages over blocks of pixels; those at the right and lower edge may be incomplete.
+        drafted = image.draft(None, (IMAGE_SIZE, IMAGE_SIZE))
+        extent = drafted[1][2:] if drafted else extent
     image.load()
-    small = _resized_square(image)
+    small = _resized_square(image, extent)
     # Cropping and resizing are symmetric, so transposing the small image equals transposing the large one.
     if orientation in _TRANSPOSE:
         small = small.transpose(_TRANSPOSE[orientation])
@@ -131,19 +132,24 @@ def pixels_of(image: Image.Image) -> NDArray[np.uint8]:
     return (pixels[..., :3] + white).clip(0, 255).astype(np.uint8)
 
 
-def _resized_square(image: Image.Image) -> Image.Image:
-    """The central square, 32 x 32: RGB, or RGBa (colours multiplied by opacity) if there is transparency."""
-    width, height = image.size
+def _resized_square(image: Image.Image, extent: tuple[float, float]) -> Image.Image:
+    """The central square, 32 x 32: RGB, or RGBa (colours multiplied by opacity) if there is transparency.
+
+    Args:
+        image: The image.
+        extent: The part of its width and height that the picture takes, from the left and from the top, in pixels.
+    """
+    width, height = extent
     if width == height == IMAGE_SIZE:
         return _converted(image)
     side = min(width, height)
     left, top = (width - side) / 2, (height - side) / 2
-    factor = side // (_REDUCED_FACTOR * IMAGE_SIZE)
+    factor = int(side) // (_REDUCED_FACTOR * IMAGE_SIZE)
     if factor > 1:
         reduced = _reduced(image, (int(left), int(top), math.ceil(left + side), math.ceil(top + side)), factor)
         left, top, side_reduced = (left - int(left)) / factor, (top - int(top)) / factor, side / factor
     else:
-        reduced, side_reduced = _converted(image), float(side)
+        reduced, side_reduced = _converted(image), side
     box = (left, top, left + side_reduced, top + side_reduced)
     return reduced.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC, box=box)
 

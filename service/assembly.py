@@ -47,6 +47,7 @@ def assemble(settings: Settings, metrics: Metrics, decoder: Decoder, models: Mod
         max_bytes=settings.max_queued_bytes,
         observer=metrics,
         threads=models.current.engine.parallel,
+        busy_cores=decoder.busy_processes,
     )
     limits = Limits(
         _image_limits(settings), settings.max_images, settings.max_message_bytes, settings.max_queued_images

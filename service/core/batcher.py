@@ -9,7 +9,7 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Protocol, Self
@@ -26,6 +26,8 @@ DEADLINE_SLACK = 0.05
 # reads requests and writes answers does not delay the other cores after every layer. Fewer images are computed in one
 # batch on all cores, which answers them sooner.
 MIN_PARALLEL_IMAGES = 32
+# The same number while decode processes use the cores as well. A batch on all cores would wait for them at each layer.
+MIN_PARALLEL_WHILE_DECODING = 8
 
 
 class Observer(Protocol):
@@ -97,6 +99,8 @@ class Batcher:
         max_bytes: Largest number of bytes of all admitted requests.
         observer: Is notified of every batch and of every request that gets no answer.
         threads: Largest number of batches computed at the same time.
+        busy_cores: Returns how many cores other parts of the server use now; called in any thread. If they are half of
+            `threads` or more, each batch is computed on one core.
     """
 
     def __init__(
@@ -108,13 +112,14 @@ class Batcher:
         observer: Observer,
         max_queue_delay: float = 0.0,
         threads: int = 1,
+        busy_cores: Callable[[], int] = lambda: 0,
     ) -> None:
         self.max_images, self.max_bytes, self.max_queue_delay = max_images, max_bytes, max_queue_delay
         self.admitted_images = 0
         self.admitted_bytes = 0
         self._observer = observer
         self._queue = Queue(max_batch_size)
-        self._min_parallel_images = min(MIN_PARALLEL_IMAGES, max_batch_size)
+        self._busy_cores = busy_cores
         self._changed = threading.Condition(threading.Lock())
         self._closing = False
         self._images_per_second = 1000.0  # a guess until the first batches; used for retry hints only
@@ -230,7 +235,7 @@ class Batcher:
             outputs: Outputs = ()
             error: Exception | None = None
             try:
-                outputs = compute_pieces(pieces, alone=parallel == 1)
+                outputs = compute_pieces(pieces, alone=parallel == 1 and not self._cores_are_shared)
             except Exception as raised:  # any error fails these requests only; the next batch is computed
                 logger.exception("a batch of %d images failed", count_images(pieces))
                 error = raised
@@ -266,12 +271,20 @@ class Batcher:
     @property
     def _is_enough_for_another(self) -> bool:
         """Whether another batch is worth computing beside those that run, and a thread is free for it."""
-        return self._queue.images >= self._min_parallel_images and len(self._running) < len(self._threads)
+        return self._queue.images >= self._min_parallel_images() and len(self._running) < len(self._threads)
+
+    @property
+    def _cores_are_shared(self) -> bool:
+        return self._busy_cores() * 2 >= len(self._threads)
+
+    def _min_parallel_images(self) -> int:
+        images = MIN_PARALLEL_WHILE_DECODING if self._cores_are_shared else MIN_PARALLEL_IMAGES
+        return min(images, self._queue.max_batch_size)
 
     def _share(self) -> int:
         """How many of the waiting images the next batch takes, so that it and those beside it get equal numbers."""
         free = len(self._threads) - len(self._running)
-        batches = max(1, min(free, self._queue.images // self._min_parallel_images))
+        batches = max(1, min(free, self._queue.images // self._min_parallel_images()))
         return -(-self._queue.images // batches)
 
     # In the event loop

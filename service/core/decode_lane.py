@@ -101,6 +101,11 @@ class Lane:
         """Ids of the running processes."""
         return [process.pid for process in self._processes if process.pid is not None]
 
+    @property
+    def busy_processes(self) -> int:
+        """Number of processes that have a file. Can be read in any thread."""
+        return sum(bool(process.jobs) for process in self._processes)
+
     def add(self, jobs: Iterable[Job]) -> None:
         """Adds jobs to the queue."""
         for job in jobs:

@@ -56,12 +56,12 @@ def main(connection: socket.socket, limits: ProcessLimits, image_limits: ImageLi
 def answer(data: bytes, memory: int, limits: ProcessLimits, image_limits: ImageLimits) -> tuple[Kind, bytes]:
     """Decodes one file within `memory` bytes; returns the kind and content of the reply."""
     try:
-        check_structure(data)
+        scans = check_structure(data)
         demand = demand_by_header(data, image_limits)
         if demand and _too_large(demand, memory, limits):
             return Kind.LARGE, NEEDED.pack(demand.memory)
         with opened(data, image_limits) as image:
-            demand = demand_of(image, data)
+            demand = demand_of(image, len(data), scans)
             if _too_large(demand, memory, limits):
                 return Kind.LARGE, NEEDED.pack(demand.memory)
             return Kind.PIXELS, pixels_of(image).tobytes()

@@ -85,6 +85,10 @@ class Decoder:
         """Process ids of both lanes."""
         return self._fast.pids + self._slow.pids
 
+    def busy_processes(self) -> int:
+        """Number of processes of the fast lane that have a file; those of the slow lane leave others the CPU."""
+        return self._fast.busy_processes
+
     async def decode(
         self, files: Sequence[bytes], deadline: float | None = None, client: str | None = None
     ) -> list[Decoded]:

@@ -59,7 +59,7 @@ def numbered(*numbers: int) -> Images:
     return np.array(numbers, np.uint8).reshape(-1, 1)
 
 
-def batcher(events: Events | None = None, **options: float) -> Batcher:
+def batcher(events: Events | None = None, **options: object) -> Batcher:
     sizes = {"max_batch_size": 4, "max_images": 1000, "max_bytes": 10**6, **options}
     return Batcher(observer=events or Events(), **sizes)  # type: ignore[arg-type]
 

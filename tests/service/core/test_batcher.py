@@ -238,3 +238,35 @@ def test_many_waiting_images_are_shared_among_the_free_threads_and_none_of_the_b
         await batches.close()
 
     run(test)
+
+
+def test_while_other_parts_of_the_server_use_the_cores_each_batch_takes_one_and_fewer_images_are_shared():
+    async def test():
+        gate, busy = Gate(), 1
+        batches = batcher(threads=2, max_batch_size=64, busy_cores=lambda: busy)
+        task = asyncio.create_task(batches.submit(numbered(*range(20)), gate))
+        await begun(gate, 2)
+        assert sorted(len(batch) for batch in gate.seen) == [10, 10]
+        assert gate.alone == [False, False]
+        gate.permits.release(2)
+        await task
+        gate.permits.release(2)
+        await batches.submit(numbered(*range(7)), gate)
+        assert (gate.seen[2], gate.alone[2]) == (list(range(7)), False)
+        busy = 0
+        await batches.submit(numbered(*range(20)), gate)
+        assert (gate.seen[3], gate.alone[3]) == (list(range(20)), True)
+        await batches.close()
+
+    run(test)
+
+
+def test_one_busy_core_of_many_leaves_a_batch_all_of_them():
+    async def test():
+        gate = Gate(open_=True)
+        batches = batcher(threads=4, max_batch_size=64, busy_cores=lambda: 1)
+        await batches.submit(numbered(*range(20)), gate)
+        assert gate.alone == [True]
+        await batches.close()
+
+    run(test)

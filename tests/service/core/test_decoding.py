@@ -55,6 +55,22 @@ def test_the_decoder_gives_the_same_pixels_as_the_library_for_files_of_any_size(
     asyncio.run(test())
 
 
+def test_processes_of_the_fast_lane_are_busy_until_their_files_are_decoded():
+    async def test():
+        async with running() as decoder:
+            assert decoder.busy_processes() == 0
+            task = asyncio.create_task(decoder.decode([MEDIUM] * 4))
+            await until(lambda: decoder.busy_processes() == 2)
+            await task
+            assert decoder.busy_processes() == 0
+            task = asyncio.create_task(decoder.decode([EXPENSIVE]))
+            await until(lambda: len(decoder.pids) > 2)  # a process of the slow lane
+            assert decoder.busy_processes() == 0
+            await task
+
+    asyncio.run(test())
+
+
 def test_starting_does_not_block_and_files_sent_meanwhile_are_decoded():
     async def test():
         began = time.perf_counter()

@@ -51,6 +51,36 @@ EXPENSIVE = {
 }
 
 
+def frame_of(file: bytes) -> slice:
+    """Where the frame header (SOF) of a JPEG file is."""
+    start = next(at for at in (file.find(b"\xff\xc0"), file.find(b"\xff\xc2")) if at > 0)
+    return slice(start, start + 2 + int.from_bytes(file[start + 2 : start + 4], "big"))
+
+
+def test_scans_are_counted_unless_the_first_one_of_a_jpeg_is_all_that_libjpeg_reads():
+    picture = gradient(64, 48).convert("RGB")
+    baseline, progressive = saved(picture, "JPEG"), saved(picture, "JPEG", progressive=True)
+    scans = progressive.count(b"\xff\xda")
+    assert scans > 5
+    assert decode_checks.check_structure(baseline) == 1
+    assert decode_checks.check_structure(baseline + baseline) == 1  # what follows the picture is not read
+    assert decode_checks.check_structure(progressive) == scans
+
+    # Whatever is irregular before the first scan, the scans are counted.
+    frame, other = frame_of(progressive), baseline[frame_of(baseline)]
+    head, tail = progressive[: frame.start], progressive[frame.stop :]
+    for header in (
+        other + progressive[frame],
+        progressive[frame] + other,
+        b"\xff" + other,
+        b"\x00" + other,
+        b"\xff\x01" + other,
+        other[:9] + b"\x04" + other[10:],  # more components than the scan has
+        b"",
+    ):
+        assert decode_checks.check_structure(head + header + tail) == scans
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_file_with_an_expensive_structure_is_refused_before_it_is_decoded(name):
     file, message = REFUSED[name]
