@@ -29,6 +29,7 @@ from PIL import (
     WebPImagePlugin,
 )
 
+from cifar_core.jpeg import read_jpeg_header
 from cifar_core.pixels import IMAGE_SIZE, ImageLimits, ImageRejected, check_size
 
 # Pillow gives a JPEG file of several pictures, as cameras write them, to the plugin for MPO.
@@ -38,6 +39,11 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 DECODER_VERSION = 3
 """Part of the key of caches of decoded images: raise it whenever the pixels of any file change."""
 
+# A JPEG file is decoded at the smallest size that is at least this many times the size of the result. libjpeg cannot
+# scale the colours by themselves if they are stored at half the width only, so these have fewer pixels than the rest.
+_JPEG_FACTOR, _JPEG_FACTOR_IRREGULAR = 1.5, 2.0
+_REGULAR_SAMPLINGS = (0, 2)  # Pillow's numbers of 4:4:4 and 4:2:0
+_MIN_REDUCIBLE = 128  # a smaller image takes as long in full size
 # A larger image is reduced by an integer factor to about this many times the size of the result, and then resized.
 _REDUCED_FACTOR = 3
 # Large images are converted in strips of about this many pixels, so that no second copy of the whole image is needed.
@@ -78,7 +84,7 @@ def decode(data: bytes, limits: ImageLimits | None = None) -> NDArray[np.uint8]:
         ImageRejected: The file is empty, too large, damaged, or its format is not supported.
     """
     with opened(data, limits) as image:
-        return pixels_of(image)
+        return pixels_of(image, scalable=data.startswith(b"\xff\xd8") and read_jpeg_header(data).is_scalable)
 
 
 @contextlib.contextmanager
@@ -109,15 +115,17 @@ def opened(data: bytes, limits: ImageLimits | None = None) -> Iterator[Image.Ima
         raise ImageRejected(f"the image is damaged: {reason}" if reason else "the image is damaged") from error
 
 
-def pixels_of(image: Image.Image) -> NDArray[np.uint8]:
-    """Decodes an opened image: uint8 [32, 32, 3], RGB. Raises the exceptions of Pillow."""
+def pixels_of(image: Image.Image, *, scalable: bool) -> NDArray[np.uint8]:
+    """Decodes an opened image: uint8 [32, 32, 3], RGB. Raises the exceptions of Pillow.
+
+    Args:
+        image: The image.
+        scalable: Whether its file is a JPEG file whose header `is_scalable`; see `cifar_core.jpeg`.
+    """
     orientation = _orientation(image)
     extent: tuple[float, float] = image.size
-    if isinstance(image, JpegImagePlugin.JpegImageFile):
-        # libjpeg decodes at the smallest of 1/1, 1/2, 1/4 and 1/8 of the size that is not smaller than the result. It
-        # averages over blocks of pixels; those at the right and lower edge may be incomplete.
-        drafted = image.draft(None, (IMAGE_SIZE, IMAGE_SIZE))
-        extent = drafted[1][2:] if drafted else extent
+    if scalable and isinstance(image, JpegImagePlugin.JpegImageFile):
+        extent = _reduce_jpeg(image)
     image.load()
     small = _resized_square(image, extent)
     # Cropping and resizing are symmetric, so transposing the small image equals transposing the large one.
@@ -130,6 +138,20 @@ def pixels_of(image: Image.Image) -> NDArray[np.uint8]:
     # edges, where a colour may exceed its opacity.
     white = 255 - pixels[..., 3:].astype(np.int16)
     return (pixels[..., :3] + white).clip(0, 255).astype(np.uint8)
+
+
+def _reduce_jpeg(image: JpegImagePlugin.JpegImageFile) -> tuple[float, float]:
+    """Has libjpeg decode the image at a half, a quarter or an eighth of its size, if that is large enough.
+
+    Returns:
+        Width and height of the picture in the pixels of that size: whole numbers unless it ends within a pixel.
+    """
+    if min(image.size) < _MIN_REDUCIBLE:
+        return image.size
+    is_regular = image.layers == 1 or JpegImagePlugin.get_sampling(image) in _REGULAR_SAMPLINGS
+    size = round(IMAGE_SIZE * (_JPEG_FACTOR if is_regular else _JPEG_FACTOR_IRREGULAR))
+    drafted = image.draft(None, (size, size))
+    return drafted[1][2:] if drafted else image.size
 
 
 def _resized_square(image: Image.Image, extent: tuple[float, float]) -> Image.Image:

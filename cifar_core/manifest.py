@@ -178,6 +178,15 @@ def read_manifest(folder: Path) -> Manifest:
         raise ManifestError(f"{path} does not exist; write an export with: make export") from error
     except OSError as error:
         raise ManifestError(f"{path} cannot be read: {error.strerror}") from error
+    return parse_manifest(content, path)
+
+
+def parse_manifest(content: bytes, path: Path) -> Manifest:
+    """The manifest in the content of the file at `path`, which only errors name.
+
+    Raises:
+        ManifestError: As for `read_manifest`.
+    """
     try:
         value = json.loads(content)
     except (ValueError, RecursionError) as error:

@@ -59,7 +59,8 @@ def open_session(graph: bytes, threads: int, streams: int, precision: Precision)
         "INFERENCE_NUM_THREADS": str(threads),
         "NUM_STREAMS": str(streams),
         "ENABLE_CPU_PINNING": "NO",  # several workers would be bound to the same cores
-        # Compiled operations, about a dozen for each batch size. With 256 sizes, all of them would take 400 MiB.
+        # Number of compiled operations that each stream keeps, of each kind. With batches of up to 256 images, a stream
+        # would otherwise grow by 400 MiB.
         "CPU_RUNTIME_CACHE_CAPACITY": "512",
     }
     provider = (PROVIDER, {"device_type": "CPU", "load_config": json.dumps({"CPU": properties})})

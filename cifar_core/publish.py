@@ -11,7 +11,7 @@ from pathlib import Path
 
 from cifar_core.data import Dataset
 from cifar_core.errors import CifarError
-from cifar_core.manifest import FILE_NAME, Manifest, ManifestError, read_manifest
+from cifar_core.manifest import FILE_NAME, Manifest, ManifestError, parse_manifest, read_manifest
 
 VARIANT_FILES = {"fp32": "model.onnx", "int8": "model.int8.onnx"}
 """The file of each variant of an export."""
@@ -82,16 +82,21 @@ def read_export(folder: Path, dataset: Dataset) -> tuple[Manifest, dict[str, byt
         ManifestError: There is no export in the folder.
         PublishError: A file is damaged, or the export was trained on other data.
     """
-    manifest = read_manifest(folder)
     try:
-        files = {name: (folder / name).read_bytes() for name in exported_files(folder)}
+        # Each file is read once, and the digests are those of the bytes that were read: another export may replace this
+        # one meanwhile.
+        content = (folder / FILE_NAME).read_bytes()
+        manifest = parse_manifest(content, folder / FILE_NAME)
+        files = {variant.file: (folder / variant.file).read_bytes() for variant in manifest.variants.values()}
     except OSError as error:
-        raise PublishError(f"{error.filename} cannot be read: {error.strerror}; export the model again") from error
-    # The digests are those of the bytes that were read: another export may replace this one meanwhile.
-    if read_manifest(folder) != manifest or not _match(manifest, files):
         raise PublishError(
-            f"{folder}: a file of this export is missing or damaged, or was just being replaced; start again, or "
-            "export the model again"
+            f"{error.filename} cannot be read ({error.strerror}); if the export was just being replaced, start again, "
+            "otherwise export the model again"
+        ) from error
+    if not _match(manifest, files):
+        raise PublishError(
+            f"{folder}: a file of this export is damaged, or was just being replaced; start again, or export the model "
+            "again"
         )
     if manifest.data.fingerprint != dataset.fingerprint:
         raise PublishError(
@@ -99,7 +104,7 @@ def read_export(folder: Path, dataset: Dataset) -> tuple[Manifest, dict[str, byt
             f"{manifest.data.fingerprint[:12] or 'unknown'}), but --data is {dataset.name} "
             f"({dataset.fingerprint[:12]}); use the data that it was trained on"
         )
-    return manifest, files
+    return manifest, {FILE_NAME: content, **files}
 
 
 def _match(manifest: Manifest, files: Mapping[str, bytes]) -> bool:

@@ -3,8 +3,11 @@
 It has no thread: one of the calling threads sends the request of its group and hands the results to the others.
 """
 
+import contextlib
+import queue
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -18,12 +21,18 @@ from service.generated.cifar.v1 import image_classifier_pb2 as messages
 
 Send: TypeAlias = "Callable[[messages.ClassifyRequest, Deadline], messages.ClassifyResponse]"
 
+# A thread that a signal handler interrupted may not have woken those that wait for it. They look for themselves then.
+_MAX_WAIT_SECONDS = 1.0
+
 
 @dataclass(eq=False)
 class _Entry(Entry):
-    """An entry whose thread waits for `wake`, until it has its outcome or has to send the request of a group."""
+    """An entry whose thread waits for `wake`, until it has its outcome or has to send the request of a group.
 
-    wake: threading.Event = field(default_factory=threading.Event)
+    A queue costs a third of an Event, which is written in Python. It may wake the thread more often than needed.
+    """
+
+    wake: "queue.SimpleQueue[None]" = field(default_factory=queue.SimpleQueue)
     leads: "list[_Entry] | None" = None
 
 
@@ -48,10 +57,11 @@ class SyncSharing:
             RequestFailed: The attempt failed, or the deadline passed.
         """
         entry = _Entry(content, deadline)
-        with self._lock:
-            self._requests.add(entry)
-            self._choose_leaders()
         try:
+            with self._lock:
+                self._requests.add(entry)
+                leaders = self._choose_leaders()
+            _wake(leaders)
             while entry.outcome is None:
                 if group := self._wait(entry):
                     self._lead(group)
@@ -62,11 +72,14 @@ class SyncSharing:
 
     def _wait(self, entry: _Entry) -> list[_Entry] | None:
         """The group whose request this thread has to send, if any."""
-        in_time = entry.wake.wait(entry.deadline.remaining())
+        remaining = entry.deadline.remaining()
+        with contextlib.suppress(queue.Empty):
+            entry.wake.get(timeout=_MAX_WAIT_SECONDS if remaining is None else min(remaining, _MAX_WAIT_SECONDS))
+        if entry.outcome is not None:  # then it leads no group
+            return None
         with self._lock:
-            entry.wake.clear()
             group, entry.leads = entry.leads, None
-            if group is None and entry.outcome is None and not in_time:
+            if group is None and entry.outcome is None and time.monotonic() >= entry.deadline.at:
                 raise deadline_exceeded()
             return group
 
@@ -91,28 +104,38 @@ class SyncSharing:
                 self._requests.failed(group, outcome)
             else:
                 self._requests.answered(group, outcome)
-            for entry in group:
-                if entry.outcome is not None:
-                    entry.wake.set()
-            self._choose_leaders()
+            leaders = self._choose_leaders()
+        # The leaders first, because the server waits for their requests. The lock is free by now: a thread that wakes
+        # would otherwise only wait for it.
+        _wake(leaders)
+        _wake(entry for entry in group if entry.outcome is not None)
 
-    def _choose_leaders(self) -> None:
+    def _choose_leaders(self) -> list[_Entry]:
+        """Finds a thread for each group that may be sent now. Returns their entries, which the caller wakes."""
+        leaders = []
         while group := self._requests.next_group(self._capacity()):
             # The entry with the latest deadline leads, because it can hand out the results when others have given up.
             leader = max(group, key=lambda entry: entry.deadline.at)
             leader.leads = group
-            leader.wake.set()
+            leaders.append(leader)
+        return leaders
 
     def _give_up(self, entry: _Entry) -> None:
         """Abandons an entry, interrupted or at its deadline. If its thread leads a group, another thread takes over."""
         with self._lock:
             self._requests.abandon(entry)
-            if entry.leads:
-                self._requests.failed(entry.leads, _interrupted())
-                for other in entry.leads:
-                    other.wake.set()
-                entry.leads = None
-                self._choose_leaders()
+            group, entry.leads = entry.leads, None
+            if not group:
+                return
+            self._requests.failed(group, _interrupted())
+            leaders = self._choose_leaders()
+        _wake(leaders)
+        _wake(group)
+
+
+def _wake(entries: Iterable[_Entry]) -> None:
+    for entry in entries:
+        entry.wake.put(None)
 
 
 def _interrupted() -> RequestFailed:

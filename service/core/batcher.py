@@ -88,8 +88,9 @@ class Batcher:
     """Computes images in batches, for many requests at once.
 
     An idle engine takes the waiting images at once, up to the size of a batch, or shares them among several threads if
-    there are at least `MIN_PARALLEL_IMAGES` for each; only if `max_queue_delay` is set does it
-    wait for a batch to fill. Use the batcher from one event loop, and call `close` at the end.
+    there are at least `MIN_PARALLEL_IMAGES` for each, or `MIN_PARALLEL_WHILE_DECODING` while others use the cores. Only
+    if `max_queue_delay` is set does it wait for a batch to fill. Use the batcher from one event loop, and call `close`
+    at the end.
 
     Args:
         max_batch_size: Largest number of images given to `compute` at once.
@@ -99,8 +100,8 @@ class Batcher:
         max_bytes: Largest number of bytes of all admitted requests.
         observer: Is notified of every batch and of every request that gets no answer.
         threads: Largest number of batches computed at the same time.
-        busy_cores: Returns how many cores other parts of the server use now; called in any thread. If they are half of
-            `threads` or more, each batch is computed on one core.
+        busy_cores: Returns how many cores other parts of the server use now; called in any thread. If they leave at
+            most one of `threads`, each batch is computed on one core.
     """
 
     def __init__(
@@ -275,7 +276,7 @@ class Batcher:
 
     @property
     def _cores_are_shared(self) -> bool:
-        return self._busy_cores() * 2 >= len(self._threads)
+        return self._busy_cores() >= max(1, len(self._threads) - 1)
 
     def _min_parallel_images(self) -> int:
         images = MIN_PARALLEL_WHILE_DECODING if self._cores_are_shared else MIN_PARALLEL_IMAGES

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from PIL import Image, JpegImagePlugin
 
+from cifar_core.jpeg import SCAN, read_jpeg_header
 from cifar_core.pixels import ImageLimits, ImageRejected, check_size
 
 MAX_DIMENSION = 65_535
@@ -36,10 +37,6 @@ _WEBP_BYTES_PER_PIXEL = 16
 _GIF_BYTES_PER_PIXEL = 2
 _JPEG_COEFFICIENT_BYTES = 2
 _BMP_RUN_LENGTH = (1, 2)
-_JPEG_WITHOUT_LENGTH = {0x01, *range(0xD0, 0xD9)}
-_SOS, _EOI = 0xDA, 0xD9
-_JPEG_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # tables and an extension have the other three numbers
-_JPEG_SEQUENTIAL = {0xC0, 0xC1}
 
 
 @dataclass(frozen=True)
@@ -55,11 +52,23 @@ class Demand:
     memory: int
 
 
-def check_structure(data: bytes) -> int:
-    """Refuses files whose structure makes them expensive to read. Damaged files pass: the decoder names the damage.
+@dataclass(frozen=True)
+class Structure:
+    """What the structure of a JPEG file says about the cost of decoding it; other files have the defaults.
 
-    Returns:
-        The number of scans of a JPEG file; 1 for all other files.
+    Attributes:
+        scans: Largest possible number of scans.
+        keeps_coefficients: Whether libjpeg keeps the coefficients of the whole image.
+        is_scalable: Whether it is decoded at a reduced size if it is large.
+    """
+
+    scans: int = 1
+    keeps_coefficients: bool = False
+    is_scalable: bool = False
+
+
+def check_structure(data: bytes) -> Structure:
+    """Refuses files whose structure makes them expensive to read. Damaged files pass: the decoder names the damage.
 
     Raises:
         ImageRejected: The file is too expensive. The message names the problem, the limit and the way out.
@@ -74,7 +83,7 @@ def check_structure(data: bytes) -> int:
         _check_webp(data)
     elif data.startswith(b"BM"):
         _check_bmp(data)
-    return 1
+    return Structure()
 
 
 def demand_by_header(data: bytes, limits: ImageLimits) -> Demand | None:
@@ -92,13 +101,13 @@ def demand_by_header(data: bytes, limits: ImageLimits) -> Demand | None:
     return Demand(size[0] * size[1], size[0] * size[1] * bytes_per_pixel + len(data))
 
 
-def demand_of(image: Image.Image, file_bytes: int, scans: int) -> Demand:
+def demand_of(image: Image.Image, file_bytes: int, structure: Structure) -> Demand:
     """Demand of an image that is opened but not decoded.
 
     Args:
         image: The image.
         file_bytes: Size of its file.
-        scans: What `check_structure` returned for it.
+        structure: What `check_structure` returned for it.
 
     Raises:
         ImageRejected: The width or height is too large.
@@ -110,13 +119,13 @@ def demand_of(image: Image.Image, file_bytes: int, scans: int) -> Demand:
         )
     pixels, rows = width * height, height * struct.calcsize("P")
     if isinstance(image, JpegImagePlugin.JpegImageFile):
-        # libjpeg keeps the coefficients of the whole image if there is more than one scan. It decodes at an eighth of
-        # the size at best; a quarter is assumed.
-        coefficients = pixels * image.layers * _JPEG_COEFFICIENT_BYTES if scans > 1 else 0
-        scale = 4 if min(width, height) >= 512 else 1
+        coefficients = pixels * image.layers * _JPEG_COEFFICIENT_BYTES if structure.keeps_coefficients else 0
+        # It is decoded at an eighth of its size at best; a quarter is assumed.
+        scale = 4 if structure.is_scalable and min(width, height) >= 512 else 1
         # Each scan costs about a third of what decoding a baseline file of the same size does.
         return Demand(
-            max(pixels, pixels * scans // 3), coefficients + math.ceil(pixels * 4 / scale**2) + rows + file_bytes
+            max(pixels, pixels * structure.scans // 3),
+            coefficients + math.ceil(pixels * 4 / scale**2) + rows + file_bytes,
         )
     bytes_per_pixel = {"WEBP": _WEBP_BYTES_PER_PIXEL, "GIF": _GIF_BYTES_PER_PIXEL}.get(image.format or "")
     if bytes_per_pixel is None:
@@ -137,38 +146,18 @@ def check_memory(demand: Demand, limit: int) -> None:
         )
 
 
-def _check_jpeg(data: bytes) -> int:
-    place, segments = 2, 0
-    components, is_single = 0, True
-    while place + 4 <= len(data):
-        marker = data[place + 1]
-        if data[place] != 0xFF or marker in (0x00, 0xFF):  # fill bytes and junk, which decoders skip
-            place, is_single = place + 1, False
-        elif marker in (_SOS, _EOI):
-            break
-        elif marker in _JPEG_WITHOUT_LENGTH:
-            place, is_single = place + 2, False
-        else:
-            if marker in _JPEG_FRAMES:
-                is_single &= marker in _JPEG_SEQUENTIAL and not components
-                components = data[place + 9] if place + 9 < len(data) else 0
-            place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
-        segments += 1
-        if segments > MAX_JPEG_SEGMENTS:
-            raise ImageRejected(
-                f"the JPEG file has more than {MAX_JPEG_SEGMENTS} segments before its first scan: save it without "
-                "metadata"
-            )
-    # libjpeg reads no second scan if the first has all components of a sequential frame. Counting takes longer than all
-    # the rest here, so the usual file is spared it.
-    if is_single and components and data[place + 4 : place + 5] == bytes((components,)):
-        return 1
-    # Inside compressed data FF is followed by 00 or a restart marker, so each FF DA begins a scan of the image, or of a
-    # thumbnail in the metadata.
-    scans = data.count(b"\xff\xda")
+def _check_jpeg(data: bytes) -> Structure:
+    header = read_jpeg_header(data, MAX_JPEG_SEGMENTS)
+    if header.segments > MAX_JPEG_SEGMENTS:
+        raise ImageRejected(
+            f"the JPEG file has more than {MAX_JPEG_SEGMENTS} segments before its first scan: save it without metadata"
+        )
+    if header.is_single_scan:  # counting takes longer than all the rest here, so the usual file is spared it
+        return Structure(is_scalable=True)
+    scans = data.count(SCAN)  # those of thumbnails in the metadata too
     if scans > MAX_SCANS:
         raise ImageRejected(f"the JPEG file has {scans} scans; at most {MAX_SCANS} are allowed: save it as baseline")
-    return scans
+    return Structure(scans, keeps_coefficients=True, is_scalable=header.is_scalable)
 
 
 def _check_png(data: bytes) -> None:

@@ -56,15 +56,15 @@ def main(connection: socket.socket, limits: ProcessLimits, image_limits: ImageLi
 def answer(data: bytes, memory: int, limits: ProcessLimits, image_limits: ImageLimits) -> tuple[Kind, bytes]:
     """Decodes one file within `memory` bytes; returns the kind and content of the reply."""
     try:
-        scans = check_structure(data)
+        structure = check_structure(data)
         demand = demand_by_header(data, image_limits)
         if demand and _too_large(demand, memory, limits):
             return Kind.LARGE, NEEDED.pack(demand.memory)
         with opened(data, image_limits) as image:
-            demand = demand_of(image, len(data), scans)
+            demand = demand_of(image, len(data), structure)
             if _too_large(demand, memory, limits):
                 return Kind.LARGE, NEEDED.pack(demand.memory)
-            return Kind.PIXELS, pixels_of(image).tobytes()
+            return Kind.PIXELS, pixels_of(image, scalable=structure.is_scalable).tobytes()
     except ImageRejected as rejection:
         return Kind.REJECTED, str(rejection).encode(errors="replace")[:MAX_REPLY_BYTES]
     except Exception:  # noqa: BLE001 -- reported to the parent, which logs it: a fault must not cost other images

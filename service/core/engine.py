@@ -66,7 +66,7 @@ class Engine:
 
         Args:
             images: The batch.
-            alone: Whether no other batch is being computed, so that this one uses all threads.
+            alone: Whether this batch uses all threads; otherwise it uses one.
         """
         session = self._session if alone else self._single
         logits, probabilities = session.run(OUTPUTS, {"images": images})

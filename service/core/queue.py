@@ -25,7 +25,7 @@ class Compute(Protocol):
 
         Args:
             images: uint8 [n, 32, 32, 3].
-            alone: Whether no other batch is being computed, so that this one may use all cores.
+            alone: Whether the batch may use all cores; otherwise it takes one.
         """
 
 

@@ -13,8 +13,7 @@ from typing import Any
 
 import grpc
 
-from service.core.batcher import DEADLINE_SLACK
-from service.errors import DeadlineExpired, Overloaded, RequestError
+from service.errors import Overloaded, RequestError
 from service.rpc.calls import Behaviour, Call, Calls, Response, Serialize, deadline_of
 from service.rpc.statuses import Context, Failure, abort
 from service.rpc.tracing import on_received
@@ -27,6 +26,8 @@ STREAM_WINDOW = 32
 MAX_LONG_CALLS = 256
 MAX_LONG_CALLS_PER_CONNECTION = 8
 _RETRY_SECONDS = 1.0
+# The event loop may run the timer of a deadline this much early.
+_CLOCK_SECONDS = 0.001
 
 Handler = Callable[[Parse, Serialize], "grpc.RpcMethodHandler[Any, Any]"]
 
@@ -59,6 +60,11 @@ def request_stream(
                     await stream.run(slot, serialize)
             except RequestError as error:
                 await calls.refuse(method, context, error)
+            if stream.expired:
+                await abort(
+                    context,
+                    Failure(grpc.StatusCode.DEADLINE_EXCEEDED, "the deadline passed before all requests were answered"),
+                )
             if stream.stopped:
                 await abort(
                     context, Failure(grpc.StatusCode.UNAVAILABLE, "the server is shutting down: ask another, or retry")
@@ -91,14 +97,14 @@ class _RequestStream:
         self._accepted = _InFlight(calls)
         self._window = asyncio.Semaphore(STREAM_WINDOW)
         self.stopped = False  # the server stopped reading it
+        self.expired = False  # a request was not answered because the deadline of the stream passed
         self._deadline = deadline_of(context)
-        self._expired = False  # a request was not answered because the deadline of the stream passed
 
     async def run(self, slot: Any, serialize: Serialize) -> None:  # noqa: ANN401 -- private to Receiver
         """Reads, answers and writes until the client ends the stream, or the server stops.
 
         Raises:
-            RequestError: The next request did not arrive in time, or the deadline passed before all were answered.
+            RequestError: The next request did not arrive in time.
         """
         answering = asyncio.create_task(self._answer_all(slot))
         try:
@@ -112,8 +118,6 @@ class _RequestStream:
                 slot.unanswered = len(self._accepted)
                 self._window.release()
             await answering  # raises what ended it
-            if self._expired:
-                raise DeadlineExpired("the deadline of the stream passed before all requests were answered")
         finally:
             answering.cancel()
             self._accepted.clear()
@@ -160,7 +164,7 @@ class _RequestStream:
         except Failure as failure:
             # A request may have an earlier deadline of its own, which does not concern the others.
             if failure.code is grpc.StatusCode.DEADLINE_EXCEEDED and self._deadline is not None:
-                self._expired |= time.monotonic() >= self._deadline - DEADLINE_SLACK
+                self.expired |= time.monotonic() >= self._deadline - _CLOCK_SECONDS
             return self._on_failure(request, failure)
 
 

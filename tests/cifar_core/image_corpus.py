@@ -120,3 +120,15 @@ def _animations() -> Iterator[CorpusFile]:
             yield CorpusFile("animation", extension, content)
         content = saved(frames[0], "MPO", save_all=True, append_images=frames[1:])
         yield CorpusFile("several pictures (MPO)", "jpg", content)
+
+
+def lossless_jpeg(width: int, height: int) -> bytes:
+    """A grey lossless JPEG file, which Pillow cannot write: every pixel is 128, as predicted."""
+
+    def segment(marker: int, content: bytes) -> bytes:
+        return bytes((0xFF, marker)) + struct.pack(">H", 2 + len(content)) + content
+
+    table = segment(0xC4, bytes((0, 1, 1, *[0] * 14, 0, 4)))  # the code 0: the difference is 0
+    frame = segment(0xC3, struct.pack(">BHHB", 8, height, width, 1) + bytes((1, 0x11, 0)))
+    scan = segment(0xDA, bytes((1, 1, 0, 1, 0, 0)))
+    return b"\xff\xd8" + table + frame + scan + bytes((width * height + 7) // 8) + b"\xff\xd9"

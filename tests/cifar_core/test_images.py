@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, JpegImagePlugin
 
 from cifar_core.images import FORMATS, decode
+from cifar_core.jpeg import read_jpeg_header
 from cifar_core.pixels import ImageLimits, ImageRejected, packed_images, raw_image
-from tests.cifar_core.image_corpus import gradient, half_transparent, saved, sixteen_bit
+from tests.cifar_core.image_corpus import gradient, half_transparent, lossless_jpeg, saved, sixteen_bit
 from tests.service.exports import pictures
 
 LIMITS = ImageLimits(max_bytes=2**20, max_pixels=1_000_000)
@@ -56,19 +57,53 @@ def test_resizing_averages_instead_of_taking_single_pixels():
     assert abs(image.astype(int) - 127).max() < 20
 
 
-@pytest.mark.parametrize("size", [(256, 256), (260, 260), (300, 300), (500, 500), (213, 320), (290, 410)])
-def test_a_jpeg_that_is_decoded_at_a_reduced_size_keeps_every_edge_where_it_is(size):
-    image = Image.new("RGB", size, "white")
-    for corner in ((0, 0), (size[0] * 3 // 5, size[1] * 3 // 5)):
-        image.paste((200, 30, 60), (*corner, corner[0] + size[0] // 5, corner[1] + size[1] // 5))
-    file = saved(image, "JPEG", quality=95)
-    side = min(size)
-    left, top = (size[0] - side) / 2, (size[1] - side) / 2
+def exact_square(file: bytes) -> np.ndarray:
+    """The central square of a JPEG file, decoded in full size and resized, int [32, 32, 3]."""
+    image = Image.open(io.BytesIO(file)).convert("RGB")
+    (width, height), side = image.size, min(image.size)
+    left, top = (width - side) / 2, (height - side) / 2
     box = (left, top, left + side, top + side)
-    exact = Image.open(io.BytesIO(file)).convert("RGB").resize((32, 32), Image.Resampling.BICUBIC, box=box)
-    # Averaging over blocks and bicubic resizing differ by up to 36; a picture that is shifted by the incomplete block
-    # at its edge by 49 to 132.
-    assert np.abs(decode(file).astype(int) - np.asarray(exact).astype(int)).max() <= 42
+    return np.asarray(image.resize((32, 32), Image.Resampling.BICUBIC, box=box)).astype(int)
+
+
+def squares(width: int, height: int) -> Image.Image:
+    image = Image.new("RGB", (width, height), "white")
+    for left, top in ((0, 0), (width * 3 // 5, height * 3 // 5)):
+        image.paste((200, 30, 60), (left, top, left + width // 5, top + height // 5))
+    return image
+
+
+@pytest.mark.parametrize("size", [(205, 205), (261, 261), (401, 401), (457, 457), (569, 569), (213, 320)])
+def test_a_jpeg_that_is_decoded_at_a_reduced_size_keeps_every_edge_where_it_is(size):
+    file = saved(squares(*size), "JPEG", quality=95)
+    # With the incomplete block at its edge taken for a whole one, the picture is shifted, and differs by 63 to 99.
+    assert np.abs(decode(file) - exact_square(file)).max() <= 30
+
+
+def test_a_jpeg_is_decoded_at_a_reduced_size_only_if_enough_pixels_remain(monkeypatch):
+    reduced = []
+    draft = JpegImagePlugin.JpegImageFile.draft
+
+    def record(image, mode, size):
+        box = draft(image, mode, size)
+        reduced.append(image.size)
+        return box
+
+    monkeypatch.setattr(JpegImagePlugin.JpegImageFile, "draft", record)
+    for side, subsampling in ((127, 2), (128, 2), (256, 2), (256, 0), (256, 1), (500, 2), (500, 1), (3000, 2)):
+        decode(saved(gradient(side, side), "JPEG", subsampling=subsampling))
+    sides = [size[0] for size in reduced]
+    # 127 is not reduced. With colours at half the width only, at least 64 pixels remain, otherwise 48.
+    assert sides == [64, 64, 64, 64, 63, 125, 375]
+
+
+@pytest.mark.parametrize("size", [(40, 40), (64, 64), (150, 100), (2000, 300)])
+def test_a_lossless_jpeg_is_decoded_in_full_size(size, monkeypatch):
+    """libjpeg does not scale it, and Pillow before version 13 would have allocated memory for the scaled size only."""
+    monkeypatch.setattr(JpegImagePlugin.JpegImageFile, "draft", lambda *_: pytest.fail("it was to be scaled"))
+    file = lossless_jpeg(*size)
+    assert not read_jpeg_header(file).is_scalable
+    assert (decode(file) == 128).all()
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -88,20 +88,23 @@ def test_other_data_and_a_damaged_export_are_refused_and_nothing_changes(with_te
     assert contents(with_temperature) == kept
     (with_temperature / "model.onnx").write_bytes(b"damaged")
     kept = contents(with_temperature)
-    with pytest.raises(PublishError, match="missing or damaged"):
+    with pytest.raises(PublishError, match="is damaged, or was just being replaced"):
         recalibrate(with_temperature, small)
     assert contents(with_temperature) == kept
+    (with_temperature / "model.onnx").unlink()
+    with pytest.raises(PublishError, match=r"model\.onnx cannot be read \(No such file or directory\)"):
+        recalibrate(with_temperature, small)
 
 
 def test_an_export_that_is_replaced_while_it_is_read_is_not_mixed_with_the_other(with_temperature, small, monkeypatch):
-    other = (with_temperature / "manifest.json").read_text().replace('"seed": 0', '"seed": 7')
-    read_names = publish.exported_files
+    other = b"a graph of another export"
+    parse = publish.parse_manifest
 
-    def swap_first(folder):
-        (with_temperature / "manifest.json").write_text(other)
-        return read_names(folder)
+    def parse_and_swap(content, path):
+        (with_temperature / "model.onnx").write_bytes(other)
+        return parse(content, path)
 
-    monkeypatch.setattr(publish, "exported_files", swap_first)
-    with pytest.raises(PublishError, match="just being replaced"):
+    monkeypatch.setattr(publish, "parse_manifest", parse_and_swap)
+    with pytest.raises(PublishError, match="was just being replaced"):
         recalibrate(with_temperature, small)
-    assert (with_temperature / "manifest.json").read_text() == other
+    assert (with_temperature / "model.onnx").read_bytes() == other

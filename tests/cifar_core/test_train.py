@@ -107,6 +107,7 @@ def test_resuming_a_finished_run_changes_nothing(uninterrupted):
     } == before
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_previous_checkpoint_and_the_run_can_be_resumed(uninterrupted, tmp_path):
     process = start(tmp_path)
     wait_for_epoch(tmp_path, 1)

@@ -172,6 +172,7 @@ def test_accuracies_are_shown_as_mean_and_sample_standard_deviation():
     assert percent([]) == "–"
 
 
+@pytest.mark.slow
 def test_the_command_evaluates_each_run_once_and_keeps_figures_that_show_images_apart(command, tmp_path):
     def run(module, *arguments):
         done = command(module, *arguments)

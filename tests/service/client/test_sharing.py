@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.client import AsyncClient, ClassificationError, Client, Options
+from service.client import AsyncClient, ClassificationError, Client, Options, sync_sharing
 from service.client.aio_sharing import AsyncSharing
 from service.client.answers import Results
 from service.client.contents import Capacity, Content
@@ -391,3 +391,11 @@ def test_a_thread_that_is_interrupted_before_it_sends_leaves_no_slot_taken(monke
         with pytest.raises(KeyboardInterrupt):
             sharing.exchange(content_of(0, 1, False)[0], Deadline(30))
     assert sharing.exchange(content_of(1, 1, False)[0], Deadline(5)).model_version
+
+
+def test_threads_that_an_interrupted_one_did_not_wake_go_on_by_themselves(monkeypatch):
+    sharing = SyncSharing(1, lambda request, _: answer(request), lambda: CAPACITY)
+    monkeypatch.setattr(sync_sharing, "_wake", lambda entries: None)
+    with ThreadPoolExecutor(3) as pool:
+        calls = [pool.submit(sharing.exchange, content_of(number, 1, False)[0], Deadline(30)) for number in range(3)]
+        assert all(call.result(20).model_version for call in calls)

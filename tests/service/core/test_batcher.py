@@ -261,12 +261,14 @@ def test_while_other_parts_of_the_server_use_the_cores_each_batch_takes_one_and_
     run(test)
 
 
-def test_one_busy_core_of_many_leaves_a_batch_all_of_them():
+def test_a_batch_uses_all_cores_unless_others_leave_at_most_one():
     async def test():
-        gate = Gate(open_=True)
-        batches = batcher(threads=4, max_batch_size=64, busy_cores=lambda: 1)
-        await batches.submit(numbered(*range(20)), gate)
-        assert gate.alone == [True]
+        busy = 0
+        batches = batcher(threads=4, max_batch_size=64, busy_cores=lambda: busy)
+        for busy, alone in ((0, True), (1, True), (2, True), (3, False), (4, False)):  # noqa: B007 -- read above
+            gate = Gate(open_=True)
+            await batches.submit(numbered(*range(7)), gate)
+            assert gate.alone == [alone]
         await batches.close()
 
     run(test)

@@ -59,7 +59,7 @@ def test_processes_of_the_fast_lane_are_busy_until_their_files_are_decoded():
     async def test():
         async with running() as decoder:
             assert decoder.busy_processes() == 0
-            task = asyncio.create_task(decoder.decode([MEDIUM] * 4))
+            task = asyncio.create_task(decoder.decode([MEDIUM] * 24))
             await until(lambda: decoder.busy_processes() == 2)
             await task
             assert decoder.busy_processes() == 0
@@ -277,7 +277,7 @@ def test_closing_the_decoder_ends_its_processes():
 
 
 def test_a_bug_in_the_decoder_is_reported_as_such_with_its_traceback(monkeypatch):
-    def broken(image: object) -> None:
+    def broken(image: object, *, scalable: bool) -> None:
         raise RuntimeError("a bug")
 
     monkeypatch.setattr(decode_worker, "pixels_of", broken)

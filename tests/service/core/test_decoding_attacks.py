@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from cifar_core.pixels import ImageRejected
 from service.core import decode_checks
 from service.core.decoding import Decoder
-from tests.cifar_core.image_corpus import gradient, saved
+from tests.cifar_core.image_corpus import gradient, lossless_jpeg, saved
 from tests.service.core import hostile_images as hostile
 from tests.service.core.decoders import CpuMeter, resident_mib, running
 
@@ -62,23 +63,41 @@ def test_scans_are_counted_unless_the_first_one_of_a_jpeg_is_all_that_libjpeg_re
     baseline, progressive = saved(picture, "JPEG"), saved(picture, "JPEG", progressive=True)
     scans = progressive.count(b"\xff\xda")
     assert scans > 5
-    assert decode_checks.check_structure(baseline) == 1
-    assert decode_checks.check_structure(baseline + baseline) == 1  # what follows the picture is not read
-    assert decode_checks.check_structure(progressive) == scans
+    single = decode_checks.Structure(scans=1, keeps_coefficients=False, is_scalable=True)
+    assert decode_checks.check_structure(baseline) == single
+    assert decode_checks.check_structure(baseline + baseline) == single  # what follows the picture is not read
+    several = decode_checks.Structure(scans, keeps_coefficients=True, is_scalable=True)
+    assert decode_checks.check_structure(progressive) == several
+    # An interrupted download: libjpeg keeps the coefficients although there is one scan.
+    first = progressive[: progressive.index(b"\xff\xda", progressive.index(b"\xff\xda") + 2)]
+    assert decode_checks.check_structure(first) == replace(several, scans=1)
 
-    # Whatever is irregular before the first scan, the scans are counted.
+    # Whatever is irregular before the first scan, the scans are counted, and nothing is scaled.
     frame, other = frame_of(progressive), baseline[frame_of(baseline)]
     head, tail = progressive[: frame.start], progressive[frame.stop :]
+    irregular = replace(several, is_scalable=False)
     for header in (
         other + progressive[frame],
         progressive[frame] + other,
         b"\xff" + other,
         b"\x00" + other,
         b"\xff\x01" + other,
-        other[:9] + b"\x04" + other[10:],  # more components than the scan has
+        b"\xff\xc3" + other[2:],
         b"",
     ):
-        assert decode_checks.check_structure(head + header + tail) == scans
+        assert decode_checks.check_structure(head + header + tail) == irregular
+    more_components = other[:9] + b"\x04" + other[10:]
+    assert decode_checks.check_structure(head + more_components + tail) == several
+
+
+def test_a_lossless_jpeg_is_decoded_in_full_size_under_the_limits():
+    async def test():
+        async with running(1) as decoder:
+            small, large = await decoder.decode([lossless_jpeg(300, 200), lossless_jpeg(5000, 4000)])
+            assert (small == 128).all()
+            assert (large == 128).all()
+
+    asyncio.run(test())
 
 
 @pytest.mark.parametrize("name", REFUSED)

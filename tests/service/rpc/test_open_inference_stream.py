@@ -118,6 +118,10 @@ def test_a_stream_ends_with_deadline_exceeded_whether_server_or_client_notices_f
                 list(stub.ModelStreamInfer(iter([infer_request(pictures(1))]), timeout=0.03 + attempt / 1e4))
             assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
         held.cancel()
+        until(lambda: server.metrics()["cifar_service_admitted_images"] == 0)
+        method = 'method="inference.GRPCInferenceService/ModelStreamInfer"'
+        counted = [value for name, value in server.metrics().items() if "requests_total" in name and method in name]
+        assert 0 < sum(counted) <= STREAM_WINDOW + 20  # each was counted once
 
 
 def test_a_request_with_a_deadline_of_its_own_does_not_end_the_stream(stub):
