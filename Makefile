@@ -31,7 +31,8 @@ DATA_OPTION  = $(if $(DATA),--data $(DATA))
 TRAIN_OPTIONS = --seed $(SEED) --device $(DEVICE) $(if $(PRECISION),--precision $(PRECISION)) --resume $(DATA_OPTION)
 
 OLDEST_TESTS := tests/service/client tests/service/core/test_metrics.py tests/service/core/test_model_store.py \
-  tests/service/rpc/test_classify.py tests/service/rpc/test_server.py tests/service/test_settings.py tests/service/test_logs.py
+  tests/service/rpc/test_classify.py tests/service/rpc/test_server.py tests/service/test_settings.py tests/service/test_logs.py \
+  tests/service/core/test_decoding_attacks.py::test_a_lossless_jpeg_is_decoded_in_full_size_under_the_limits
 OLDEST_TOOLS := pytest pytest-timeout hypothesis trustme onnx psutil
 
 # `make train export` must run in this order, even with -j.
