@@ -39,11 +39,9 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 DECODER_VERSION = 3
 """Part of the key of caches of decoded images: raise it whenever the pixels of any file change."""
 
-# A JPEG file is decoded at the smallest size that is at least this many times the size of the result. libjpeg cannot
-# scale the colours by themselves if they are stored at half the width only, so these have fewer pixels than the rest.
-_JPEG_FACTOR, _JPEG_FACTOR_IRREGULAR = 1.5, 2.0
-_REGULAR_SAMPLINGS = (0, 2)  # Pillow's numbers of 4:4:4 and 4:2:0
-_MIN_REDUCIBLE = 128  # a smaller image takes as long in full size
+# libjpeg can decode a JPEG file at a half, a quarter or an eighth of its size. It decodes at the smallest of these
+# that is at least this many times the size of the result; smaller ones cost accuracy (benchmarks/reduced_jpeg.py).
+_JPEG_FACTOR = 2
 # A larger image is reduced by an integer factor to about this many times the size of the result, and then resized.
 _REDUCED_FACTOR = 3
 # Large images are converted in strips of about this many pixels, so that no second copy of the whole image is needed.
@@ -146,11 +144,7 @@ def _reduce_jpeg(image: JpegImagePlugin.JpegImageFile) -> tuple[float, float]:
     Returns:
         Width and height of the picture in the pixels of that size: whole numbers unless it ends within a pixel.
     """
-    if min(image.size) < _MIN_REDUCIBLE:
-        return image.size
-    is_regular = image.layers == 1 or JpegImagePlugin.get_sampling(image) in _REGULAR_SAMPLINGS
-    size = round(IMAGE_SIZE * (_JPEG_FACTOR if is_regular else _JPEG_FACTOR_IRREGULAR))
-    drafted = image.draft(None, (size, size))
+    drafted = image.draft(None, (_JPEG_FACTOR * IMAGE_SIZE, _JPEG_FACTOR * IMAGE_SIZE))
     return drafted[1][2:] if drafted else image.size
 
 
