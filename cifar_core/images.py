@@ -129,6 +129,8 @@ def pixels_of(image: Image.Image, *, scalable: bool) -> NDArray[np.uint8]:
     # Cropping and resizing are symmetric, so transposing the small image equals transposing the large one.
     if orientation in _TRANSPOSE:
         small = small.transpose(_TRANSPOSE[orientation])
+    if small.mode == "L":
+        small = small.convert("RGB")
     pixels = np.asarray(small)
     if small.mode == "RGB":
         return pixels
@@ -149,7 +151,7 @@ def _reduce_jpeg(image: JpegImagePlugin.JpegImageFile) -> tuple[float, float]:
 
 
 def _resized_square(image: Image.Image, extent: tuple[float, float]) -> Image.Image:
-    """The central square, 32 x 32: RGB, or RGBa (colours multiplied by opacity) if there is transparency.
+    """The central square, 32 x 32: RGB, L if it is grey, or RGBa (colours multiplied by opacity) if it is transparent.
 
     Args:
         image: The image.
@@ -189,12 +191,15 @@ def _reduced(image: Image.Image, box: tuple[int, int, int, int], factor: int) ->
 
 
 def _converted(image: Image.Image) -> Image.Image:
-    """RGB, or RGBa if there is transparency: resizing then weights colours by their opacity."""
+    """RGB, or RGBa if there is transparency: resizing then weights colours by their opacity.
+
+    Grey stays grey: resizing three equal colours takes longer and gives the same pixels.
+    """
     if image.mode.startswith("I"):
         return _from_16_bits(image)
     if image.has_transparency_data:
         return image.convert("RGBA").convert("RGBa")
-    return image if image.mode == "RGB" else image.convert("RGB")
+    return image if image.mode in ("RGB", "L") else image.convert("RGB")
 
 
 def _from_16_bits(image: Image.Image) -> Image.Image:
@@ -203,7 +208,7 @@ def _from_16_bits(image: Image.Image) -> Image.Image:
     grey = Image.fromarray((values >> 8).astype(np.uint8))
     transparent = image.info.get("transparency")
     if transparent is None:
-        return grey.convert("RGB")
+        return grey
     grey.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
     return grey.convert("RGBA").convert("RGBa")
 

@@ -29,7 +29,7 @@ _MAX_WAIT_SECONDS = 1.0
 class _Entry(Entry):
     """An entry whose thread waits for `wake`, until it has its outcome or has to send the request of a group.
 
-    A queue costs a third of an Event, which is written in Python. It may wake the thread more often than needed.
+    A queue costs much less than an Event, which is written in Python. It may wake the thread more often than needed.
     """
 
     wake: "queue.SimpleQueue[None]" = field(default_factory=queue.SimpleQueue)

@@ -52,11 +52,13 @@ def test_each_of_three_servers_gets_a_third_of_the_calls_of_an_asyncio_client(re
 @pytest.mark.slow
 def test_restarting_all_servers_one_after_another_loses_no_call(replicas, load):
     restart_one_after_another(replicas, load)
+    assert load.problems == []
 
 
 @pytest.mark.slow
 def test_killing_a_server_loses_no_call(replicas, load):
     kill_one(replicas, load)
+    assert load.problems == []
 
 
 @pytest.mark.slow

@@ -78,8 +78,12 @@ def test_each_of_three_servers_gets_a_third_of_30000_calls(running):
 
 
 def test_restarting_all_servers_one_after_another_loses_no_call(running):
-    restart_one_after_another(*running)
+    replicas, load = running
+    restart_one_after_another(replicas, load)
+    assert load.problems == []
 
 
 def test_killing_a_server_loses_no_call(running):
-    kill_one(*running)
+    replicas, load = running
+    kill_one(replicas, load)
+    assert load.problems == []

@@ -11,12 +11,14 @@ import grpc
 import numpy as np
 
 from service.client.answers import Classification
+from service.client.contents import Capacity, Content
 from service.generated.cifar.v1 import image_classifier_pb2 as messages
 from service.generated.cifar.v1 import image_classifier_pb2_grpc as rpc
 
 IMAGE_BYTES = 3072
 CLASSES = 10
 NAMES = tuple(f"class {index}" for index in range(CLASSES))
+CAPACITY = Capacity(20, 50_000)
 
 
 def row_of(content: bytes) -> tuple[float, ...]:
@@ -34,6 +36,15 @@ def contents_of(request: messages.ClassifyRequest) -> list[bytes]:
     packed = request.packed_rgb
     contents = [image.encoded or image.rgb for image in request.images]
     return contents + [packed[start : start + IMAGE_BYTES] for start in range(0, len(packed), IMAGE_BYTES)]
+
+
+def content_of(number: int, count: int, files: bool) -> tuple[Content, list[tuple[float, ...]]]:
+    """Images that no other number has, and the probabilities that the server gives them."""
+    images = [b"%08d-%02d" % (number, place) for place in range(count)]
+    if files:
+        return Content(images=tuple(messages.Image(encoded=image) for image in images)), [*map(row_of, images)]
+    raw = [image.ljust(IMAGE_BYTES, b".") for image in images]
+    return Content(pixels=b"".join(raw)), [*map(row_of, raw)]
 
 
 def answer(request: messages.ClassifyRequest) -> messages.ClassifyResponse:

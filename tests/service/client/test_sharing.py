@@ -13,17 +13,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.client import AsyncClient, ClassificationError, Client, Options, sync_sharing
+from service.client import AsyncClient, ClassificationError, Client, Options
 from service.client.aio_sharing import AsyncSharing
 from service.client.answers import Results
-from service.client.contents import Capacity, Content
+from service.client.contents import Content
 from service.client.retrying import Deadline, RequestFailed
 from service.client.sync_sharing import SyncSharing
 from service.generated.cifar.v1 import image_classifier_pb2 as messages
-from tests.service.client.scripted import IMAGE_BYTES, Scripted, answer, contents_of, row_in, row_of, serve
+from tests.service.client.scripted import CAPACITY, Scripted, answer, content_of, contents_of, row_in, row_of, serve
 from tests.service.exports import expected, pictures
 
-CAPACITY = Capacity(20, 50_000)
 POISON = messages.Image(encoded=b"poison")
 
 
@@ -51,15 +50,6 @@ class FakeServer:
         assert images <= CAPACITY.images
         self.images += images
         return answer(request)
-
-
-def content_of(number: int, count: int, files: bool) -> tuple[Content, list[tuple[float, ...]]]:
-    """Images that no other number has, and the probabilities that the server gives them."""
-    images = [b"%08d-%02d" % (number, place) for place in range(count)]
-    if files:
-        return Content(images=tuple(messages.Image(encoded=image) for image in images)), [*map(row_of, images)]
-    raw = [image.ljust(IMAGE_BYTES, b".") for image in images]
-    return Content(pixels=b"".join(raw)), [*map(row_of, raw)]
 
 
 def rows_of(results: Results) -> list[tuple[float, ...]]:
@@ -345,57 +335,3 @@ def test_every_answer_of_many_concurrent_calls_to_a_real_server_is_right(server,
         asyncio.run(use_async())
     else:
         use_threads()
-
-
-# Interruptions
-
-
-def test_a_thread_that_is_interrupted_while_it_sends_lets_the_others_try_again():
-    go_on = threading.Event()
-    outcomes: list[object] = []
-
-    def send(request: messages.ClassifyRequest, _: Deadline) -> messages.ClassifyResponse:
-        if not go_on.is_set():
-            go_on.wait(30)
-            raise KeyboardInterrupt
-        return answer(request)
-
-    sharing = SyncSharing(1, send, lambda: CAPACITY)
-
-    def call(number: int) -> None:
-        try:
-            outcomes.append(sharing.exchange(content_of(number, 1, False)[0], Deadline(30)))
-        except (KeyboardInterrupt, RequestFailed) as error:
-            outcomes.append(error)
-
-    with ThreadPoolExecutor(4) as pool:
-        waiting = [pool.submit(call, number) for number in range(1, 5)]
-        time.sleep(0.2)  # one of them sends, three wait for the slot
-        go_on.set()
-        for one in waiting:
-            one.result(30)
-    interrupted = [one for one in outcomes if isinstance(one, KeyboardInterrupt)]
-    failed = [one for one in outcomes if isinstance(one, RequestFailed)]
-    assert len(interrupted) == 1
-    assert all(one.temporary for one in failed)
-    assert sharing.exchange(content_of(9, 1, False)[0], Deadline(30)).model_version
-
-
-def test_a_thread_that_is_interrupted_before_it_sends_leaves_no_slot_taken(monkeypatch):
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    sharing = SyncSharing(1, lambda request, _: answer(request), lambda: CAPACITY)
-    with monkeypatch.context() as patched:
-        patched.setattr(sharing, "_wait", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            sharing.exchange(content_of(0, 1, False)[0], Deadline(30))
-    assert sharing.exchange(content_of(1, 1, False)[0], Deadline(5)).model_version
-
-
-def test_threads_that_an_interrupted_one_did_not_wake_go_on_by_themselves(monkeypatch):
-    sharing = SyncSharing(1, lambda request, _: answer(request), lambda: CAPACITY)
-    monkeypatch.setattr(sync_sharing, "_wake", lambda entries: None)
-    with ThreadPoolExecutor(3) as pool:
-        calls = [pool.submit(sharing.exchange, content_of(number, 1, False)[0], Deadline(30)) for number in range(3)]
-        assert all(call.result(20).model_version for call in calls)
