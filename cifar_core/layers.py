@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, relu
 
+from cifar_core.convolution import Conv3x3
+
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR10_STD = (0.247, 0.243, 0.261)
 """Per-channel statistics of CIFAR-10's training images, scaled to [0, 1], as the study uses them (section 1.1)."""
@@ -135,9 +137,9 @@ class ConvBlock(nn.Module):
         identity_init: bool = False,
     ) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(channels_in, channels, 3, padding=padding, bias=not batch_norm)
+        self.conv1 = _block_convolution(channels_in, channels, padding, batch_norm)
         self.norm1 = batch_norm_layer(channels) if batch_norm else nn.Identity()
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=padding, bias=not batch_norm)
+        self.conv2 = _block_convolution(channels, channels, padding, batch_norm)
         self.pool = nn.MaxPool2d(2)
         self.norm2 = batch_norm_layer(channels) if batch_norm else nn.Identity()
         self.dropout = Dropout(dropout)
@@ -148,6 +150,12 @@ class ConvBlock(nn.Module):
         x = relu(self.norm1(self.conv1(x)), inplace=True)
         x = relu(self.norm2(self.pool(self.conv2(x))), inplace=True)
         return self.dropout(x)  # type: ignore[no-any-return]
+
+
+def _block_convolution(channels_in: int, channels: int, padding: int, batch_norm: bool) -> nn.Conv2d:
+    if batch_norm and padding == 1:
+        return Conv3x3(channels_in, channels)
+    return nn.Conv2d(channels_in, channels, 3, padding=padding, bias=not batch_norm)
 
 
 class ConvGroup(nn.Module):
@@ -167,14 +175,14 @@ class ConvGroup(nn.Module):
     def __init__(self, channels_in: int, channels: int, depth: int = 2, activation: Activation = "relu") -> None:
         super().__init__()
         self.activation: Activation = activation
-        self.conv1 = nn.Conv2d(channels_in, channels, 3, padding=1, bias=False)
+        self.conv1 = Conv3x3(channels_in, channels)
         self.pool = nn.MaxPool2d(2)
         self.norm1 = batch_norm_layer(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.conv2 = Conv3x3(channels, channels)
         self.norm2 = batch_norm_layer(channels)
         init_identity(self.conv1, self.conv2)
         if depth == 3:
-            self.conv3 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+            self.conv3 = Conv3x3(channels, channels)
             self.norm3 = batch_norm_layer(channels)
             init_identity(self.conv3)
         self.depth = depth
