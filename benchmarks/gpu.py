@@ -109,7 +109,8 @@ def main() -> int:
     script = ["--script", str(arguments.script.resolve())] if arguments.script else []
     recipes = REHEARSAL if arguments.rehearse else RECIPES
     runs = output / "runs"
-    common = ("--no-export", "--device", device.type, "--runs", str(runs), "--output", str(output))
+    # One after another: a stopped process would leave work in the queue of the device.
+    common = ("--turn", "0", "--no-export", "--device", device.type, "--runs", str(runs), "--output", str(output))
     python("benchmarks/time_to_accuracy.py", "--recipes", recipes, *common, *script, *data)
     python("-m", "cifar_core.export", "--runs", str(runs), "--output", str(output / "exported"), *data)
     rows = serving_rows(output / "exported", device.type)

@@ -4,21 +4,27 @@
 
 Each run is a process of its own, timed from start to end: importing, loading the data, training, validating, saving. A
 second process evaluates it on the test images and is timed too. Recipes with changed values (`NAME KEY=VALUE ...`) make
-an ablation. The script is run unchanged by peers/airbench_start.py; it is not part of this repository. The runs are
-interleaved: seed 0 of the script and of all recipes, then seed 1, so that a change of the machine's speed affects all
-alike. Each finished run leaves a file of results and is skipped when the command is started again; a run that was
-interrupted starts anew, because its time would be wrong. Prints a Markdown table of the finished runs and writes all
-measurements to `--output`. Nothing else should run on the machine.
+an ablation. The script is run unchanged by peers/airbench_start.py; it is not part of this repository; of its time,
+loading the data and evaluating are not counted.
+
+The script and all recipes with the same seed take turns of `--turn` seconds: one process runs, the others are stopped,
+and only the time in which a process runs is counted. So a change of the machine's speed affects all alike. All of them
+must fit into memory together, about 4 GB for each. Then the next seed follows. Finished runs leave a file of results
+and are skipped when the command is started again; a run that was interrupted starts anew, because its time would be
+wrong. Prints a Markdown table of the finished runs and writes all measurements to `--output`. Nothing else should run
+on the machine.
 """
 
 import argparse
+import functools
 import json
+import re
 import shutil
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +32,13 @@ import numpy as np
 import onnxruntime
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from turns import Contender, Timed, take_turns
 
 from cifar_core.data import add_data_argument, load_dataset
 from cifar_core.device import CPU, DEVICES, describe_environment
 from cifar_core.export import export_run
-from cifar_core.models import fuse_batch_norm
+from cifar_core.hard_images import TRAINED_EVERY, WIDTHS
+from cifar_core.models import WhitenedConvNet, fuse_batch_norm
 from cifar_core.pixels import IMAGE_SIZE
 from cifar_core.predictors import build_model
 from cifar_core.recipe import Recipe
@@ -38,86 +46,130 @@ from cifar_core.recipes import get_recipe
 from cifar_core.run_folder import RunFolder, best_epoch, load_checkpoint
 from cifar_core.study.markdown import markdown_table
 
-REPOSITORY = Path(__file__).parents[1]
+STARTER = Path(__file__).parent / "peers/airbench_start.py"
 STUDY = 0.8196
 """Test accuracy of the study's deep model on the official images (section 1.3.7)."""
 SCRIPT = "airbench's script"
+KEPT = "time_to_accuracy.json"
+TESTED = "test.json"
+EPOCH_LINE = re.compile(r"epoch +\d+/\d+ ")
+"""The line that training prints after an epoch."""
 ROUNDS = 7
 """Number of rounds in which the speed of inference is measured."""
 
 Measurements = dict[str, Any]
 
 
-def run_timed(*arguments: str) -> float:
-    """Runs a Python process and returns its duration in seconds."""
-    began = time.perf_counter()
-    subprocess.run([sys.executable, *arguments], cwd=REPOSITORY, check=True, stdout=subprocess.DEVNULL)
-    return time.perf_counter() - began
-
-
-def train(
-    recipe: Recipe, overrides: Sequence[str], seed: int, runs: Path, data: Sequence[str], device: str
-) -> Measurements:
-    """Trains and evaluates one seed; returns the earlier measurement if there is one."""
-    folder = RunFolder(runs / recipe.name / str(seed))
-    measured = folder.path / "time_to_accuracy.json"
-    if measured.exists():
-        return dict(json.loads(measured.read_bytes()))
+def training(
+    recipe: Recipe, overrides: Sequence[str], folder: RunFolder, seed: int, options: Sequence[str]
+) -> Contender:
+    """The processes that train and evaluate one seed of a recipe."""
     if folder.path.exists():
         if folder.is_finished():
             raise SystemExit(
                 f"{folder.path}: this run is finished, but was not timed by this command: use another --runs"
             )
         shutil.rmtree(folder.path)  # interrupted, and its time would be wrong
-    name = recipe.name.partition("+")[0]
+    name, runs = recipe.name.partition("+")[0], str(folder.path.parents[1])
     changed = [argument for override in overrides for argument in ("--set", override)]
-    training = run_timed(
-        "-m", "cifar_core.train", name, "--seed", str(seed), "--runs", str(runs), "--device", device, *changed, *data
-    )
-    result = folder.path / "test.json"
-    evaluating = run_timed("-m", "cifar_core.evaluate", "--model", str(folder.path), "--json", str(result), *data)
+    python = (sys.executable, "-m")
+    train = (*python, "cifar_core.train", name, "--seed", str(seed), "--runs", runs, *changed, *options)
+    data = options[options.index("--data") :] if "--data" in options else ()
+    evaluate = (*python, "cifar_core.evaluate", "--model", str(folder.path), "--json", str(folder.path / TESTED), *data)
+    return Contender(f"{recipe.name}, seed {seed}", (train, evaluate))
+
+
+def training_values(recipe: Recipe, folder: RunFolder, ended: Sequence[Timed]) -> Measurements:
+    """The measurements of a run that was trained and evaluated."""
+    train, evaluate = ended
     history = folder.history()
-    overhead = training - sum(line["seconds"] for line in history)  # starting, loading the data, saving
+    epochs_ended = [seconds for seconds, line in train.lines if EPOCH_LINE.match(line)]
     reached = [
-        overhead + sum(earlier["seconds"] for earlier in history[: line["epoch"]])
-        for line in history
+        seconds
+        for seconds, line in zip(epochs_ended, history, strict=True)
         if line["validation_accuracy"] is not None and line["validation_accuracy"] >= STUDY
     ]
-    result_values = {
-        "accuracy": json.loads(result.read_bytes())["accuracy"],
+    return {
+        "accuracy": json.loads((folder.path / TESTED).read_bytes())["accuracy"],
         "validation_accuracy": best_epoch(history, recipe.weights)["validation_accuracy"],
-        "train_seconds": training,
-        "evaluate_seconds": evaluating,
+        "train_seconds": train.seconds,
+        "evaluate_seconds": evaluate.seconds,
         "seconds_to_study": reached[0] if reached else None,
     }
-    measured.write_text(json.dumps(result_values))
-    return result_values
 
 
-def run_script(script: Path, seed: int, runs: Path, data: Sequence[str]) -> Measurements:
-    """Runs airbench's script once; returns the earlier measurement if there is one."""
-    file = runs / script.stem / str(seed) / "time_to_accuracy.json"
-    if file.exists():
-        return dict(json.loads(file.read_bytes()))
-    command = [sys.executable, str(REPOSITORY / "benchmarks/peers/airbench_start.py"), str(script)]
-    done = subprocess.run([*command, "--seed", str(seed), *data], check=True, stdout=subprocess.PIPE, text=True)
-    measured: Measurements = json.loads(done.stdout.splitlines()[-1])
-    reached = [seconds for seconds, accuracy in measured["epochs"] if accuracy >= STUDY]
-    values = measured | {"train_seconds": measured["seconds"], "seconds_to_study": reached[0] if reached else None}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(values))
-    return values
+def script_values(ended: Sequence[Timed]) -> Measurements:
+    """The measurements of airbench's script, from what peers/airbench_start.py prints."""
+    (timed,) = ended
+    marks = [(seconds, json.loads(line)) for seconds, line in timed.lines if line.startswith('{"mark"')]
+    epochs: list[tuple[float, float]] = []
+    six_views, began, stopped, evaluating = None, 0.0, 0.0, 0.0
+    for seconds, mark in marks:
+        if mark["mark"] == "training":
+            epochs, began, evaluating = [], seconds, 0.0
+        elif mark["mark"] == "evaluating":
+            stopped = seconds
+        elif mark["mark"] == "evaluated" and mark["level"] == 0:
+            epochs.append((stopped - began - evaluating, mark["accuracy"]))
+            evaluating += seconds - stopped
+        elif mark["mark"] == "evaluated":
+            six_views = mark["accuracy"]
+    reached = [seconds for seconds, accuracy in epochs if accuracy >= STUDY]
+    return {
+        "parameters": marks[-1][1]["parameters"],
+        "epochs": epochs,
+        "accuracy": epochs[-1][1],
+        "accuracy_six_views": six_views,
+        "train_seconds": epochs[-1][0],
+        "seconds_to_study": reached[0] if reached else None,
+    }
+
+
+@dataclass(frozen=True)
+class Run:
+    """One seed of a recipe, or of the script.
+
+    Attributes:
+        name: row of the table.
+        file: where its measurements are kept.
+        start: returns the processes that make them.
+        values: returns the measurements of processes that have ended.
+    """
+
+    name: str
+    file: Path
+    start: Callable[[], Contender]
+    values: Callable[[Sequence[Timed]], Measurements]
+
+
+def measure(runs: Sequence[Run], turn: float) -> dict[str, Measurements]:
+    """Makes the runs that are missing, in turns, and returns the measurements of all."""
+    missing = [(run, run.start()) for run in runs if not run.file.exists()]
+    take_turns([contender for _, contender in missing], turn)
+    for run, contender in missing:
+        run.file.parent.mkdir(parents=True, exist_ok=True)
+        run.file.write_text(json.dumps(run.values(contender.ended)))
+    return {run.name: json.loads(run.file.read_bytes()) for run in runs}
 
 
 def training_flops(recipe: Recipe, classes: int, images: int) -> float:
     """Floating-point operations of the forward and backward passes of a whole training, without the optimizer."""
     model = recipe.make_model(classes)
+    small = WhitenedConvNet(WIDTHS, classes)
     sizes = [recipe.image_size(epoch) for epoch in range(recipe.epochs)]
     total = 0.0
     for size in set(sizes):
+        pixels = torch.zeros(2, size, size, 3, dtype=torch.uint8)
         with FlopCounterMode(display=False) as counter:
-            model(torch.zeros(2, size, size, 3, dtype=torch.uint8)).sum().backward()
-        total += sizes.count(size) * images * counter.get_total_flops() / 2
+            model(pixels).sum().backward()
+        operations = recipe.hard_share * counter.get_total_flops()
+        if recipe.hard_share < 1:
+            with FlopCounterMode(display=False) as forward:
+                loss = small(pixels).sum()
+            with FlopCounterMode(display=False) as backward:
+                loss.backward()
+            operations += forward.get_total_flops() + backward.get_total_flops() / TRAINED_EVERY
+        total += sizes.count(size) * images * operations / 2
     return total
 
 
@@ -215,6 +267,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--device", choices=DEVICES, default="cpu", help="device to train on; default: %(default)s")
     parser.add_argument("--script", type=Path, metavar="FILE", help="path of airbench94_muon.py, to measure it as well")
+    parser.add_argument(
+        "--turn",
+        type=float,
+        default=30,
+        metavar="SECONDS",
+        help="length of a turn; 0 runs one process after another; default: %(default)s",
+    )
     parser.add_argument("--no-export", action="store_true", help="do not measure the speed in onnxruntime")
     parser.add_argument(
         "--runs", type=Path, default=Path("runs/timed"), metavar="DIR", help="folder for all runs; default: %(default)s"
@@ -240,13 +299,21 @@ def main() -> None:
     networks: dict[str, Measurements] = {SCRIPT: {}}
     exports: dict[str, Path] = {}
     chosen = [(get_recipe(name, changes), changes) for name, *changes in map(str.split, arguments.recipes.split(";"))]
+    options = ("--device", arguments.device, *data)
     for seed in range(arguments.seeds):
+        runs: list[Run] = []
         if arguments.script:
-            results.setdefault(SCRIPT, []).append(run_script(arguments.script, seed, runs_folder, data))
+            command = (sys.executable, str(STARTER), str(arguments.script.resolve()), "--seed", str(seed), *data)
+            start = functools.partial(Contender, SCRIPT, (command,))
+            runs.append(Run(SCRIPT, runs_folder / arguments.script.stem / str(seed) / KEPT, start, script_values))
         for recipe, overrides in chosen:
-            run = train(recipe, overrides, seed, runs_folder, data, arguments.device)
-            results.setdefault(recipe.name, []).append(run)
-            print(f"{recipe.name}, seed {seed}: {run}", file=sys.stderr, flush=True)
+            folder_of_run = RunFolder(runs_folder / recipe.name / str(seed))
+            start = functools.partial(training, recipe, overrides, folder_of_run, seed, options)
+            values = functools.partial(training_values, recipe, folder_of_run)
+            runs.append(Run(recipe.name, folder_of_run.path / KEPT, start, values))
+        for name, measured in measure(runs, arguments.turn).items():
+            results.setdefault(name, []).append(measured)
+            print(f"{name}, seed {seed}: {measured}", file=sys.stderr, flush=True)
     for recipe, _ in chosen:
         run_folder = RunFolder(runs_folder / recipe.name / "0")
         networks[recipe.name] = describe_network(run_folder)

@@ -122,6 +122,8 @@ class Recipe(BaseModel):
         validated_epochs: number of epochs, counted from the end, after which validation is measured; 0 for all.
         distillation: share of the loss that compares the probabilities with those of a teacher, in [0, 1); the rest
             compares them with the labels. Above 0, the run needs a teacher.
+        hard_share: share of each batch that is trained on, in (0, 1]: the images with the largest losses in a small
+            network that is trained alongside (`hard_images`). Below 1 it requires the optimizer `muon`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -161,6 +163,7 @@ class Recipe(BaseModel):
     weights: Literal["best", "last"] = "best"
     validated_epochs: NonNegativeInt = 0
     distillation: Share = 0.0
+    hard_share: Annotated[float, Field(gt=0, le=1)] = 1.0
 
     @model_validator(mode="after")
     def _check_network(self) -> Self:
@@ -181,6 +184,8 @@ class Recipe(BaseModel):
             raise ValueError("validated_epochs requires weights=last, because the best of all epochs is chosen")
         if self.weight_decay and self.optimizer != "muon":
             raise ValueError("weight_decay requires optimizer muon")
+        if self.hard_share < 1 and self.optimizer != "muon":
+            raise ValueError("hard_share below 1 requires optimizer muon, which trains the small network that chooses")
         if self.sizes and not network.batch_norm:
             raise ValueError(f"sizes requires a network with batch normalisation, which {self.model} does not have")
         if self.optimizer == "muon" and not network.batch_norm:

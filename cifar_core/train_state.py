@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cifar_core.hard_images import HardImages
 from cifar_core.models import Network
 
 
@@ -18,6 +19,7 @@ class TrainState:
         optimizer: its optimizer.
         losses: float32 [steps per epoch], on the device: the mean loss of the batch of each step.
         correct: int64 [steps per epoch], on the device: how many images of each step's batch were classified correctly.
+        hard_images: chooses the images to train on; None if all are.
         epoch: number of finished epochs.
         step: number of finished steps in the current epoch.
         seconds: time spent on the current epoch so far.
@@ -28,6 +30,7 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     losses: Tensor
     correct: Tensor
+    hard_images: HardImages | None = None
     epoch: int = 0
     step: int = 0
     seconds: float = 0.0
@@ -38,6 +41,7 @@ class TrainState:
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            **({"hard_images": self.hard_images.to_dict()} if self.hard_images else {}),
             "losses": self.losses,
             "correct": self.correct,
             "epoch": self.epoch,
@@ -53,6 +57,8 @@ class TrainState:
         """Restores a state returned by `to_dict`, also one saved before layers had names."""
         self.model.load_weights(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
+        if self.hard_images:
+            self.hard_images.restore(saved["hard_images"])
         self.losses.copy_(saved["losses"])
         self.correct.copy_(saved["correct"])
         self.epoch, self.step, self.seconds = saved["epoch"], saved["step"], saved["seconds"]

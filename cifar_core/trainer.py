@@ -28,9 +28,10 @@ from cifar_core.data import (
     weighted_sampler,
 )
 from cifar_core.device import describe_environment, keep_freed_memory
-from cifar_core.distributed import ALONE, Ranks
+from cifar_core.distributed import ALONE, RankError, Ranks
 from cifar_core.errors import CifarError
 from cifar_core.files import FileWriteError
+from cifar_core.hard_images import HardImages, trained_images
 from cifar_core.initial_weights import InitialWeights, start_from
 from cifar_core.models import Network, WhitenedConvNet
 from cifar_core.optimizers import make_optimizer, set_learning_rate
@@ -72,7 +73,8 @@ class Trainer:
 
     Raises:
         InitialWeightsError: The initial weights do not fit the recipe.
-        RankError: The batches are too small for batch normalisation on so many ranks.
+        RankError: The batches are too small for batch normalisation on so many ranks, or the recipe trains on the
+            hardest images only, for which there must be one rank.
         TeacherError: There is a teacher and no `distillation`, or the reverse; or the teacher has other classes.
     """
 
@@ -100,7 +102,10 @@ class Trainer:
         )
         self.train_data = dataset.train.to(device)
         self.batch_sizes = batch_sizes(len(self.train_indices), recipe.batch_size, even=recipe.batch_norm)
+        self.trained_sizes = [trained_images(recipe, size) for size in self.batch_sizes]
         self.steps = len(self.batch_sizes)
+        if recipe.hard_share < 1 and ranks.size > 1:
+            raise RankError(f"hard_share is {recipe.hard_share:g}, which needs one process; {ranks.size} were started")
         if recipe.batch_norm:
             ranks.check_batch_norm(min(self.batch_sizes))
         self.model = self._make_model()
@@ -110,6 +115,7 @@ class Trainer:
             make_optimizer(recipe, self.model),
             losses=torch.zeros(self.steps, device=device),
             correct=torch.zeros(self.steps, dtype=torch.int64, device=device),
+            hard_images=self._make_hard_images(),
         )
         self._augmentation: Augmentation | None = None
         self._teacher_logits: Tensor | None = None
@@ -125,6 +131,12 @@ class Trainer:
         if self.initial is not None:
             start_from(self.initial, model, self.dataset.classes, self._random_training_images(WHITENING_IMAGES))
         return model
+
+    def _make_hard_images(self) -> HardImages | None:
+        if self.recipe.hard_share == 1:
+            return None
+        sample = self._random_training_images(WHITENING_IMAGES)
+        return HardImages(self.recipe, len(self.dataset.classes), sample, self.precision == "bf16")
 
     def _random_training_images(self, count: int) -> Tensor:
         """At most `count` of the images to train on, uint8 [N, 32, 32, 3]; the same ones whenever a seed is used.
@@ -238,8 +250,12 @@ class Trainer:
             teacher: logits of the teacher, float32 [B, classes]; None without a teacher.
         """
         state, recipe = self.state, self.recipe
-        steps_done = state.epoch * self.steps + state.step
-        set_learning_rate(state.optimizer, recipe, (steps_done + 0.5) / (recipe.epochs * self.steps))
+        steps_done, all_steps = state.epoch * self.steps + state.step, recipe.epochs * self.steps
+        set_learning_rate(state.optimizer, recipe, (steps_done + 0.5) / all_steps)
+        if state.hard_images:
+            hardest = state.hard_images.choose(images, labels, steps_done, all_steps)
+            images, labels = images[hardest], labels[hardest]
+            teacher = None if teacher is None else teacher[hardest]
         self.ranks.seed_step(self.seed, steps_done)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             logits = self._replica(images)
@@ -311,8 +327,8 @@ class Trainer:
         log.scalars("step", {"train_loss": loss, "train_accuracy": accuracy}, step)
 
     def training_metrics(self, first: int, last: int) -> tuple[float, float]:
-        """Mean loss and accuracy of the steps `first` to `last` - 1 of the current epoch."""
-        sizes = torch.tensor(self.batch_sizes[first:last], dtype=torch.float64)
+        """Mean loss and accuracy of the images trained on in the steps `first` to `last` - 1 of the current epoch."""
+        sizes = torch.tensor(self.trained_sizes[first:last], dtype=torch.float64)
         losses = self.ranks.total(self.state.losses[first:last]).cpu().double()
         correct = self.ranks.total(self.state.correct[first:last]).cpu()
         return float((losses * sizes).sum() / sizes.sum()), float(correct.sum() / sizes.sum())

@@ -1,6 +1,9 @@
-"""Runs a training script of airbench once on this project's data, with or without a GPU; prints one line of JSON.
+"""Runs a training script of airbench once on this project's data, with or without a GPU; prints what it does.
 
     python benchmarks/peers/airbench_start.py SCRIPT [--data ...] [--seed 0]
+
+Prints one line of JSON when training begins, when an evaluation begins, when it ends, with its accuracy, and at the
+end. Whoever reads the lines can thus measure the time of training without evaluations, as the script itself does.
 
 The script is not changed. It uses a GPU and half precision. Without a GPU, the functions that it calls are replaced:
 tensors stay on the CPU, half precision becomes bfloat16, which CPUs multiply fast, and the network is not compiled. The
@@ -89,11 +92,13 @@ def load_script(path: Path) -> ModuleType:
     return module
 
 
-def main() -> None:
-    """Trains, and prints the test accuracy after each epoch with the seconds of training until then.
+def mark(what: str, **values: object) -> None:
+    """Prints a line for the program that measures the time."""
+    print(json.dumps({"mark": what, **values}), flush=True)
 
-    The seconds do not include evaluation, as in the script's own measurement.
-    """
+
+def main() -> None:
+    """Trains the network of the script once."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("script", type=Path)
     parser.add_argument("--seed", type=int, default=0)
@@ -104,43 +109,28 @@ def main() -> None:
     if not on_gpu:
         keep_freed_memory()  # as in our own training
         stand_in_for_cuda()
-    epochs: list[tuple[float, float, int]] = []
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         lay_out(dataset, arguments.seed)
         script = load_script(script_file)
         torch.manual_seed(arguments.seed)
         evaluate = script.evaluate
-        started = 0.0
-        evaluating = 0.0
 
-        def evaluate_and_record(model: nn.Module, loader: object, tta_level: int = 0) -> float:
-            nonlocal evaluating
-            began = time.perf_counter()
+        def evaluate_with_marks(model: nn.Module, loader: object, tta_level: int = 0) -> float:
+            mark("evaluating")
             accuracy = float(evaluate(model, loader, tta_level))
-            epochs.append((began - started - evaluating, accuracy, tta_level))
-            evaluating += time.perf_counter() - began
+            mark("evaluated", accuracy=accuracy, level=tta_level)
             return accuracy
 
-        script.evaluate = evaluate_and_record
+        script.evaluate = evaluate_with_marks
         model = script.CifarNet().cuda().to(memory_format=torch.channels_last)
         if on_gpu:
             model.compile(mode="max-autotune")
             script.main("warmup", model)
-            epochs.clear()
-            evaluating = 0.0
-        started = time.perf_counter()
+        mark("training")
         script.main(0, model)
         os.chdir("/")
-    plain = [(seconds, accuracy) for seconds, accuracy, level in epochs if level == 0]
-    result = {
-        "parameters": sum(each.numel() for each in model.parameters()),
-        "epochs": plain,
-        "seconds": plain[-1][0],
-        "accuracy": plain[-1][1],
-        "accuracy_six_views": next((accuracy for _, accuracy, level in epochs if level), None),
-    }
-    print(json.dumps(result))
+    mark("finished", parameters=sum(each.numel() for each in model.parameters()))
 
 
 if __name__ == "__main__":

@@ -82,6 +82,9 @@ def test_a_recipe_cannot_be_changed():
         ("deep", "weight_decay=0.1", "weight_decay requires optimizer muon"),
         ("deep", "statistics_images=100", "requires a network with batch normalisation"),
         ("sprint", "warmup=1", "should be less than 1"),
+        ("sprint", "hard_share=0", "hard_share is 0, but should be greater than 0"),
+        ("sprint", "hard_share=1.5", "hard_share is 1.5, but should be less than or equal to 1"),
+        ("deep", "hard_share=0.5", "hard_share below 1 requires optimizer muon"),
         ("sprint", "translate=-1", "should be greater than or equal to 0"),
     ],
 )

@@ -12,11 +12,12 @@ from tests.cifar_core.training import assert_same_run, make_trainer
 
 
 @pytest.mark.parametrize(
-    "stop_after", [pytest.param(1, marks=pytest.mark.slow), 13, pytest.param(24, marks=pytest.mark.slow)]
+    ("stop_after", "hard_share"),
+    [pytest.param(1, 1, marks=pytest.mark.slow), (13, 1), (13, 0.5), pytest.param(24, 1, marks=pytest.mark.slow)],
 )
-def test_our_own_recipes_resume_with_the_same_bits(small, tmp_path, stop_after):
+def test_our_own_recipes_resume_with_the_same_bits(small, tmp_path, stop_after, hard_share):
     """The run is stopped in an epoch of small images or in one of full size."""
-    overrides = ("epochs=3", "batch_size=27", "sizes=20:1", "cutout=8")
+    overrides = ("epochs=3", "batch_size=27", "sizes=20:1", "cutout=8", f"hard_share={hard_share}")
     through = make_trainer(small, tmp_path / "through", "sprint", overrides)
     run(through, resume=False)
     stopped = make_trainer(small, tmp_path / "stopped", "sprint", overrides)
