@@ -211,11 +211,19 @@ def calibration_interval(probabilities: Floats, labels: Integers, equal_mass: bo
         equal_mass: as in `expected_calibration_error`.
     """
     confidence, correct = probabilities.max(1), probabilities.argmax(1) == labels
-    random = np.random.RandomState(0)
+    if equal_mass:  # a sample in the order of confidence has the same bins as all images in this order
+        order = np.argsort(confidence, kind="stable")
+        confidence, correct = confidence[order], correct[order]
+    difference, numbers = confidence.astype(np.float64) - correct, _bin_numbers(confidence, equal_mass)
+    random, count = np.random.RandomState(0), len(correct)
     errors = []
     for _ in range(RESAMPLES):
-        rows = random.randint(0, len(correct), len(correct))
-        errors.append(_calibration_error(confidence[rows], correct[rows], equal_mass))
+        times_drawn = np.bincount(random.randint(0, count, count), minlength=count)
+        if equal_mass:
+            sums = np.bincount(numbers, weights=np.repeat(difference, times_drawn), minlength=BINS)
+        else:
+            sums = np.bincount(numbers, weights=difference * times_drawn, minlength=BINS)
+        errors.append(np.abs(sums).sum() / count)
     low, high = np.percentile(errors, (2.5, 97.5))
     return float(low), float(high)
 

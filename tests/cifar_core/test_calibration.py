@@ -156,6 +156,20 @@ def test_bins_of_equal_mass_hold_equal_numbers_and_weigh_equally():
     assert expected_calibration_error(probabilities, labels, True) == pytest.approx(1 - confidence.mean())
 
 
+@pytest.mark.parametrize("equal_mass", [False, True])
+def test_the_bootstrap_interval_is_that_of_samples_with_replacement(logits, labels, equal_mass):
+    values, classes = softmax(logits[:2000]), labels[:2000]
+    random = np.random.RandomState(0)
+    errors = []
+    for _ in range(1000):
+        rows = random.randint(0, 2000, 2000)
+        errors.append(expected_calibration_error(values[rows], classes[rows], equal_mass))
+    low, high = np.percentile(errors, (2.5, 97.5))
+    # With bins of equal mass the samples are others, because the images are in another order.
+    expected = pytest.approx((low, high), rel=0.1 if equal_mass else 1e-9)
+    assert calibration_interval(values, classes, equal_mass) == expected
+
+
 def test_the_bootstrap_interval_contains_the_error_and_shrinks_with_the_number_of_images(logits, labels):
     sharp = softmax(2 * logits)
     widths = []
