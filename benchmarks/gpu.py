@@ -31,7 +31,7 @@ UInt8 = npt.NDArray[np.uint8]
 
 REPOSITORY = Path(__file__).parents[1]
 RECIPES = "sprint;fast;best"
-REHEARSAL = "sprint epochs=1 batch_size=30;fast epochs=1 batch_size=30 widths=4,8,8 whiten_bias_epochs=1"
+REHEARSAL = "sprint epochs=1 batch_size=30;fast epochs=1 batch_size=30 widths=4,8,8 whiten_bias_epochs=1 hard_share=0.5"
 LOADS = ((1, 1), (32, 1), (256, 1), (256, 4))
 """Images in a call, and calls at a time."""
 SECONDS = 3.0
@@ -109,8 +109,7 @@ def main() -> int:
     script = ["--script", str(arguments.script.resolve())] if arguments.script else []
     recipes = REHEARSAL if arguments.rehearse else RECIPES
     runs = output / "runs"
-    # One after another: a stopped process would leave work in the queue of the device.
-    common = ("--turn", "0", "--no-export", "--device", device.type, "--runs", str(runs), "--output", str(output))
+    common = ("--no-export", "--device", device.type, "--runs", str(runs), "--output", str(output))
     python("benchmarks/time_to_accuracy.py", "--recipes", recipes, *common, *script, *data)
     python("-m", "cifar_core.export", "--runs", str(runs), "--output", str(output / "exported"), *data)
     rows = serving_rows(output / "exported", device.type)

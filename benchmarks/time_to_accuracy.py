@@ -4,15 +4,15 @@
 
 Each run is a process of its own, timed from start to end: importing, loading the data, training, validating, saving. A
 second process evaluates it on the test images and is timed too. Recipes with changed values (`NAME KEY=VALUE ...`) make
-an ablation. The script is run unchanged by peers/airbench_start.py; it is not part of this repository; of its time,
-loading the data and evaluating are not counted.
+an ablation. The script is run unchanged by peers/airbench_start.py; it is not part of this repository. Its time is what
+it measures itself, so starting, loading the data and evaluating are not counted.
 
 The script and all recipes with the same seed take turns of `--turn` seconds: one process runs, the others are stopped,
 and only the time in which a process runs is counted. So a change of the machine's speed affects all alike. All of them
-must fit into memory together, about 4 GB for each. Then the next seed follows. Finished runs leave a file of results
-and are skipped when the command is started again; a run that was interrupted starts anew, because its time would be
-wrong. Prints a Markdown table of the finished runs and writes all measurements to `--output`. Nothing else should run
-on the machine.
+must fit into memory together. Then the next seed follows. Finished runs leave a file of results and are skipped when
+the command is started again; a run that was interrupted starts anew, because its time would be wrong. The seconds in
+the history of a run include the time in which it was stopped; those in its file of results do not. Prints a Markdown
+table of the finished runs and writes all measurements to `--output`. Nothing else should run on the machine.
 """
 
 import argparse
@@ -57,26 +57,31 @@ EPOCH_LINE = re.compile(r"epoch +\d+/\d+ ")
 ROUNDS = 7
 """Number of rounds in which the speed of inference is measured."""
 
+MEMORY = 3.5
+"""GiB that a training takes at most, with batches of 2,000 images."""
+
 Measurements = dict[str, Any]
+Commands = Sequence[Sequence[str]]
 
 
 def training(
     recipe: Recipe, overrides: Sequence[str], folder: RunFolder, seed: int, options: Sequence[str]
-) -> Contender:
-    """The processes that train and evaluate one seed of a recipe."""
+) -> Commands:
+    """The programs that train and evaluate one seed of a recipe. Removes what an interrupted start has left."""
+    started = folder.path.with_name(f"{seed}.started")
     if folder.path.exists():
-        if folder.is_finished():
-            raise SystemExit(
-                f"{folder.path}: this run is finished, but was not timed by this command: use another --runs"
-            )
-        shutil.rmtree(folder.path)  # interrupted, and its time would be wrong
+        if not started.exists():
+            raise SystemExit(f"{folder.path}: this run was not started by this command: use another --runs")
+        shutil.rmtree(folder.path)
+    started.parent.mkdir(parents=True, exist_ok=True)
+    started.touch()
     name, runs = recipe.name.partition("+")[0], str(folder.path.parents[1])
     changed = [argument for override in overrides for argument in ("--set", override)]
     python = (sys.executable, "-m")
     train = (*python, "cifar_core.train", name, "--seed", str(seed), "--runs", runs, *changed, *options)
     data = options[options.index("--data") :] if "--data" in options else ()
     evaluate = (*python, "cifar_core.evaluate", "--model", str(folder.path), "--json", str(folder.path / TESTED), *data)
-    return Contender(f"{recipe.name}, seed {seed}", (train, evaluate))
+    return train, evaluate
 
 
 def training_values(recipe: Recipe, folder: RunFolder, ended: Sequence[Timed]) -> Measurements:
@@ -132,23 +137,37 @@ class Run:
     Attributes:
         name: row of the table.
         file: where its measurements are kept.
-        start: returns the processes that make them.
+        commands: returns the programs that make them.
         values: returns the measurements of processes that have ended.
     """
 
     name: str
     file: Path
-    start: Callable[[], Contender]
+    commands: Callable[[], Commands]
     values: Callable[[Sequence[Timed]], Measurements]
+
+    def contender(self) -> Contender:
+        """The programs, which keep the measurements as soon as they have ended."""
+
+        def keep(ended: Sequence[Timed]) -> None:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            self.file.write_text(json.dumps(self.values(ended)))
+
+        return Contender(self.name, self.commands(), keep)
 
 
 def measure(runs: Sequence[Run], turn: float) -> dict[str, Measurements]:
     """Makes the runs that are missing, in turns, and returns the measurements of all."""
-    missing = [(run, run.start()) for run in runs if not run.file.exists()]
-    take_turns([contender for _, contender in missing], turn)
-    for run, contender in missing:
-        run.file.parent.mkdir(parents=True, exist_ok=True)
-        run.file.write_text(json.dumps(run.values(contender.ended)))
+    missing = [run for run in runs if not run.file.exists()]
+    memory = Path("/proc/meminfo")
+    if turn and memory.exists():
+        available = int(re.findall(r"MemAvailable: +(\d+) kB", memory.read_text())[0]) / 2**20
+        if len(missing) * MEMORY > available:
+            raise SystemExit(
+                f"{len(missing)} runs take turns and need up to {MEMORY:.0f} GiB each; {available:.0f} GiB are "
+                "available: name fewer --recipes, or let one run follow the other with --turn 0"
+            )
+    take_turns([run.contender() for run in missing], turn)
     return {run.name: json.loads(run.file.read_bytes()) for run in runs}
 
 
@@ -270,9 +289,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--turn",
         type=float,
-        default=30,
         metavar="SECONDS",
-        help="length of a turn; 0 runs one process after another; default: %(default)s",
+        help="length of a turn; 0 runs one process after another; default: 30, and 0 with CUDA, which goes on "
+        "computing while a process is stopped",
     )
     parser.add_argument("--no-export", action="store_true", help="do not measure the speed in onnxruntime")
     parser.add_argument(
@@ -292,26 +311,28 @@ def main() -> None:
     """Trains and measures the recipes, and prints the table."""
     arguments = _parser().parse_args()
     folder = Path(arguments.data) if arguments.data else None
-    # The processes run in the repository, so the path of a folder must not depend on the current one.
     data = ["--data", str(folder.resolve()) if folder.exists() else arguments.data] if folder else []
     dataset, runs_folder = load_dataset(arguments.data), arguments.runs.resolve()
     results: dict[str, list[Measurements]] = {}
     networks: dict[str, Measurements] = {SCRIPT: {}}
     exports: dict[str, Path] = {}
     chosen = [(get_recipe(name, changes), changes) for name, *changes in map(str.split, arguments.recipes.split(";"))]
+    if len({recipe.name for recipe, _ in chosen}) < len(chosen):
+        raise SystemExit(f"--recipes {arguments.recipes}: a recipe is named twice")
     options = ("--device", arguments.device, *data)
+    turn = arguments.turn if arguments.turn is not None else 0 if torch.cuda.is_available() else 30
     for seed in range(arguments.seeds):
         runs: list[Run] = []
         if arguments.script:
             command = (sys.executable, str(STARTER), str(arguments.script.resolve()), "--seed", str(seed), *data)
-            start = functools.partial(Contender, SCRIPT, (command,))
-            runs.append(Run(SCRIPT, runs_folder / arguments.script.stem / str(seed) / KEPT, start, script_values))
+            file = runs_folder / arguments.script.stem / str(seed) / KEPT
+            runs.append(Run(SCRIPT, file, functools.partial(tuple, [command]), script_values))
         for recipe, overrides in chosen:
             folder_of_run = RunFolder(runs_folder / recipe.name / str(seed))
-            start = functools.partial(training, recipe, overrides, folder_of_run, seed, options)
+            commands = functools.partial(training, recipe, overrides, folder_of_run, seed, options)
             values = functools.partial(training_values, recipe, folder_of_run)
-            runs.append(Run(recipe.name, folder_of_run.path / KEPT, start, values))
-        for name, measured in measure(runs, arguments.turn).items():
+            runs.append(Run(recipe.name, folder_of_run.path / KEPT, commands, values))
+        for name, measured in measure(runs, turn).items():
             results.setdefault(name, []).append(measured)
             print(f"{name}, seed {seed}: {measured}", file=sys.stderr, flush=True)
     for recipe, _ in chosen:

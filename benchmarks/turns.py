@@ -1,13 +1,18 @@
 """Processes that take turns on a machine, so that a change of its speed affects all of them alike."""
 
 import contextlib
+import ctypes
 import os
 import signal
 import subprocess
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from types import FrameType
+
+_LIBC = ctypes.CDLL(None)
+_PR_SET_PDEATHSIG = 1  # from sys/prctl.h
 
 
 @dataclass
@@ -19,8 +24,38 @@ class Timed:
         lines: what it printed: seconds of running until then, and the line.
     """
 
-    seconds: float = 0.0
-    lines: list[tuple[float, str]] = field(default_factory=list)
+    seconds: float
+    lines: list[tuple[float, str]]
+
+
+@dataclass
+class _Process:
+    """A process that was started.
+
+    Attributes:
+        popen: its handle.
+        turns: when each of its turns began and ended, on the clock of `time.perf_counter`.
+        printed: when each line was read, on this clock, and the line.
+        reader: the thread that reads the lines.
+    """
+
+    popen: subprocess.Popen[str]
+    turns: list[tuple[float, float]] = field(default_factory=list)
+    printed: list[tuple[float, str]] = field(default_factory=list)
+    reader: threading.Thread | None = None
+
+    def read(self) -> None:
+        for line in self.popen.stdout or ():
+            self.printed.append((time.perf_counter(), line.rstrip("\n")))
+
+    def ran_until(self, moment: float) -> float:
+        """Seconds of running until a moment."""
+        return sum(max(0.0, min(ended, moment) - began) for began, ended in self.turns)
+
+    def timed(self) -> Timed:
+        if self.reader is not None:
+            self.reader.join()
+        return Timed(self.ran_until(float("inf")), [(self.ran_until(moment), line) for moment, line in self.printed])
 
 
 class Contender:
@@ -29,16 +64,20 @@ class Contender:
     Args:
         name: name of the contender.
         commands: programs with their arguments.
+        when_finished: called with the processes when all have ended.
     """
 
-    def __init__(self, name: str, commands: Sequence[Sequence[str]]) -> None:
+    def __init__(
+        self,
+        name: str,
+        commands: Sequence[Sequence[str]],
+        when_finished: Callable[[Sequence[Timed]], None] = lambda _: None,
+    ) -> None:
         self.name = name
         self.ended: list[Timed] = []
         self._commands = list(commands)
-        self._process: subprocess.Popen[str] | None = None
-        self._reader: threading.Thread | None = None
-        self._timed = Timed()
-        self._continued = 0.0
+        self._when_finished = when_finished
+        self._process: _Process | None = None
 
     @property
     def is_finished(self) -> bool:
@@ -53,53 +92,46 @@ class Contender:
         """
         ends = None if seconds is None else time.perf_counter() + seconds
         while not self.is_finished:
-            self._continued = time.perf_counter()
+            began = time.perf_counter()
             process = self._continue()
             try:
-                process.wait(None if ends is None else max(0.0, ends - time.perf_counter()))
+                process.popen.wait(None if ends is None else max(0.0, ends - time.perf_counter()))
             except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGSTOP)
-                self._timed.seconds += time.perf_counter() - self._continued
+                os.killpg(process.popen.pid, signal.SIGSTOP)
+                process.turns.append((began, time.perf_counter()))
                 return
-            self._timed.seconds += time.perf_counter() - self._continued
-            self._end(process)
+            process.turns.append((began, time.perf_counter()))
+            self._process = None
+            if process.popen.returncode:
+                raise subprocess.CalledProcessError(process.popen.returncode, process.popen.args)
+            self.ended.append(process.timed())
+        self._when_finished(self.ended)
 
     def kill(self) -> None:
         """Ends the process that is running or stopped, if there is one."""
         if self._process is not None:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
+                os.killpg(self._process.popen.pid, signal.SIGKILL)
+            self._process.popen.wait()
 
-    def _continue(self) -> subprocess.Popen[str]:
+    def _continue(self) -> _Process:
         if self._process is not None:
-            os.killpg(self._process.pid, signal.SIGCONT)
+            os.killpg(self._process.popen.pid, signal.SIGCONT)
             return self._process
-        self._timed = Timed()
-        self._process = subprocess.Popen(
-            self._commands[len(self.ended)],
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"PYTHONUNBUFFERED": "1"},
-            start_new_session=True,  # signals reach its children as well
+        self._process = _Process(
+            subprocess.Popen(
+                self._commands[len(self.ended)],
+                stdout=subprocess.PIPE,
+                text=True,
+                errors="replace",
+                env=os.environ | {"PYTHONUNBUFFERED": "1"},
+                start_new_session=True,  # signals reach its children as well
+                preexec_fn=_end_with_parent,
+            )
         )
-        self._reader = threading.Thread(target=self._read, args=(self._process, self._timed), daemon=True)
-        self._reader.start()
+        self._process.reader = threading.Thread(target=self._process.read, daemon=True)
+        self._process.reader.start()
         return self._process
-
-    def _read(self, process: subprocess.Popen[str], timed: Timed) -> None:
-        if process.stdout is None:
-            return
-        for line in process.stdout:
-            timed.lines.append((timed.seconds + time.perf_counter() - self._continued, line.rstrip("\n")))
-
-    def _end(self, process: subprocess.Popen[str]) -> None:
-        if self._reader is not None:
-            self._reader.join()
-        self._process = None
-        if process.returncode:
-            raise subprocess.CalledProcessError(process.returncode, process.args)
-        self.ended.append(self._timed)
 
 
 def take_turns(contenders: Sequence[Contender], seconds: float) -> None:
@@ -112,10 +144,31 @@ def take_turns(contenders: Sequence[Contender], seconds: float) -> None:
     Raises:
         subprocess.CalledProcessError: A command failed. The other processes are killed.
     """
+    with _signals_as_exceptions():
+        try:
+            while waiting := [each for each in contenders if not each.is_finished]:
+                for contender in waiting:
+                    contender.run(seconds or None)
+        finally:
+            for contender in contenders:
+                contender.kill()
+
+
+def _end_with_parent() -> None:
+    """Lets the kernel kill this process, also a stopped one, when its parent is killed."""
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def _signals_as_exceptions() -> Iterator[None]:
+    """Makes SIGTERM and SIGHUP raise SystemExit, as SIGINT raises KeyboardInterrupt, so that processes are ended."""
+
+    def leave(number: int, _: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
-        while waiting := [each for each in contenders if not each.is_finished]:
-            for contender in waiting:
-                contender.run(seconds or None)
+        yield
     finally:
-        for contender in contenders:
-            contender.kill()
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -211,19 +211,16 @@ def calibration_interval(probabilities: Floats, labels: Integers, equal_mass: bo
         equal_mass: as in `expected_calibration_error`.
     """
     confidence, correct = probabilities.max(1), probabilities.argmax(1) == labels
-    if equal_mass:  # a sample in the order of confidence has the same bins as all images in this order
-        order = np.argsort(confidence, kind="stable")
-        confidence, correct = confidence[order], correct[order]
-    difference, numbers = confidence.astype(np.float64) - correct, _bin_numbers(confidence, equal_mass)
+    # A sample in the order of confidence has the same bins of equal mass as all images in this order.
+    order = np.argsort(confidence, kind="stable") if equal_mass else np.arange(len(correct))
+    difference = (confidence.astype(np.float64) - correct)[order]
+    numbers = _bin_numbers(confidence[order], equal_mass)
     random, count = np.random.RandomState(0), len(correct)
     errors = []
     for _ in range(RESAMPLES):
-        times_drawn = np.bincount(random.randint(0, count, count), minlength=count)
-        if equal_mass:
-            sums = np.bincount(numbers, weights=np.repeat(difference, times_drawn), minlength=BINS)
-        else:
-            sums = np.bincount(numbers, weights=difference * times_drawn, minlength=BINS)
-        errors.append(np.abs(sums).sum() / count)
+        times_drawn = np.bincount(random.randint(0, count, count), minlength=count)[order]
+        drawn = np.repeat(difference, times_drawn) if equal_mass else difference * times_drawn
+        errors.append(np.abs(np.bincount(numbers, weights=drawn, minlength=BINS)).sum() / count)
     low, high = np.percentile(errors, (2.5, 97.5))
     return float(low), float(high)
 

@@ -49,6 +49,10 @@ class Conv3x3(nn.Conv2d):
     def _pays(self, x: Tensor) -> bool:
         if x.device.type != "cpu" or not torch.is_autocast_enabled("cpu") or not has_matrix_units():
             return False
+        if torch.get_autocast_dtype("cpu") != torch.bfloat16:
+            return False
+        if x.dim() != 4 or self.bias is not None:  # a single image; batch normalisation fused into this layer
+            return False
         width = x.shape[-1]
         return width <= _NARROW or (width <= _WIDE and min(self.in_channels, self.out_channels) >= _MANY_CHANNELS)
 

@@ -192,7 +192,7 @@ def batch_size_note(name: str, recipe: Recipe) -> str | None:
         recipe: the recipe with the changes of `--set`.
     """
     original = RECIPES[name]
-    ratio = recipe.batch_size / original.batch_size
+    ratio = recipe.batch_size * recipe.hard_share / (original.batch_size * original.hard_share)
     if ratio == 1:
         return None
     muon = recipe.optimizer == "muon"
@@ -205,7 +205,11 @@ def batch_size_note(name: str, recipe: Recipe) -> str | None:
     if not kept:
         return None
     options = " ".join(f"--set {key}={scaled[key]:.3g}" for key in kept)
+    batch, usual = (
+        f"{each.batch_size}" + (f" with hard_share={each.hard_share:g}" if each.hard_share < 1 else "")
+        for each in (recipe, original)
+    )
     return (
-        f"batch_size is {recipe.batch_size} and not {original.batch_size}, but {', '.join(kept)} did not change with "
-        f"it; values that act alike per image: {options}"
+        f"batch_size is {batch} and not {usual}, but {', '.join(kept)} did not change with it; values that act alike "
+        f"per image: {options}"
     )

@@ -105,7 +105,10 @@ class Trainer:
         self.trained_sizes = [trained_images(recipe, size) for size in self.batch_sizes]
         self.steps = len(self.batch_sizes)
         if recipe.hard_share < 1 and ranks.size > 1:
-            raise RankError(f"hard_share is {recipe.hard_share:g}, which needs one process; {ranks.size} were started")
+            raise RankError(
+                f"hard_share is {recipe.hard_share:g}, which needs one process; {ranks.size} were started: start the "
+                "command without torchrun, or use --set hard_share=1"
+            )
         if recipe.batch_norm:
             ranks.check_batch_norm(min(self.batch_sizes))
         self.model = self._make_model()
@@ -339,6 +342,7 @@ class Trainer:
         losses = self.ranks.total(state.losses[: state.step])
         bad_steps = (~losses.isfinite()).nonzero()
         weights_finite = all(bool(parameter.isfinite().all()) for parameter in self.model.parameters())
+        weights_finite = weights_finite and (state.hard_images is None or state.hard_images.is_finite())
         if not len(bad_steps) and weights_finite:
             return
         step = int(bad_steps[0]) + 1 if len(bad_steps) else state.step

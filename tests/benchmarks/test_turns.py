@@ -1,8 +1,10 @@
 import importlib.util
 import itertools
+import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -70,4 +72,42 @@ def test_a_command_that_fails_is_an_error_and_stopped_processes_are_killed(tmp_p
     written = (tmp_path / "order").stat().st_size if (tmp_path / "order").exists() else 0
     time.sleep(0.3)
     assert not (tmp_path / "order").exists() or (tmp_path / "order").stat().st_size == written
-    assert stopped._process.returncode == -9
+    assert stopped._process.popen.returncode == -9
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGKILL])
+def test_no_process_is_left_behind_when_the_measurement_is_ended(tmp_path, number):
+    program = f"""
+import sys
+sys.path.insert(0, {str(REPOSITORY / "benchmarks")!r})
+from turns import Contender, take_turns
+waiting = "import os, sys, time; open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(60)"
+take_turns([Contender(name, [[sys.executable, "-c", waiting, {str(tmp_path)!r} + "/" + name]]) for name in "ab"], 0.5)
+"""
+    measuring = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.DEVNULL)
+    files = [tmp_path / name for name in "ab"]
+    try:
+        wait_until(lambda: all(file.exists() and file.read_text() for file in files))
+        measuring.send_signal(number)
+        measuring.wait(20)
+    finally:
+        measuring.kill()
+    identities = [int(file.read_text()) for file in files]
+    wait_until(lambda: not any(is_alive(identity) for identity in identities))
+
+
+def test_a_line_counts_the_running_time_until_it_was_read():
+    process = turns._Process(popen=None, turns=[(10, 12), (20, 21), (30, 35)])
+    assert [process.ran_until(moment) for moment in (9, 11, 12, 15, 20.5, 25, 31, 99)] == [0, 1, 2, 2, 2.5, 3, 4, 8]
+
+
+def wait_until(condition):
+    ends = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < ends
+        time.sleep(0.05)
+
+
+def is_alive(identity):
+    status = Path(f"/proc/{identity}/stat")
+    return status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z"

@@ -68,12 +68,28 @@ def test_output_and_gradients_are_those_of_a_convolution(count, channels, output
 
 
 @pytest.mark.usefixtures("matrix_units")
-def test_the_gradient_of_an_input_that_needs_none_is_not_computed():
+@pytest.mark.parametrize("size", [4, 8])
+def test_the_gradient_of_an_input_that_needs_none_is_not_computed(monkeypatch, size):
+    computed, gradients_of = [], convolution._gradients
+
+    def recorded(*arguments):
+        computed.append(arguments[-1])
+        return gradients_of(*arguments)
+
+    monkeypatch.setattr(convolution, "_gradients", recorded)
     layer = Conv3x3(16, 16)
-    for size in (4, 8):
-        with torch.autocast("cpu", torch.bfloat16):
-            layer(images_of(20, 16, size, size)).sum().backward()
-        assert layer.weight.grad.isfinite().all()
+    with torch.autocast("cpu", torch.bfloat16):
+        layer(images_of(20, 16, size, size)).sum().backward()
+    assert computed == [(False, True)]
+
+
+@pytest.mark.usefixtures("matrix_units")
+def test_a_bias_from_fused_batch_normalisation_is_added_also_in_training():
+    layer = Conv3x3(8, 8)
+    layer.bias = nn.Parameter(torch.full((8,), 100.0))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(images_of(4, 8, 4, 4)).min() > 50
+        assert layer(images_of(4, 8, 4, 4)[0]).min() > 50
 
 
 @pytest.mark.parametrize(("count", "width"), [(1, 3), (8, 7), (19, 7), (5, 15), (2, 40), (3, 100)])

@@ -1,13 +1,17 @@
+import copy
+
 import pytest
 import torch
 
 from cifar_core.device import CPU
 from cifar_core.distributed import RankError, Ranks
 from cifar_core.hard_images import HardImages, trained_images
+from cifar_core.predictors import Predictor
 from cifar_core.recipes import get_recipe
 from cifar_core.run_folder import RunFolder, load_checkpoint
+from cifar_core.teacher import Teacher
 from cifar_core.train import run
-from cifar_core.trainer import Trainer
+from cifar_core.trainer import Trainer, TrainingError
 from tests.cifar_core.training import make_trainer
 
 CLASSES = 4
@@ -50,7 +54,8 @@ def test_the_small_network_is_trained_in_every_fourth_step_on_the_chosen_images(
 
 
 @pytest.mark.parametrize(
-    ("share", "batch", "expected"), [(1, 100, 100), (0.5, 100, 50), (0.5, 101, 51), (0.01, 100, 2), (0.3, 1, 1)]
+    ("share", "batch", "expected"),
+    [(1, 100, 100), (0.5, 100, 50), (0.5, 101, 51), (0.01, 100, 2), (0.3, 1, 1), (0.55, 100, 55)],
 )
 def test_the_share_of_a_batch_is_rounded_up_and_normalisation_has_two_images(share, batch, expected):
     assert trained_images(get_recipe("best", [f"hard_share={share}"]), batch) == expected
@@ -80,17 +85,37 @@ def test_a_run_trains_on_the_chosen_images_and_counts_these(small, tmp_path):
 
 
 def test_the_teachers_answers_follow_the_chosen_images(small, tmp_path):
-    trainer = make_trainer(small, tmp_path, "sprint", ["epochs=1", "batch_size=30", "hard_share=0.5"])
-    images, labels = small.train.images[:30], small.train.labels[:30]
-    agreeing = 20.0 * torch.nn.functional.one_hot(labels, 10)
+    changes = ["epochs=1", "batch_size=30", "hard_share=0.5", "distillation=0.9", "label_smoothing=0"]
+    recipe, dataset = get_recipe("sprint", changes), small
+    teacher = Teacher(Predictor("teacher", dataset.classes, None, None, ""), "0" * 64)
+    trainer = Trainer(recipe, dataset, RunFolder(tmp_path), 0, CPU, "fp32", teacher=teacher)
+    images, labels = dataset.train.images[:30], dataset.train.labels[:30]
+    answers = torch.randn(30, 10, generator=torch.Generator().manual_seed(0))
+    chosen = torch.tensor([1, 5, 8, 11, 29])
+    trainer.state.hard_images.choose = lambda *_: chosen
     trainer.model.train()
-    trainer.train_step(images, labels, agreeing)
-    assert trainer.state.losses[0].isfinite()
+    logits = copy.deepcopy(trainer.model)(images[chosen])
+    trainer.train_step(images, labels, answers)
+    cross_entropy = torch.nn.functional.cross_entropy
+    expected = 0.1 * cross_entropy(logits, labels[chosen]) + 0.9 * cross_entropy(logits, answers[chosen].softmax(1))
+    assert float(trainer.state.losses[0]) == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_a_small_network_that_diverges_stops_the_run(small, tmp_path):
+    trainer = make_trainer(small, tmp_path, "sprint", ["epochs=1", "hard_share=0.5"])
+    trainer.state.hard_images.restore(
+        {
+            key: {name: value * float("nan") for name, value in state.items()} if key == "model" else state
+            for key, state in trainer.state.hard_images.to_dict().items()
+        }
+    )
+    with pytest.raises(TrainingError, match="a weight is not finite"):
+        trainer.finish_epoch()
 
 
 def test_several_ranks_are_refused(small, tmp_path):
     recipe = get_recipe("sprint", ["hard_share=0.5"])
-    with pytest.raises(RankError, match=r"hard_share is 0\.5, which needs one process; 2 were started"):
+    with pytest.raises(RankError, match=r"hard_share is 0\.5, which needs one process; 2 were started: start"):
         Trainer(recipe, small, RunFolder(tmp_path), 0, CPU, "fp32", ranks=Ranks(0, 2))
 
 

@@ -131,6 +131,10 @@ def test_a_changed_batch_size_is_reported_with_rates_that_act_alike():
         "batch_size is 64 and not 32, but learning_rate, momentum did not change with it; values that act alike per "
         "image: --set learning_rate=0.002 --set momentum=0.81"
     )
+    note = batch_size_note("best", get_recipe("best", ["hard_share=1"]))
+    assert note.startswith("batch_size is 2000 and not 2000 with hard_share=0.5, but learning_rate")
+    assert "--set learning_rate=0.24" in note
+    assert batch_size_note("best", get_recipe("best", ["hard_share=1", "batch_size=1000"])) is None
     changed = ["batch_size=500", "learning_rate=0.12", "momentum=0.88"]
     note = batch_size_note("airbench94", get_recipe("airbench94", changed))
     assert "output_learning_rate, bias_learning_rate, weight_decay did not change" in note
