@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,11 +13,19 @@ class CifarError(Exception):
 
 
 def run_command(main: Callable[[], int]) -> None:
-    """Runs the main function of a command and exits with its code; a `CifarError` becomes one line and exit code 2."""
+    """Runs the main function of a command and exits with its code; a `CifarError` becomes one line and exit code 2.
+
+    If the reader of standard output, such as `head`, ends first, the command ends with exit code 1.
+    """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # a log file shows each line as soon as it is written
     try:
         code = main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Python writes out the rest when it ends, which would fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
     except CifarError as error:
         print(f"error: {error}", file=sys.stderr)
         code = 2
