@@ -123,9 +123,9 @@ _OWN = (
     Recipe(name="fine-tune", **_FEW_IMAGES, learning_rate=0.01, epochs=20),
     # airbench94's training in our trainer, with 1,000 of the images held out.
     Recipe(name="airbench94", **_AIRBENCH, widths=(64, 256, 256), epochs=8),
-    # Points of the curve of accuracy against time: about 0.75, 1, 2 and 4 times the time of airbench94's script. From
-    # about 12 epochs on, a third convolution in each group and cutout bring more than further epochs; with 8 they cost
-    # accuracy.
+    # Points of the curve of accuracy against time: at most 0.75, 1, 2 and 4 times the time of airbench94's script on a
+    # CPU with AMX. From about 12 epochs on, a third convolution in each group and cutout bring more than further
+    # epochs; with 8 they cost accuracy.
     Recipe(name="fast", **_SMALLER_BATCHES, widths=(64, 256, 384), epochs=7),
     Recipe(name="medium", **_SMALLER_BATCHES, widths=(64, 256, 384), epochs=9),
     Recipe(
