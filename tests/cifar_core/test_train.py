@@ -133,6 +133,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint_and_the_run_can_be_resumed(u
     assert_same_run(folder, uninterrupted)
 
 
+@pytest.mark.slow  # the message itself is tested in test_trainer.py
 def test_the_command_reports_a_loss_that_is_not_finite(command, tmp_path):
     done = command("cifar_core.train", "deep", "--data", "synthetic:200", "--set", "learning_rate=1e30")
     assert done.returncode == 2

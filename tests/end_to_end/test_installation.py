@@ -113,8 +113,8 @@ def test_the_help_of_a_command_shows_the_name_that_the_user_typed(installed, tmp
         ("service", ["--no-such-option"]),
         ("service.client", ["--help"]),
         ("cifar_core.train", ["--help"]),
-        ("cifar_core.evaluate", ["--help"]),
-        ("cifar_core.export", ["--help"]),
+        pytest.param("cifar_core.evaluate", ["--help"], marks=pytest.mark.slow),
+        pytest.param("cifar_core.export", ["--help"], marks=pytest.mark.slow),
     ],
 )
 def test_the_help_of_a_module_shows_the_module(installed, tmp_path, module, wrong):
