@@ -57,8 +57,8 @@ EPOCH_LINE = re.compile(r"epoch +\d+/\d+ ")
 ROUNDS = 7
 """Number of rounds in which the speed of inference is measured."""
 
-MEMORY = 3.5
-"""GiB that a training takes at most, with batches of 2,000 images."""
+MEMORY = 3.0
+"""GiB that `best`, `long` and `medium` take each; airbench's script takes more, `deep-fast` and `sprint` less."""
 
 Measurements = dict[str, Any]
 Commands = Sequence[Sequence[str]]
@@ -164,7 +164,7 @@ def measure(runs: Sequence[Run], turn: float) -> dict[str, Measurements]:
         available = int(re.findall(r"MemAvailable: +(\d+) kB", memory.read_text())[0]) / 2**20
         if len(missing) * MEMORY > available:
             raise SystemExit(
-                f"{len(missing)} runs take turns and need up to {MEMORY:.0f} GiB each; {available:.0f} GiB are "
+                f"{len(missing)} runs take turns and need about {MEMORY:.0f} GiB each; {available:.0f} GiB are "
                 "available: name fewer --recipes, or let one run follow the other with --turn 0"
             )
     take_turns([run.contender() for run in missing], turn)
