@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 from processes import cpu_seconds, memory, process_tree
 
-from cifar_core.openvino import has_bf16
+from cifar_core.processor import has_bf16
 from service.errors import StartError
 from service.launch import ServerProcess
 

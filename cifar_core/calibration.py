@@ -193,10 +193,7 @@ def expected_calibration_error(probabilities: Floats, labels: Integers, equal_ma
         labels: [N].
         equal_mass: whether the bins hold equal numbers of predictions, instead of intervals of equal width.
     """
-    return _calibration_error(probabilities.max(1), probabilities.argmax(1) == labels, equal_mass)
-
-
-def _calibration_error(confidence: Floats, correct: npt.NDArray[np.bool_], equal_mass: bool) -> float:
+    confidence, correct = probabilities.max(1), probabilities.argmax(1) == labels
     difference = confidence.astype(np.float64) - correct
     sums = np.bincount(_bin_numbers(confidence, equal_mass), weights=difference, minlength=BINS)
     return float(np.abs(sums).sum() / len(correct))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cifar_core.device import has_matrix_units
+from cifar_core.processor import has_matrix_units
 
 _ROW = 64
 """Pixels of a row of images side by side."""

@@ -1,15 +1,14 @@
 """The device to compute on, and a description of the machine for tables."""
 
 import ctypes
-import functools
 import os
 import platform
 from importlib.metadata import version
-from pathlib import Path
 
 import torch
 
 from cifar_core.errors import CifarError
+from cifar_core.processor import processor_name
 
 DEVICES = ("auto", "cpu", "cuda")
 CPU = torch.device("cpu")
@@ -53,27 +52,6 @@ def keep_freed_memory() -> None:
         trim_threshold, mmap_threshold, gigabyte = -1, -3, 2**30  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD in malloc.h
         libc.mallopt(trim_threshold, gigabyte)
         libc.mallopt(mmap_threshold, gigabyte)
-
-
-@functools.cache
-def has_matrix_units() -> bool:
-    """Whether this CPU multiplies matrices of bfloat16 in units of their own (AMX)."""
-    return "amx_bf16" in _cpu_info("flags").split()
-
-
-def processor_name() -> str:
-    """The model name of the CPU if the system reports it, otherwise its architecture."""
-    return _cpu_info("model name") or platform.machine()
-
-
-def _cpu_info(field: str) -> str:
-    """What the system reports about the first core; empty if it does not."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith(field):
-                return line.partition(":")[2].strip()
-    return ""
 
 
 def describe_environment(device: torch.device) -> dict[str, str | int]:

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import select
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,12 +21,8 @@ def run_command(main: Callable[[], int]) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # a log file shows each line as soon as it is written
     try:
-        code = main()
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # Python writes out the rest when it ends, which would fail again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 1
+        with reader_may_end():
+            code = main()
     except CifarError as error:
         print(f"error: {error}", file=sys.stderr)
         code = 2
@@ -33,6 +30,30 @@ def run_command(main: Callable[[], int]) -> None:
         print("interrupted", file=sys.stderr)
         code = 130  # the shell's convention: 128 + SIGINT
     sys.exit(code)
+
+
+@contextlib.contextmanager
+def reader_may_end() -> Iterator[None]:
+    """Ends the program without a traceback if the reader of standard output, such as `head`, ends first.
+
+    Raises:
+        SystemExit: 1, for this reason.
+        BrokenPipeError: Another pipe is broken.
+    """
+    try:
+        yield
+        if sys.stdout is not None:  # None if the program was started with a closed standard output
+            sys.stdout.flush()
+    except BrokenPipeError:
+        if sys.stdout is None:
+            raise
+        output = select.poll()
+        output.register(sys.stdout, 0)
+        if not output.poll(0):
+            raise
+        # Python writes out the rest when it ends, which would fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
 
 
 def program_name(module: str) -> str:

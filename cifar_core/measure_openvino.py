@@ -11,13 +11,14 @@ import logging
 from pathlib import Path
 
 from cifar_core.data import Dataset, add_data_argument, load_dataset
-from cifar_core.device import CPU, processor_name
+from cifar_core.device import CPU
 from cifar_core.errors import program_name, run_command
 from cifar_core.evaluate import check_classes, choose_split, evaluate, manifest_fields
 from cifar_core.manifest import FILE_NAME, OPENVINO_PREFIX, Manifest, Variant
-from cifar_core.openvino import Precision, has_bf16
+from cifar_core.openvino import Precision
 from cifar_core.parity import INT8_IMAGES, INT8_LIMIT, ParityError
 from cifar_core.predictors import Predictor, onnx_predictor, openvino_predictor, predict_all
+from cifar_core.processor import has_bf16, processor_name
 from cifar_core.publish import read_export, replace
 from cifar_core.run_folder import default_folder
 

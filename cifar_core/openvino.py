@@ -6,17 +6,15 @@ torch.
 """
 
 import json
-from pathlib import Path
 from typing import Any, Literal
 
 from cifar_core.errors import CifarError
+from cifar_core.processor import has_bf16
 
 PROVIDER = "OpenVINOExecutionProvider"
 Precision = Literal["fp32", "bf16"]
 
 _HINTS = {"fp32": "f32", "bf16": "bf16"}
-_BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})
-_CPU_INFO = Path("/proc/cpuinfo")
 
 
 class OpenVinoError(CifarError):
@@ -72,13 +70,3 @@ def open_session(graph: bytes, threads: int, streams: int, precision: Precision)
         raise OpenVinoError("onnxruntime could not initialise OpenVINO, and printed the reason")
     session.disable_fallback()
     return session
-
-
-def has_bf16() -> bool:
-    """Whether this processor computes in bf16. False if the system does not say which instructions it has."""
-    try:
-        lines = _CPU_INFO.read_text().splitlines()
-    except OSError:
-        return False
-    values = (line.partition(":")[2] for line in lines if line.startswith("flags"))
-    return bool(_BF16_FLAGS.intersection(next(values, "").split()))

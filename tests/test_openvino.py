@@ -13,7 +13,7 @@ import onnxruntime
 import pytest
 from onnx import helper
 
-from cifar_core import measure_openvino, openvino
+from cifar_core import measure_openvino, processor
 from cifar_core.data import load_dataset
 from cifar_core.manifest import ManifestError, read_manifest
 from cifar_core.openvino import PROVIDER, OpenVinoError, open_session
@@ -29,7 +29,7 @@ from tests.service.exports import expected, graph, pictures, write_export
 HAS_OPENVINO = PROVIDER in onnxruntime.get_available_providers()
 has_openvino = pytest.mark.skipif(not HAS_OPENVINO, reason="this onnxruntime has no OpenVINO: make test-openvino")
 without_openvino = pytest.mark.skipif(HAS_OPENVINO, reason="this onnxruntime has OpenVINO")
-has_bf16 = pytest.mark.skipif(not openvino.has_bf16(), reason="this processor does not compute in bf16")
+has_bf16 = pytest.mark.skipif(not processor.has_bf16(), reason="this processor does not compute in bf16")
 
 
 def measured(folder: Path, **precisions: str) -> Path:
@@ -104,7 +104,7 @@ def test_the_variants_of_a_device_are_found_by_their_plain_names(tmp_path):
 def test_a_processor_without_bf16_is_refused(tmp_path, monkeypatch):
     info = tmp_path / "cpuinfo"
     info.write_text("processor\t: 0\nflags\t\t: fpu sse2 avx2 avx512f\n")
-    monkeypatch.setattr(openvino, "_CPU_INFO", info)
+    monkeypatch.setattr(processor, "_CPU_INFO", info)
     with pytest.raises(OpenVinoError, match="does not compute in bf16"):
         open_session(graph(), 1, 1, "bf16")
     open_session(graph(), 1, 1, "fp32")

@@ -4,12 +4,12 @@ import contextlib
 import csv
 import io
 import json
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Protocol
 
+from cifar_core.errors import reader_may_end
 from service.client.streaming import Row
 from service.client.table import print_table
 
@@ -93,10 +93,5 @@ def standard_output() -> Iterator[None]:
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a file name need not be valid text
-    try:
+    with reader_may_end():
         yield
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # Python writes out the rest when it ends, which would fail again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(1) from None

@@ -157,14 +157,3 @@ def test_the_command_refuses_an_unknown_recipe_and_an_impossible_seed(command):
     seed = command("cifar_core.train", "deep", "--seed", "-1")
     assert seed.returncode == 2
     assert "the seed must be 0 to 4294967295" in seed.stderr
-
-
-def test_a_reader_that_ends_first_ends_the_command_without_a_traceback(tmp_path):
-    program = command_line("cifar_core.train", ["dropout-0.2", "--set", "epochs=3", "--data", "synthetic:100"])
-    with subprocess.Popen(
-        program, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        process.stdout.readline()
-        process.stdout.close()
-        assert "Traceback" not in process.stderr.read()
-    assert process.returncode == 1

@@ -1,0 +1,32 @@
+"""What the system says about the processor. Must not import torch."""
+
+import functools
+import platform
+from pathlib import Path
+
+_CPU_INFO = Path("/proc/cpuinfo")
+
+
+def processor_name() -> str:
+    """The model name of the processor if the system reports it, otherwise its architecture."""
+    return _first_core("model name") or platform.machine()
+
+
+def has_bf16() -> bool:
+    """Whether this processor computes in bf16. False if the system does not say which instructions it has."""
+    return not {"avx512_bf16", "amx_bf16"}.isdisjoint(_first_core("flags").split())
+
+
+@functools.cache
+def has_matrix_units() -> bool:
+    """Whether this processor multiplies matrices of bf16 in units of their own (AMX)."""
+    return "amx_bf16" in _first_core("flags").split()
+
+
+def _first_core(field: str) -> str:
+    """What the system reports about the first core; empty if it does not."""
+    try:
+        lines = _CPU_INFO.read_text().splitlines()
+    except OSError:
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(field)), "")

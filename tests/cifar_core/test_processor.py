@@ -1,0 +1,44 @@
+import platform
+
+import pytest
+
+from cifar_core import processor
+
+INFO = "processor\t: 0\nmodel name\t: Some CPU @ 2 GHz\nflags\t\t: fpu sse2 {}\nvmx flags\t: amx_bf16\n"
+
+
+@pytest.fixture
+def report(tmp_path, monkeypatch):
+    """Lets the system report these instructions; None for a system that reports nothing."""
+
+    def set_to(instructions):
+        file = tmp_path / "cpuinfo"
+        if instructions is not None:
+            file.write_text(INFO.format(instructions))
+        monkeypatch.setattr(processor, "_CPU_INFO", file)
+        processor.has_matrix_units.cache_clear()
+
+    yield set_to
+    processor.has_matrix_units.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("instructions", "bf16", "matrix_units"),
+    [
+        ("avx512f", False, False),
+        ("avx512_bf16", True, False),
+        ("amx_tile amx_int8", False, False),
+        ("amx_bf16", True, True),
+        (None, False, False),
+    ],
+)
+def test_the_instructions_of_the_processor(report, instructions, bf16, matrix_units):
+    report(instructions)
+    assert (processor.has_bf16(), processor.has_matrix_units()) == (bf16, matrix_units)
+
+
+def test_the_name_of_the_processor(report):
+    report(None)
+    assert processor.processor_name() == platform.machine()
+    report("avx2")
+    assert processor.processor_name() == "Some CPU @ 2 GHz"
