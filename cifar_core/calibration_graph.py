@@ -1,5 +1,7 @@
 """The calibration as operators of an ONNX graph, between the logits and the softmax."""
 
+from typing import Any
+
 import numpy as np
 import onnx
 from onnx import helper, numpy_helper
@@ -36,6 +38,28 @@ def add_calibration(graph: bytes, calibration: Calibration) -> bytes:
     probabilities.name = "probabilities"
     model.graph.output.append(probabilities)
     onnx.checker.check_model(model, full_check=True)
+    return bytes(model.SerializeToString(deterministic=True))
+
+
+def without_calibration(graph: bytes) -> bytes:
+    """The graph of an export up to its logits, its only output.
+
+    Args:
+        graph: the content of an ONNX file with the outputs `logits` and `probabilities`.
+    """
+    model = onnx.load_from_string(graph)
+    made_by = {output: node for node in model.graph.node for output in node.output}
+    needed, missing = set(), ["logits"]
+    while missing:
+        name = missing.pop()
+        if name not in needed:
+            needed.add(name)
+            missing += made_by[name].input if name in made_by else ()
+    parts: list[Any] = [model.graph.node, model.graph.initializer, model.graph.output, model.graph.value_info]
+    for values in parts:
+        kept = [value for value in values if needed.intersection(getattr(value, "output", [value.name]))]
+        del values[:]
+        values.extend(kept)
     return bytes(model.SerializeToString(deterministic=True))
 
 

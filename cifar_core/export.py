@@ -26,7 +26,8 @@ from cifar_core.calibration_graph import add_calibration
 from cifar_core.data import Dataset, add_data_argument, load_dataset, split
 from cifar_core.device import CPU
 from cifar_core.errors import CifarError, program_name, run_command
-from cifar_core.evaluate import check_classes, evaluate, manifest_fields
+from cifar_core.evaluate import check_classes, choose_split, evaluate, manifest_fields
+from cifar_core.int8 import WEIGHT_BITS
 from cifar_core.manifest import (
     FILE_NAME,
     SCHEMA_VERSION,
@@ -40,7 +41,7 @@ from cifar_core.manifest import (
 from cifar_core.models import Network, fuse_batch_norm
 from cifar_core.parity import Comparison, check_int8, compare_on, measure_parity
 from cifar_core.pixels import IMAGE_SIZE
-from cifar_core.predictors import Predictor, UInt8, build_model, onnx_predictor, predict_all, torch_predictor
+from cifar_core.predictors import Floats, Predictor, UInt8, build_model, onnx_predictor, predict_all, torch_predictor
 from cifar_core.publish import VARIANT_FILES, is_intact, publish
 from cifar_core.quantise import CALIBRATION_IMAGES, to_int8
 from cifar_core.recipe import Recipe, read_recipe
@@ -171,20 +172,18 @@ def export_run(run: RunFolder, dataset: Dataset, target: Path) -> Manifest:
     graph = add_calibration(network, calibration)
     exported = onnx_predictor(graph, CPU)
     parity, fp32_logits = measure_parity(comparison, exported, calibration)
-    range_images = _range_images(dataset, recipe)
-    int8_network = to_int8(network, range_images)
-    # Its own calibration needs its logits, which any calibration leaves unchanged.
-    int8_logits = check_int8(comparison, fp32_logits, onnx_predictor(add_calibration(int8_network, calibration), CPU))
-    int8_calibration = choose_calibration(int8_logits, comparison.labels)
-    int8_graph = add_calibration(int8_network, int8_calibration)
-    int8 = onnx_predictor(int8_graph, CPU)
-    scale, int8_scale = (_scale(each, comparison, recipe) for each in (calibration, int8_calibration))
+    chose_epoch = recipe.weights == "best"
+    if chose_epoch:
+        logger.warning(
+            "%s keeps the epoch with the best validation accuracy, and the probabilities were calibrated on the same "
+            "validation images; for a calibration on images that chose nothing, train with --set weights=last",
+            recipe.name,
+        )
+    scale = _scale(calibration, comparison, chose_epoch)
+    int8_graph, int8 = quantised(network, exported, comparison, fp32_logits, dataset, chose_epoch)
     manifest = Manifest(
         **identity,
-        variants={
-            "fp32": _variant("fp32", graph, exported, dataset, scale),
-            "int8": _variant("int8", int8_graph, int8, dataset, int8_scale, calibration_images=len(range_images)),
-        },
+        variants={"fp32": _variant("fp32", graph, exported, dataset, {"calibration": scale}), "int8": int8},
         recipe=recipe.values(),
         seed=description["seed"],
         epoch=checkpoint["epoch"],
@@ -196,6 +195,33 @@ def export_run(run: RunFolder, dataset: Dataset, target: Path) -> Manifest:
     graphs = {VARIANT_FILES["fp32"]: graph, VARIANT_FILES["int8"]: int8_graph}
     publish(target, graphs | {FILE_NAME: manifest.to_json()})
     return manifest
+
+
+def quantised(
+    network: bytes, fp32: Predictor, comparison: Comparison, fp32_logits: Floats, dataset: Dataset, chose_epoch: bool
+) -> tuple[bytes, Variant]:
+    """The int8 variant of an export: its graph, and its entry in the manifest.
+
+    Args:
+        network: the fp32 graph up to its logits.
+        fp32: the fp32 graph with its calibration.
+        comparison: the validation images.
+        fp32_logits: the logits of `fp32` on them.
+        dataset: the data that the network was trained on.
+        chose_epoch: whether the validation images also chose the epoch.
+
+    Raises:
+        ParityError: int8 classifies too few validation images correctly.
+    """
+    images = _range_images(fp32, dataset)
+    int8_network = to_int8(network, images)
+    # Its own calibration needs its logits, which any calibration leaves unchanged.
+    uncalibrated = onnx_predictor(add_calibration(int8_network, Calibration("temperature", (1.0,))), CPU)
+    calibration = choose_calibration(check_int8(comparison, fp32_logits, uncalibrated), comparison.labels)
+    graph = add_calibration(int8_network, calibration)
+    scale = _scale(calibration, comparison, chose_epoch)
+    about = {"calibration": scale, "calibration_images": len(images), "weight_bits": WEIGHT_BITS}
+    return graph, _variant("int8", graph, onnx_predictor(graph, CPU), dataset, about)
 
 
 def _warn_of_lost_measurements(target: Path) -> None:
@@ -248,6 +274,7 @@ def _current_export(target: Path, identity: dict[str, Any]) -> Manifest | None:
     same = all(getattr(manifest, field) == value for field, value in identity.items())
     calibrated = all(variant.calibration is not None for variant in manifest.variants.values())
     complete = manifest.variants.keys() >= VARIANT_FILES.keys() and calibrated
+    complete = complete and manifest.variants["int8"].weight_bits == WEIGHT_BITS
     return manifest if same and complete and is_intact(target, manifest) else None
 
 
@@ -261,15 +288,8 @@ def _graph_metadata(identity: dict[str, Any], recipe: Recipe) -> dict[str, str]:
     }
 
 
-def _scale(calibration: Calibration, comparison: Comparison, recipe: Recipe) -> CalibrationScale:
-    """The entry of a calibration in the manifest; warns if its images also chose the epoch."""
-    chose_epoch = recipe.weights == "best"
-    if chose_epoch:
-        logger.warning(
-            "%s keeps the epoch with the best validation accuracy, and the probabilities were calibrated on the same "
-            "validation images; for a calibration on images that chose nothing, train with --set weights=last",
-            recipe.name,
-        )
+def _scale(calibration: Calibration, comparison: Comparison, chose_epoch: bool) -> CalibrationScale:
+    """The entry of a calibration in the manifest."""
     return CalibrationScale(
         form=calibration.form,
         coefficients=calibration.coefficients,
@@ -278,26 +298,18 @@ def _scale(calibration: Calibration, comparison: Comparison, recipe: Recipe) -> 
     )
 
 
-def _range_images(dataset: Dataset, recipe: Recipe) -> UInt8:
-    """A random sample of the images that were trained on, the same in every export."""
-    train_indices, _ = split(len(dataset.train), recipe.validation_images, recipe.split_seed)
-    chosen = np.random.RandomState(0).permutation(train_indices.numpy())[:CALIBRATION_IMAGES]
+def _range_images(predictor: Predictor, dataset: Dataset) -> UInt8:
+    """A random sample of the images that a network was trained on, the same in every export."""
+    held_out = choose_split(predictor, dataset, "validation")[1]
+    train_indices = np.setdiff1d(np.arange(len(dataset.train)), held_out)
+    chosen = np.random.RandomState(0).permutation(train_indices)[:CALIBRATION_IMAGES]
     return dataset.train.images[chosen].numpy()
 
 
-def _variant(
-    name: str,
-    graph: bytes,
-    predictor: Predictor,
-    dataset: Dataset,
-    calibration: CalibrationScale,
-    calibration_images: int | None = None,
-) -> Variant:
-    """A graph's entry in the manifest, with its accuracy and calibration on the test images."""
-    measured = manifest_fields(evaluate(predictor, dataset, "test")) | {"calibration": calibration}
-    if calibration_images is not None:
-        measured["calibration_images"] = calibration_images
-    return Variant(file=VARIANT_FILES[name], sha256=hashlib.sha256(graph).hexdigest(), **measured)
+def _variant(name: str, graph: bytes, predictor: Predictor, dataset: Dataset, about: dict[str, Any]) -> Variant:
+    """A graph's entry in the manifest: its measurements on the test images, and the fields `about`."""
+    about = manifest_fields(evaluate(predictor, dataset, "test")) | about
+    return Variant(file=VARIANT_FILES[name], sha256=hashlib.sha256(graph).hexdigest(), **about)
 
 
 def _summary(target: Path, manifest: Manifest) -> str:

@@ -77,6 +77,11 @@ class Variant(_Part):
         default=None,
         description="int8 only: number of training images that determined the ranges of activations",
     )
+    weight_bits: Count | None = Field(
+        default=None,
+        description="int8 only: bits of a weight; with at most 7, every processor computes the same at full speed, and "
+        "with 8, as in exports of earlier versions, processors without VNNI need slower instructions for that",
+    )
     openvino_precision: Literal["fp32", "bf16"] | None = Field(
         default=None,
         description="given if OpenVINO computed these measurements, and only OpenVINO may serve this variant: the "

@@ -56,7 +56,12 @@ def measure(folder: Path, dataset: Dataset, threads: int) -> Manifest:
         if source not in variants:
             continue
         if precision == "bf16" and not has_bf16():
-            logger.warning("%s is not measured, and has no entry: this processor does not compute in bf16", name)
+            entry = "has no entry"
+            earlier = manifest.variants.get(OPENVINO_PREFIX + name)
+            if earlier is not None and earlier.sha256 == variants[source].sha256:
+                measured[OPENVINO_PREFIX + name] = earlier
+                entry = f"keeps its entry, measured with {earlier.measured_with}"
+            logger.warning("%s is not measured, and %s: this processor does not compute in bf16", name, entry)
             continue
         variant = variants[source]
         predictor = openvino_predictor(read[variant.file], threads, precision)

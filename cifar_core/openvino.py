@@ -9,7 +9,8 @@ import json
 from typing import Any, Literal
 
 from cifar_core.errors import CifarError
-from cifar_core.processor import has_bf16
+from cifar_core.int8 import WEIGHT_BITS
+from cifar_core.processor import has_bf16, has_int8_products
 
 PROVIDER = "OpenVINOExecutionProvider"
 Precision = Literal["fp32", "bf16"]
@@ -19,6 +20,16 @@ _HINTS = {"fp32": "f32", "bf16": "bf16"}
 
 class OpenVinoError(CifarError):
     """OpenVINO is not installed, or cannot compute a graph on this machine as asked."""
+
+
+def check_weight_bits(weight_bits: int) -> None:
+    """Raises OpenVinoError if OpenVINO loses accuracy with int8 weights of so many bits on this processor."""
+    if weight_bits > WEIGHT_BITS and not has_int8_products():
+        raise OpenVinoError(
+            f"the int8 weights have {weight_bits} bits, and on this processor, which has neither VNNI nor AMX, sums of "
+            f"their products overflow: use --device cpu, or quantise the model anew, to {WEIGHT_BITS} bits, with: "
+            "python -m cifar_core.requantise --export DIR"
+        )
 
 
 def open_session(graph: bytes, threads: int, streams: int, precision: Precision) -> Any:  # noqa: ANN401 (onnxruntime has no types)

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 
 from cifar_core.errors import CifarError
+from cifar_core.int8 import EXACT_INT8
 from cifar_core.models import Network
 from cifar_core.openvino import Precision, open_session
 from cifar_core.pixels import IMAGE_SIZE
@@ -181,8 +182,11 @@ def _onnx_session(model: Path | bytes, name: str, device: torch.device) -> Any: 
         raise PredictorError(
             f"onnxruntime {onnxruntime.__version__} has no {provider}; install the extra cuda, or use --device cpu"
         )
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry(EXACT_INT8, "1")  # the graph does not say of how many bits its weights are
     try:
-        session = onnxruntime.InferenceSession(model if isinstance(model, bytes) else name, providers=[provider])
+        content = model if isinstance(model, bytes) else name
+        session = onnxruntime.InferenceSession(content, options, providers=[provider])
     except Exception as error:
         raise PredictorError(
             f"{name}: this file cannot be read as an ONNX graph ({str(error).splitlines()[0]}); export the model again"

@@ -17,6 +17,11 @@ def has_bf16() -> bool:
     return not {"avx512_bf16", "amx_bf16"}.isdisjoint(_first_core("flags").split())
 
 
+def has_int8_products() -> bool:
+    """Whether this processor adds products of int8 in 32 bits (VNNI, AMX). False if the system does not say it."""
+    return not {"avx512_vnni", "avx_vnni", "amx_int8"}.isdisjoint(_first_core("flags").split())
+
+
 @functools.cache
 def has_matrix_units() -> bool:
     """Whether this processor multiplies matrices of bf16 in units of their own (AMX)."""

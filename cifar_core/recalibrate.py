@@ -10,13 +10,11 @@ manifest, because they hold for the previous probabilities, and so is the compar
 import argparse
 import hashlib
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import onnx
 
 from cifar_core.calibration import choose_calibration
-from cifar_core.calibration_graph import add_calibration
+from cifar_core.calibration_graph import add_calibration, without_calibration
 from cifar_core.data import Dataset, add_data_argument, load_dataset
 from cifar_core.device import CPU
 from cifar_core.errors import program_name, run_command
@@ -26,28 +24,6 @@ from cifar_core.parity import PARITY_LIMIT, ParityError
 from cifar_core.predictors import onnx_predictor, predict_all
 from cifar_core.publish import read_export, replace
 from cifar_core.run_folder import default_folder
-
-
-def without_calibration(graph: bytes) -> bytes:
-    """The graph of an export up to its logits, its only output.
-
-    Args:
-        graph: the content of an ONNX file with the outputs `logits` and `probabilities`.
-    """
-    model = onnx.load_from_string(graph)
-    made_by = {output: node for node in model.graph.node for output in node.output}
-    needed, missing = set(), ["logits"]
-    while missing:
-        name = missing.pop()
-        if name not in needed:
-            needed.add(name)
-            missing += made_by[name].input if name in made_by else ()
-    parts: list[Any] = [model.graph.node, model.graph.initializer, model.graph.output, model.graph.value_info]
-    for values in parts:
-        kept = [value for value in values if needed.intersection(getattr(value, "output", [value.name]))]
-        del values[:]
-        values.extend(kept)
-    return bytes(model.SerializeToString(deterministic=True))
 
 
 def recalibrate(folder: Path, dataset: Dataset) -> Manifest:

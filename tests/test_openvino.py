@@ -18,7 +18,7 @@ from cifar_core.data import load_dataset
 from cifar_core.manifest import ManifestError, read_manifest
 from cifar_core.openvino import PROVIDER, OpenVinoError, open_session
 from cifar_core.parity import ParityError
-from cifar_core.publish import PublishError
+from cifar_core.publish import PublishError, read_export
 from service.core.engine import Engine
 from service.core.model_store import load
 from service.errors import StartError
@@ -108,6 +108,29 @@ def test_a_processor_without_bf16_is_refused(tmp_path, monkeypatch):
     with pytest.raises(OpenVinoError, match="does not compute in bf16"):
         open_session(graph(), 1, 1, "bf16")
     open_session(graph(), 1, 1, "fp32")
+
+
+@pytest.mark.parametrize(
+    ("bits", "instructions", "refused"), [(None, "", 1), (8, "", 1), (7, "", 0), (8, "avx_vnni", 0)]
+)
+def test_int8_weights_that_would_overflow_on_this_processor_are_refused(
+    tmp_path, monkeypatch, bits, instructions, refused
+):
+    info = tmp_path / "cpuinfo"
+    info.write_text(f"processor\t: 0\nflags\t\t: fpu sse2 avx2 {instructions}\n")
+    monkeypatch.setattr(processor, "_CPU_INFO", info)
+    folder = measured(tmp_path / "export", int8="fp32")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["variants"]["openvino-int8"] |= {} if bits is None else {"weight_bits": bits}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    if refused:
+        with pytest.raises(StartError, match=r"the int8 weights have 8 bits, .*cifar_core\.requantise"):
+            loaded(folder, "int8")
+    elif HAS_OPENVINO:
+        assert loaded(folder, "int8").engine.device == "openvino"
+    else:
+        with pytest.raises(StartError, match="has no OpenVINO"):
+            loaded(folder, "int8")
 
 
 @has_openvino
@@ -223,8 +246,33 @@ def exported_copy(tmp_path) -> Path:
 def test_without_bf16_the_other_variants_are_measured(exported_copy, monkeypatch, capsys):
     monkeypatch.setattr(measure_openvino, "has_bf16", lambda: False)
     measure_openvino.measure(exported_copy, load_dataset("synthetic:600"), 1)
-    names = read_manifest(exported_copy).variants.keys()
-    assert names == {"fp32", "int8", "openvino-fp32", "openvino-int8"}
+    manifest = read_manifest(exported_copy)
+    assert manifest.variants.keys() == {"fp32", "int8", "openvino-fp32", "openvino-int8"}
+    # A measurement of bf16 on another machine is kept as long as it is of the same graph.
+    content = json.loads(manifest.to_json())
+    for sha256, kept in ((manifest.variants["fp32"].sha256, True), ("0" * 64, False)):
+        bf16 = content["variants"]["fp32"] | {
+            "openvino_precision": "bf16",
+            "file": "model.onnx",
+            "test_accuracy": 0.125,
+        }
+        content["variants"]["openvino-bf16"] = bf16
+        (exported_copy / "manifest.json").write_text(json.dumps(content))
+        if not kept:
+            monkeypatch.setattr(
+                measure_openvino,
+                "read_export",
+                lambda *arguments, sha256=sha256: _with_bf16_of(read_export(*arguments), sha256),
+            )
+        entry = measure_openvino.measure(exported_copy, load_dataset("synthetic:600"), 1).variants.get("openvino-bf16")
+        assert (entry is not None and entry.test_accuracy == 0.125) == kept
+
+
+def _with_bf16_of(export, sha256):
+    """The export with an entry of bf16 for a graph with this digest."""
+    manifest, files = export
+    other = manifest.variants["openvino-bf16"].model_copy(update={"sha256": sha256})
+    return manifest.model_copy(update={"variants": manifest.variants | {"openvino-bf16": other}}), files
 
 
 @has_openvino

@@ -11,6 +11,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from cifar_core import openvino
+from cifar_core.int8 import EXACT_INT8, WEIGHT_BITS
 from cifar_core.pixels import IMAGE_SIZE
 from service.errors import StartError
 
@@ -35,13 +36,20 @@ class Engine:
         threads: Number of intra-op threads. A batch running alone uses all of them; while several batches run at once,
             each extra batch uses one thread so that batches do not contend.
         precision: OpenVINO only: precision of the operations that are not in int8.
+        weight_bits: Bits of the weights of an int8 graph; with more than 7, onnxruntime must not use the instructions
+            that overflow on processors without VNNI.
 
     Raises:
         StartError: The graph cannot be loaded, breaks the contract, or the requested device is not available.
     """
 
     def __init__(
-        self, graph: bytes, device: Device = "auto", threads: int = 1, precision: openvino.Precision = "fp32"
+        self,
+        graph: bytes,
+        device: Device = "auto",
+        threads: int = 1,
+        precision: openvino.Precision = "fp32",
+        weight_bits: int = 8,
     ) -> None:
         self.device: UsedDevice
         if device == "openvino":
@@ -53,9 +61,10 @@ class Engine:
             except openvino.OpenVinoError as error:
                 raise StartError(f"--device openvino: {error}") from error
         else:
-            self._session, self.device = _open(graph, device, threads)
+            exact = weight_bits > WEIGHT_BITS
+            self._session, self.device = _open(graph, device, threads, exact)
             parallel = threads > 1 and self.device == "cpu"
-            self._single = _session(graph, [CPU], 1) if parallel else self._session
+            self._single = _session(graph, [CPU], 1, exact) if parallel else self._session
         self.classes = _check_contract(self._session)
         self.metadata: dict[str, str] = dict(self._session.get_modelmeta().custom_metadata_map)
         self.parallel = 1 if self.device == "cuda" else threads
@@ -85,10 +94,12 @@ class Engine:
                 session.run(OUTPUTS, {"images": np.zeros((size, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)})
 
 
-def _open(graph: bytes, device: Literal["auto", "cpu", "cuda"], threads: int) -> tuple[Any, Literal["cpu", "cuda"]]:
+def _open(
+    graph: bytes, device: Literal["auto", "cpu", "cuda"], threads: int, exact: bool
+) -> tuple[Any, Literal["cpu", "cuda"]]:
     if device != "cpu":
         if CUDA in onnxruntime.get_available_providers():
-            session = _session(graph, [CUDA, CPU], threads)
+            session = _session(graph, [CUDA, CPU], threads, exact)
             # If CUDA cannot be initialised, onnxruntime prints the reason and uses the other providers.
             if session.get_providers()[0] == CUDA:
                 return session, "cuda"
@@ -103,10 +114,10 @@ def _open(graph: bytes, device: Literal["auto", "cpu", "cuda"], threads: int) ->
         if device == "cuda":
             raise StartError(f"--device cuda: {problem}")
         logger.info("computing on the CPU: %s", problem)
-    return _session(graph, [CPU], threads), "cpu"
+    return _session(graph, [CPU], threads, exact), "cpu"
 
 
-def _session(graph: bytes, providers: list[str], threads: int) -> Any:  # noqa: ANN401 -- onnxruntime has no types
+def _session(graph: bytes, providers: list[str], threads: int, exact: bool) -> Any:  # noqa: ANN401 -- onnxruntime has no types
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1  # the graph is a chain
@@ -116,6 +127,7 @@ def _session(graph: bytes, providers: list[str], threads: int) -> Any:  # noqa: 
     options.add_session_config_entry("session.intra_op.allow_spinning", "1")
     options.add_session_config_entry("session.intra_op.spin_duration_us", "100")
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    options.add_session_config_entry(EXACT_INT8, str(int(exact)))
     try:
         session = onnxruntime.InferenceSession(graph, options, providers=providers)
     except Exception as error:  # onnxruntime's errors share no other base class

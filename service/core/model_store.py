@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from cifar_core import openvino
 from cifar_core.manifest import FILE_NAME, Manifest, ManifestError, read_manifest
 from cifar_core.pixels import IMAGE_SIZE
 from service.core.engine import Device, Engine
@@ -29,6 +30,8 @@ DEFAULT_NAME = "cifar10"
 _TOLERANCE = 1e-3
 # OpenVINO rounds int8 otherwise than onnxruntime, and bf16 has 8 significant bits.
 _OPENVINO_TOLERANCE = {"int8": 0.03, "bf16": 0.1}
+_EARLIER_WEIGHT_BITS = 8
+"""Bits of the int8 weights of exports whose manifest does not say it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,6 +87,12 @@ def load(folder: Path, variant: str, *, device: Device, threads: int, max_batch_
     except ManifestError as error:
         raise StartError(f"{folder / FILE_NAME}: {error}") from error
     path = folder / entry.file
+    weight_bits = entry.weight_bits or _EARLIER_WEIGHT_BITS
+    if device == "openvino" and variant == "int8":
+        try:
+            openvino.check_weight_bits(weight_bits)
+        except openvino.OpenVinoError as error:
+            raise StartError(f"{path}: --device openvino: {error}") from error
     try:
         graph = path.read_bytes()
     except OSError as error:
@@ -96,7 +105,7 @@ def load(folder: Path, variant: str, *, device: Device, threads: int, max_batch_
             "copy the whole export again"
         )
     try:
-        engine = Engine(graph, device, threads, entry.openvino_precision or "fp32")
+        engine = Engine(graph, device, threads, entry.openvino_precision or "fp32", weight_bits)
         tolerance = _TOLERANCE
         if device == "openvino":
             tolerance = _OPENVINO_TOLERANCE.get(variant, _TOLERANCE)

@@ -23,18 +23,21 @@ def report(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("instructions", "bf16", "matrix_units"),
+    ("instructions", "bf16", "matrix_units", "int8_products"),
     [
-        ("avx512f", False, False),
-        ("avx512_bf16", True, False),
-        ("amx_tile amx_int8", False, False),
-        ("amx_bf16", True, True),
-        (None, False, False),
+        ("avx2 avx512f", False, False, False),
+        ("avx_vnni", False, False, True),
+        ("avx512_vnni", False, False, True),
+        ("avx512_bf16", True, False, False),
+        ("amx_tile amx_int8", False, False, True),
+        ("amx_bf16", True, True, False),
+        (None, False, False, False),
     ],
 )
-def test_the_instructions_of_the_processor(report, instructions, bf16, matrix_units):
+def test_the_instructions_of_the_processor(report, instructions, bf16, matrix_units, int8_products):
     report(instructions)
-    assert (processor.has_bf16(), processor.has_matrix_units()) == (bf16, matrix_units)
+    found = (processor.has_bf16(), processor.has_matrix_units(), processor.has_int8_products())
+    assert found == (bf16, matrix_units, int8_products)
 
 
 def test_the_name_of_the_processor(report):

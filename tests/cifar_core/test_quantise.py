@@ -9,6 +9,8 @@ from cifar_core.calibration import Calibration
 from cifar_core.calibration_graph import add_calibration
 from cifar_core.device import CPU
 from cifar_core.export import export_run, to_onnx
+from cifar_core.int8 import EXACT_INT8, WEIGHT_BITS
+from cifar_core.manifest import read_manifest
 from cifar_core.models import DeepConvNet
 from cifar_core.parity import ParityError
 from cifar_core.predictors import onnx_predictor, predict_all
@@ -16,6 +18,7 @@ from cifar_core.quantise import move_relu_before_pooling, to_int8
 from cifar_core.train import run as train
 from tests.cifar_core.runs import contents
 from tests.cifar_core.training import make_trainer
+from tests.conftest import REPOSITORY
 
 METADATA = {
     "model_version": "a-model",
@@ -67,6 +70,37 @@ def test_the_int8_graph_has_the_same_interface_and_metadata_in_a_third_of_the_si
     assert probabilities.shape == probabilities_int8.shape
     weights = [tensor for tensor in onnx.load_from_string(content).graph.initializer if list(tensor.dims[2:]) == [3, 3]]
     assert {tensor.data_type for tensor in weights} == {onnx.TensorProto.INT8}
+
+
+def int8_weights(content):
+    return [
+        onnx.numpy_helper.to_array(tensor)
+        for tensor in onnx.load_from_string(content).graph.initializer
+        if tensor.data_type == onnx.TensorProto.INT8 and len(tensor.dims) > 1
+    ]
+
+
+def test_weights_have_seven_bits_so_that_no_processor_overflows(graph, small):
+    content = to_int8(graph, small.train.images[:64].numpy())
+    weights = int8_weights(content)
+    assert len(weights) == 9  # of eight convolutions and the hidden layer
+    largest = max(np.abs(tensor.astype(int)).max() for tensor in weights)
+    assert largest == 2 ** (WEIGHT_BITS - 1)
+    assert 2 * 255 * largest < 2**15
+    outputs = []
+    for exact in ("0", "1"):
+        options = onnxruntime.SessionOptions()
+        options.add_session_config_entry(EXACT_INT8, exact)
+        session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+        outputs.append(session.run(["logits"], {"images": small.test.images.numpy()})[0])
+    np.testing.assert_allclose(*outputs, atol=1e-4 * np.abs(outputs[0]).max())
+
+
+def test_the_shipped_int8_graph_has_weights_of_seven_bits():
+    manifest = read_manifest(REPOSITORY / "exported")
+    assert manifest.variants["int8"].weight_bits == WEIGHT_BITS
+    weights = int8_weights((REPOSITORY / "exported" / manifest.variants["int8"].file).read_bytes())
+    assert max(np.abs(tensor.astype(int)).max() for tensor in weights) <= 2 ** (WEIGHT_BITS - 1)
 
 
 def test_quantising_with_the_same_images_gives_the_same_bytes(graph, small):

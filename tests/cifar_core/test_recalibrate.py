@@ -9,12 +9,13 @@ import pytest
 from onnx import helper, numpy_helper
 
 from cifar_core import publish
+from cifar_core.calibration_graph import without_calibration
 from cifar_core.device import CPU
 from cifar_core.export import export_run
 from cifar_core.manifest import read_manifest
 from cifar_core.predictors import onnx_predictor
 from cifar_core.publish import PublishError
-from cifar_core.recalibrate import recalibrate, without_calibration
+from cifar_core.recalibrate import recalibrate
 from tests.cifar_core.runs import contents, make_run
 
 

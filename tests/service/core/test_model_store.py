@@ -9,6 +9,7 @@ import numpy as np
 import onnxruntime
 import pytest
 
+from cifar_core.int8 import EXACT_INT8
 from service.core.engine import CUDA, Engine
 from service.core.model_store import Model, ModelStore, load
 from service.errors import StartError
@@ -29,6 +30,19 @@ def test_the_engine_computes_the_graph_for_any_number_of_images():
         logits, probabilities = engine.compute(pictures(count), alone=True)
         assert logits.shape == probabilities.shape == (count, len(CLASSES))
         assert np.abs(probabilities - expected(3, pictures(count))).max() < 1e-5
+
+
+@pytest.mark.parametrize(("bits", "exact"), [(None, "1"), (8, "1"), (7, "0")])
+def test_int8_weights_of_more_than_seven_bits_are_computed_without_overflow(tmp_path, bits, exact):
+    content = graph()
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export" / "model.int8.onnx").write_bytes(content)
+    entry = {"file": "model.int8.onnx", "sha256": hashlib.sha256(content).hexdigest(), "test_accuracy": 0.5}
+    entry |= {} if bits is None else {"weight_bits": bits}
+    write_export(tmp_path / "export", content, variants={"int8": entry})
+    engine = load(tmp_path / "export", "int8", device="cpu", threads=2, max_batch_size=4).engine
+    for session in (engine._session, engine._single):
+        assert session.get_session_options().get_session_config_entry(EXACT_INT8) == exact
 
 
 @pytest.mark.skipif(CUDA in onnxruntime.get_available_providers(), reason="this onnxruntime has CUDA")
