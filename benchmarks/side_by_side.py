@@ -23,7 +23,7 @@ from torch import Tensor
 from cifar_core import convolution
 from cifar_core.convolution import Conv3x3
 from cifar_core.data import Dataset, add_data_argument, load_dataset
-from cifar_core.device import CPU, describe_environment, keep_freed_memory
+from cifar_core.device import CPU, default_precision, describe_environment, keep_freed_memory
 from cifar_core.processor import has_matrix_units
 from cifar_core.recipes import get_recipe
 from cifar_core.run_folder import RunFolder
@@ -106,7 +106,7 @@ def step_rows(names: list[str], dataset: Dataset, rounds: int, place: Path) -> l
     """The rows of the table of training steps."""
     recipes = {name: get_recipe(name) for name in names}
     trainers = {
-        name: Trainer(recipe, dataset, RunFolder(place / name), 0, CPU, recipe.precision)
+        name: Trainer(recipe, dataset, RunFolder(place / name), 0, CPU, default_precision(recipe, CPU))
         for name, recipe in recipes.items()
     }
     measured = in_turns({name: step_work(trainer) for name, trainer in trainers.items()}, rounds)

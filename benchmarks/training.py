@@ -32,9 +32,10 @@ from tqdm import tqdm
 from cifar_core.data import Dataset, add_data_argument, load_dataset
 from cifar_core.device import CPU, describe_environment
 from cifar_core.layers import CIFAR10_MEAN, CIFAR10_STD
+from cifar_core.recipe import Precision
 from cifar_core.recipes import get_recipe
 from cifar_core.run_folder import RunFolder
-from cifar_core.trainer import Precision, Trainer
+from cifar_core.trainer import Trainer
 
 Steps = Callable[[int], None]
 

@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cifar_core import convolution
 from cifar_core.data import Dataset, add_data_argument, load_dataset
-from cifar_core.device import CPU, describe_environment
+from cifar_core.device import CPU, default_precision, describe_environment
 from cifar_core.recipe import Recipe
 from cifar_core.recipes import get_recipe
 from cifar_core.run_folder import RunFolder
@@ -86,7 +86,7 @@ def steps(recipe: Recipe, dataset: Dataset, place: Path) -> Iterator[tuple[int, 
     """A training step of a recipe at each of its image sizes, with that size in pixels."""
     sizes = {recipe.image_size(epoch): epoch for epoch in range(recipe.epochs)}
     for size, epoch in sizes.items():
-        trainer = Trainer(recipe, dataset, RunFolder(place / str(size)), 0, CPU, recipe.precision)
+        trainer = Trainer(recipe, dataset, RunFolder(place / str(size)), 0, CPU, default_precision(recipe, CPU))
         trainer.model.train()
 
         def batches(trainer: Trainer = trainer, epoch: int = epoch) -> Iterator[tuple[Tensor, ...]]:
@@ -115,7 +115,7 @@ def profile_step(step: Callable[[], object], lines: int = 12) -> str:
 
 
 def _dtype(recipe: Recipe) -> torch.dtype:
-    return torch.bfloat16 if recipe.precision == "bf16" else torch.float32
+    return torch.bfloat16 if default_precision(recipe, CPU) == "bf16" else torch.float32
 
 
 def speed_table(limits: dict[torch.dtype, list[Work]], recipe_steps: list[tuple[Recipe, int, Work]]) -> str:

@@ -33,6 +33,8 @@ SMALLEST_BATCH = 4
 GROUPS = 3
 """Number of groups of convolutions of the network `whitened`."""
 
+Precision = Literal["fp32", "bf16"]
+
 
 class RecipeError(CifarError, ValueError):
     """There is no such recipe, or a recipe cannot have such a value."""
@@ -139,7 +141,7 @@ class Recipe(BaseModel):
     validation_images: PositiveInt = 1000
     split_seed: NonNegativeInt = 0
     width: NonNegativeInt = 0
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
     optimizer: Literal["sgd", "muon"] = "sgd"
     output_learning_rate: NonNegativeFloat = 0.0
     bias_learning_rate: NonNegativeFloat = 0.0

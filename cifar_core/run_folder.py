@@ -180,9 +180,13 @@ class RunFolder:
                 f"{file}: this file is damaged ({error}); resuming the run with --resume rewrites it"
             ) from error
 
+    def is_started(self) -> bool:
+        """Whether the folder holds a run."""
+        return (self.path / "recipe.json").exists()
+
     def is_finished(self) -> bool:
         """Whether all epochs of the recipe were trained."""
-        return (self.path / "recipe.json").exists() and len(self.history()) == self.description()["recipe"]["epochs"]
+        return self.is_started() and len(self.history()) == self.description()["recipe"]["epochs"]
 
 
 def best_epoch(history: list[dict[str, Any]], weights: str) -> dict[str, Any]:

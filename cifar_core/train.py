@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import functools
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,11 @@ import torch
 from tqdm import tqdm
 
 from cifar_core.data import Dataset, add_data_argument, class_lines, load_dataset
-from cifar_core.device import DEVICES, describe_environment
+from cifar_core.device import DEVICES, default_precision, describe_environment
 from cifar_core.distributed import Ranks, join_ranks
 from cifar_core.errors import program_name, run_command
 from cifar_core.initial_weights import InitialWeights, read_initial_weights
-from cifar_core.recipe import Recipe
+from cifar_core.recipe import Precision, Recipe
 from cifar_core.recipes import KEYS, RECIPES, batch_size_note, get_recipe
 from cifar_core.run_folder import RunFolder, best_epoch, default_folder
 from cifar_core.stop_signal import Interrupted, StopSignal
@@ -86,7 +87,7 @@ def _best_text(history: list[dict[str, Any]], weights: str) -> str:
     return f"{which} {chosen['validation_accuracy']:.2%} at epoch {chosen['epoch']}"
 
 
-def _print_start(dataset: Dataset, initial: InitialWeights | None, note: str | None) -> None:
+def _print_start(dataset: Dataset, initial: InitialWeights | None, notes: Sequence[str | None]) -> None:
     """Prints what a user should know before the run: what a folder holds, and what is kept of the initial weights."""
     if dataset.kind == "folder":
         sizes = f"{len(dataset.train):,} training images, {len(dataset.test):,} test images"
@@ -98,8 +99,31 @@ def _print_start(dataset: Dataset, initial: InitialWeights | None, note: str | N
             else f"all layers but the output layer, which is new: the classes were {', '.join(initial.classes)}"
         )
         print(f"starting from {initial.name}: {head}")
-    if note is not None:
+    for note in filter(None, notes):
         print(f"note: {note}")
+
+
+def _choose_precision(
+    arguments: argparse.Namespace, recipe: Recipe, folder: RunFolder, device: torch.device
+) -> tuple[Precision, str | None]:
+    """The precision to train in, and what to say about it.
+
+    It is what the user asked for; otherwise that of the run to continue; otherwise that of the recipe where the device
+    computes in it.
+    """
+    asked = any(override.startswith("precision=") for override in arguments.set)
+    if arguments.precision or asked:
+        return arguments.precision or recipe.precision, None
+    if arguments.resume and folder.is_started():
+        before = folder.description()["precision"]
+        return ("bf16", None) if before == "bf16" else ("fp32", None)
+    precision = default_precision(recipe, device)
+    if precision == recipe.precision:
+        return precision, None
+    return precision, (
+        "this processor does not compute in bf16, so the run is trained in fp32; --precision bf16 trains in bf16 all "
+        "the same, more than ten times slower"
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -123,7 +147,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--precision",
         choices=("fp32", "bf16"),
-        help="precision of training; bf16 is autocast; default: the precision of the recipe",
+        help="precision of training; bf16 is autocast; default: the precision of the run to continue, otherwise that "
+        "of the recipe, but fp32 on a processor that does not compute in bf16",
     )
     parser.add_argument(
         "--set",
@@ -182,10 +207,11 @@ def _train(arguments: argparse.Namespace, recipe: Recipe, ranks: Ranks, device: 
     # A run that starts from trained weights has a folder of its own, next to that of the same recipe from scratch.
     name = recipe.name + (f"+init={initial.digest[:8]}" if initial else "")
     folder = RunFolder(runs / name / str(arguments.seed))
-    precision = arguments.precision or recipe.precision
+    precision, precision_note = _choose_precision(arguments, recipe, folder, device)
+    precision = "bf16" if ranks.from_first(precision == "bf16") else "fp32"
     trainer = Trainer(recipe, dataset, folder, arguments.seed, device, precision, initial, teacher, ranks)
     if ranks.is_first:
-        _print_start(dataset, initial, batch_size_note(arguments.recipe, recipe))
+        _print_start(dataset, initial, (batch_size_note(arguments.recipe, recipe), precision_note))
     try:
         run(trainer, arguments.resume)
     except Interrupted as interrupted:

@@ -9,7 +9,7 @@ import functools
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,7 +37,7 @@ from cifar_core.models import Network, WhitenedConvNet
 from cifar_core.optimizers import make_optimizer, set_learning_rate
 from cifar_core.passes import recompute_statistics, validate
 from cifar_core.pixels import IMAGE_SIZE
-from cifar_core.recipe import Recipe
+from cifar_core.recipe import Precision, Recipe
 from cifar_core.resuming import check_same_run
 from cifar_core.run_folder import RunError, RunFolder, best_epoch, load_checkpoint
 from cifar_core.run_log import RunLog
@@ -45,7 +45,6 @@ from cifar_core.stop_signal import Interrupted, StopSignal
 from cifar_core.teacher import Teacher, check_teacher, distillation_loss
 from cifar_core.train_state import TrainState
 
-Precision = Literal["fp32", "bf16"]
 LOG_EVERY = 200
 """Steps between two log lines, as in the study (section 1.3.1)."""
 WHITENING_IMAGES = 5000

@@ -6,9 +6,9 @@ Prints one line of JSON when training begins (with the whitening filters), when 
 its accuracy, and at the end. Whoever reads the lines can thus measure the time that the script itself measures.
 
 The script is not changed. It uses a GPU and half precision. Without a GPU, the functions that it calls are replaced:
-tensors stay on the CPU, half precision becomes bfloat16, which CPUs multiply fast, and the network is not compiled. The
-images are written beforehand to the files that the script would otherwise make from a download, so its time includes no
-download.
+tensors stay on the CPU, half precision becomes bfloat16 (fp32 on CPUs that do not compute in bfloat16), and the network
+is not compiled. The images are written beforehand to the files that the script would otherwise make from a download, so
+its time includes no download.
 """
 
 import argparse
@@ -28,6 +28,7 @@ from torch import nn
 
 from cifar_core.data import Dataset, Images, add_data_argument, load_dataset
 from cifar_core.device import keep_freed_memory
+from cifar_core.processor import has_bf16
 
 Unchanged = TypeVar("Unchanged")
 
@@ -48,7 +49,7 @@ class Moment:
 
 
 def stand_in_for_cuda() -> None:
-    """Replaces functions of torch so that code for a GPU runs on the CPU, in bfloat16."""
+    """Replaces functions of torch so that code for a GPU runs on the CPU, in bfloat16 where it computes in that."""
 
     def stay(self: Unchanged, *_: object, **__: object) -> Unchanged:
         return self
@@ -64,6 +65,8 @@ def stand_in_for_cuda() -> None:
     torch.cuda.synchronize = lambda *_: None
     for kind in (torch.Tensor, nn.Module):
         kind.cuda = stay  # type: ignore[method-assign, assignment]
+        if not has_bf16():  # the script's optimizer calls it
+            kind.bfloat16 = kind.float  # type: ignore[method-assign]
         kind.half = kind.bfloat16  # type: ignore[method-assign]
 
 

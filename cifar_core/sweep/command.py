@@ -166,8 +166,9 @@ def _is_finished(run: SweepRun, dataset: Dataset, precision: str | None) -> bool
     wanted = {
         "recipe": (read_recipe(description["recipe"]), run.recipe),
         "data": (description["data"]["fingerprint"], dataset.fingerprint),
-        "precision": (description["precision"], precision or run.recipe.precision),
     }
+    if precision is not None:
+        wanted["precision"] = (description["precision"], precision)
     for what, (found, asked) in wanted.items():
         if found != asked:
             raise SweepError(
@@ -251,7 +252,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_data_argument(parser)
     parser.add_argument("--device", choices=DEVICES, default="auto", help="device to train on; default: %(default)s")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), help="precision; default: that of each recipe")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), help="precision; default: as of cifar_core.train")
     parser.add_argument("--runs", type=Path, metavar="DIR", help="folder for all runs; default: as in cifar_core.train")
     return parser
 

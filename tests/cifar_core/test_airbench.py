@@ -2,6 +2,8 @@
 
 import dataclasses
 import importlib.util
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -66,6 +68,24 @@ def test_the_rate_of_the_whitening_bias_falls_to_zero_in_three_of_eight_epochs()
     for done, share in ((0.0, 1.0), (1.5 / 8, 0.5), (3 / 8, 0.0), (0.9, 0.0)):
         set_learning_rate(optimizer, recipe, done)
         assert whitening["lr"] == pytest.approx(share * recipe.bias_learning_rate)
+
+
+@pytest.mark.parametrize(("instructions", "dtype"), [("avx2", "float32"), ("avx512_bf16", "bfloat16")])
+def test_the_script_computes_in_the_precision_of_our_recipes(tmp_path, instructions, dtype):
+    (tmp_path / "cpuinfo").write_text(f"flags\t: {instructions}\n")
+    # In a process of its own, because functions of torch are replaced.
+    code = (
+        "import sys, pathlib, torch; sys.argv = ['start']\n"
+        "from cifar_core import device, processor, recipes\n"
+        f"processor._CPU_INFO = pathlib.Path({str(tmp_path / 'cpuinfo')!r})\n"
+        f"sys.path.insert(0, {str(REPOSITORY / 'benchmarks/peers')!r})\n"
+        "import airbench_start; airbench_start.stand_in_for_cuda()\n"
+        "ours = device.default_precision(recipes.RECIPES['fast'], device.CPU)\n"
+        "print(torch.nn.Linear(1, 1).half().weight.dtype, torch.zeros(1).bfloat16().dtype, ours)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    ours = {"float32": "fp32", "bfloat16": "bf16"}[dtype]
+    assert done.stdout.split() == [f"torch.{dtype}", f"torch.{dtype}", ours]
 
 
 def test_the_script_gets_its_training_images_in_random_order(small, tmp_path, monkeypatch):

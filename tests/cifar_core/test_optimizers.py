@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+from cifar_core import optimizers, processor
 from cifar_core.optimizers import Muon, make_optimizer, orthogonalise, set_learning_rate
 from cifar_core.recipes import RECIPES, get_recipe
 
@@ -11,14 +12,32 @@ def _seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def processor_with(tmp_path, monkeypatch):
+    """Lets the system report these instructions of the processor."""
+
+    def set_to(instructions):
+        (tmp_path / "cpuinfo").write_text(f"flags\t: {instructions}\n")
+        monkeypatch.setattr(processor, "_CPU_INFO", tmp_path / "cpuinfo")
+        optimizers._newton_schulz_dtype.cache_clear()
+
+    yield set_to
+    optimizers._newton_schulz_dtype.cache_clear()
+
+
+@pytest.mark.parametrize(("instructions", "dtype"), [("avx2", torch.float32), ("avx512_bf16", torch.bfloat16)])
 @pytest.mark.parametrize("shape", [(24, 60), (60, 24), (16, 16)])
-def test_an_orthogonalised_matrix_has_singular_values_near_one_and_the_same_vectors(shape):
+def test_an_orthogonalised_matrix_has_singular_values_near_one_and_the_same_vectors(
+    shape, instructions, dtype, processor_with
+):
+    processor_with(instructions)
     # Singular values between 0.2 and 1, spread out like those of gradients.
     left, _ = torch.linalg.qr(torch.randn(shape[0], min(shape)))
     right, _ = torch.linalg.qr(torch.randn(shape[1], min(shape)))
     matrix = left @ torch.diag(torch.linspace(0.2, 1, min(shape))) @ right.T
-    result = orthogonalise(matrix).float()
-    assert result.shape == shape
+    result = orthogonalise(matrix)
+    assert (result.shape, result.dtype) == (shape, dtype)
+    result = result.float()
     values = torch.linalg.svdvals(result)
     assert values.min() > 0.4
     assert values.max() < 1.6

@@ -119,6 +119,14 @@ def test_a_finished_run_of_other_data_is_not_taken_for_a_run_of_the_sweep(single
         main(["baseline", *SHORT[:4], "--data", "synthetic:100", "--runs", str(runs)])
 
 
+def test_a_finished_run_of_another_precision_is_one_of_the_sweep_unless_it_names_a_precision(single_runs):
+    runs = next(iter(single_runs.values())).path.parents[1]
+    arguments = ["baseline", *SHORT, "--runs", str(runs)]
+    assert main([*arguments, "--precision", "fp32"]) == 0
+    with pytest.raises(SweepError, match="holds a finished run with precision fp32, not bf16"):
+        main([*arguments, "--precision", "bf16"])
+
+
 def test_values_are_combined_and_sizes_keep_their_commas():
     assert combinations([]) == [()]
     assert combinations(["dropout=0.1,0.2", "sizes=20:1,24:1", "epochs=3", "sizes=20:2"]) == [

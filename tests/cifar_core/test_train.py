@@ -8,7 +8,9 @@ import time
 import numpy as np
 import pytest
 
+from cifar_core import processor
 from cifar_core.run_folder import RunFolder, load_checkpoint
+from cifar_core.train import main
 from tests.cifar_core.training import assert_same_run
 from tests.conftest import command_line, environment
 
@@ -148,6 +150,39 @@ def test_runs_on_synthetic_data_are_written_below_synthetic(command, tmp_path):
     assert not (tmp_path / "runs").exists()
     recipe = json.loads((tmp_path / "synthetic/runs/baseline+epochs=1/0/recipe.json").read_text())
     assert recipe["data"]["kind"] == "synthetic"
+
+
+@pytest.mark.parametrize(
+    ("instructions", "options", "precision"),
+    [
+        ("avx2", [], "fp32"),
+        ("avx2", ["--precision", "bf16"], "bf16"),
+        ("avx2", ["--set", "precision=bf16"], "bf16"),
+        ("avx512_bf16", [], "bf16"),
+        ("avx512_bf16", ["--precision", "fp32"], "fp32"),
+    ],
+)
+def test_without_bf16_units_fp32_is_the_default_and_the_command_says_so(
+    tmp_path, monkeypatch, capsys, instructions, options, precision
+):
+    def train(*options):
+        arguments = ["sprint", "--set", "epochs=1", "--set", "width=4", "--data", "synthetic:50", *options]
+        monkeypatch.setattr("sys.argv", ["train", *arguments, "--runs", str(tmp_path / "runs"), "--device", "cpu"])
+        assert main() == 0
+        return capsys.readouterr().out
+
+    def processor_with(instructions):
+        (tmp_path / "cpuinfo").write_text(f"flags\t: {instructions}\n")
+        monkeypatch.setattr(processor, "_CPU_INFO", tmp_path / "cpuinfo")
+
+    processor_with(instructions)
+    said = train(*options)
+    assert folder_of(tmp_path / "runs").description()["precision"] == precision
+    assert ("does not compute in bf16" in said) == (instructions == "avx2" and not options)
+    # Another machine continues in the precision that the run has.
+    for other in ("avx2", "avx512_bf16"):
+        processor_with(other)
+        assert "already finished" in train(*options, "--resume")
 
 
 def test_the_command_refuses_an_unknown_recipe_and_an_impossible_seed(command):
