@@ -8,15 +8,15 @@ Prints a summary; `--json` writes every measurement to a file.
 import argparse
 import dataclasses
 import logging
+import math
 import time
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 from scipy.special import softmax
-from scipy.stats import binomtest
-from sklearn.metrics import confusion_matrix, log_loss
 
 from cifar_core.calibration import (
     calibration_interval,
@@ -72,8 +72,10 @@ def choose_split(predictor: Predictor, dataset: Dataset, which: SplitName) -> tu
 
 def wilson_interval(correct: int, count: int) -> tuple[float, float]:
     """The 95 % Wilson score interval of a share (Wilson 1927)."""
-    interval = binomtest(correct, count).proportion_ci(0.95, method="wilson")
-    return float(interval.low), float(interval.high)
+    share, z = correct / count, NormalDist().inv_cdf(0.975)
+    centre, half = share + z**2 / (2 * count), z * math.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
+    low, high = ((centre + sign * half) / (1 + z**2 / count) for sign in (-1, 1))
+    return max(0.0, low), min(1.0, high)
 
 
 def evaluate(predictor: Predictor, dataset: Dataset, which: SplitName = "test") -> dict[str, Any]:
@@ -102,10 +104,10 @@ def evaluate(predictor: Predictor, dataset: Dataset, which: SplitName = "test") 
     started = time.perf_counter()
     logits, float_probabilities = predict_all(predictor, images)
     seconds = time.perf_counter() - started
-    # In double precision, because log_loss needs rows that sum to 1 and a float32 probability can round to 0.
     probabilities = float_probabilities.astype(np.float64)
-    class_numbers = np.arange(len(predictor.classes))
-    confusion = confusion_matrix(labels, probabilities.argmax(1), labels=class_numbers)
+    of_the_label = probabilities[np.arange(len(labels)), labels] / probabilities.sum(1)
+    confusion = np.zeros((len(predictor.classes),) * 2, np.int64)
+    np.add.at(confusion, (labels, probabilities.argmax(1)), 1)
     correct = int(confusion.trace())
     return {
         "model": predictor.name,
@@ -119,7 +121,8 @@ def evaluate(predictor: Predictor, dataset: Dataset, which: SplitName = "test") 
         "correct": correct,
         "accuracy": correct / len(labels),
         "interval": wilson_interval(correct, len(labels)),
-        "loss": float(log_loss(labels, probabilities / probabilities.sum(1, keepdims=True), labels=class_numbers)),
+        # A float32 probability can round to 0.
+        "loss": float(-np.log(of_the_label.clip(np.finfo(np.float64).eps)).mean()),
         "calibration": _calibration(probabilities, logits if predictor.has_logits else None, labels),
         "per_class": {
             name: float(row[number] / row.sum()) if row.sum() else None

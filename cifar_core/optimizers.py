@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, overload
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -10,6 +10,8 @@ from torch import Tensor
 from cifar_core.models import Network
 from cifar_core.processor import has_bf16
 from cifar_core.recipe import Recipe
+
+Method = TypeVar("Method", bound=Callable[..., Any])
 
 _NEWTON_SCHULZ_STEPS = 3
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -44,6 +46,11 @@ def orthogonalise(matrix: Tensor) -> Tensor:
     return x if wide else x.T
 
 
+def _without_exemption(method: Method) -> Method:
+    """A method of torch's optimizers as it is below the decorator that exempts it from compilation."""
+    return getattr(method, "__wrapped__", method)
+
+
 class Muon(torch.optim.Optimizer):
     """SGD with Nesterov momentum; groups with `orthogonal` have orthogonalised steps and weights of fixed norm.
 
@@ -57,6 +64,13 @@ class Muon(torch.optim.Optimizer):
             a multiple of the weights that is added to their gradients. The first dimension of orthogonal weights is
             that of the output channels.
     """
+
+    # Whoever first calls one of torch's own methods of these names waits 1.8 s, in which torch imports its compiler,
+    # only to exempt the method from compilation.
+    add_param_group = _without_exemption(torch.optim.Optimizer.add_param_group)
+    zero_grad = _without_exemption(torch.optim.Optimizer.zero_grad)
+    state_dict = _without_exemption(torch.optim.Optimizer.state_dict)
+    load_state_dict = _without_exemption(torch.optim.Optimizer.load_state_dict)
 
     def __init__(self, groups: list[dict[str, Any]]) -> None:
         super().__init__(groups, {})

@@ -4,6 +4,8 @@ import json
 import numpy as np
 import pytest
 import torch
+from scipy.stats import binomtest
+from sklearn.metrics import confusion_matrix, log_loss
 
 from cifar_core.calibration import expected_calibration_error
 from cifar_core.data import split
@@ -46,8 +48,9 @@ def test_every_measurement_is_that_of_the_predictions(small, probabilities):
     labels, predicted = small.test.labels.numpy(), probabilities.argmax(1)
     assert (result["images"], result["correct"], result["accuracy"]) == (100, 90, 0.9)
     assert result["loss"] == pytest.approx(-np.log(probabilities[np.arange(100), labels]).mean(), rel=1e-5)
+    assert result["loss"] == pytest.approx(log_loss(labels, probabilities.astype(np.float64)), rel=1e-5)
     confusion = np.asarray(result["confusion"])
-    assert confusion.sum() == 100
+    assert confusion.tolist() == confusion_matrix(labels, predicted).tolist()
     for row, name in enumerate(small.classes):
         assert result["per_class"][name] == np.mean(predicted[labels == row] == row)
         assert confusion[row].tolist() == [int(((labels == row) & (predicted == column)).sum()) for column in range(10)]
@@ -95,7 +98,9 @@ def test_the_interval_is_that_of_wilson():
     centre, half = p + z * z / (2 * n), z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
     expected = ((centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n))
     assert wilson_interval(8196, 10_000) == pytest.approx(expected, abs=1e-9)
-    assert wilson_interval(10, 10)[1] == 1.0
+    for correct, count in ((10, 10), (0, 7), (3, 200)):
+        low, high = binomtest(correct, count).proportion_ci(0.95, method="wilson")
+        assert wilson_interval(correct, count) == pytest.approx((low, high), abs=1e-12)
 
 
 def test_a_model_with_other_classes_is_refused(small):

@@ -3,6 +3,7 @@ import json
 import resource
 import signal
 import subprocess
+import sys
 import time
 
 import numpy as np
@@ -183,6 +184,22 @@ def test_without_bf16_units_fp32_is_the_default_and_the_command_says_so(
     for other in ("avx2", "avx512_bf16"):
         processor_with(other)
         assert "already finished" in train(*options, "--resume")
+
+
+def test_neither_training_nor_evaluating_loads_what_takes_seconds_and_is_not_needed(tmp_path):
+    small = ["sprint", "--set", "epochs=1", "--set", "width=4", "--data", "synthetic:50", "--runs", str(tmp_path)]
+    code = (
+        "import sys\n"
+        "from cifar_core import evaluate, train\n"
+        f"sys.argv = ['', *{small}]\n"
+        "assert train.main() == 0\n"
+        f"sys.argv = ['', '--model', {str(tmp_path / 'sprint+epochs=1+width=4/0')!r}, '--data', 'synthetic:50']\n"
+        "assert evaluate.main() == 0\n"
+        "print({'torch._dynamo', 'torch._inductor', 'scipy.stats', 'sklearn'} & sys.modules.keys())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "set()"
 
 
 def test_the_command_refuses_an_unknown_recipe_and_an_impossible_seed(command):
