@@ -1,6 +1,7 @@
 """The base of all errors that are caused by input or environment and not by a bug, and how commands report them."""
 
 import contextlib
+import errno
 import io
 import os
 import select
@@ -16,12 +17,13 @@ class CifarError(Exception):
 def run_command(main: Callable[[], int]) -> None:
     """Runs the main function of a command and exits with its code; a `CifarError` becomes one line and exit code 2.
 
-    If the reader of standard output, such as `head`, ends first, the command ends with exit code 1.
+    If the reader of standard output, such as `head`, ends first, the command ends with exit code 1; if a disk is full,
+    with a line and exit code 2.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # a log file shows each line as soon as it is written
     try:
-        with reader_may_end():
+        with output_may_fail():
             code = main()
     except CifarError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -33,11 +35,12 @@ def run_command(main: Callable[[], int]) -> None:
 
 
 @contextlib.contextmanager
-def reader_may_end() -> Iterator[None]:
-    """Ends the program without a traceback if the reader of standard output, such as `head`, ends first.
+def output_may_fail() -> Iterator[None]:
+    """Ends the program without a traceback if its output cannot be written.
 
     Raises:
-        SystemExit: 1, for this reason.
+        SystemExit: 1, without a word, if the reader of standard output, such as `head`, ended first; 2, after a line
+            was printed, if a disk is full.
         BrokenPipeError: Another pipe is broken.
     """
     try:
@@ -51,9 +54,20 @@ def reader_may_end() -> Iterator[None]:
         output.register(sys.stdout, 0)
         if not output.poll(0):
             raise
-        # Python writes out the rest when it ends, which would fail again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         raise SystemExit(1) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"error: cannot write: {error.strerror}; free some space, or write elsewhere", file=sys.stderr)
+        _drop_output()
+        raise SystemExit(2) from None
+
+
+def _drop_output() -> None:
+    """Python writes out the rest of standard output when it ends, which would fail again."""
+    if sys.stdout is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def program_name(module: str) -> str:

@@ -169,13 +169,22 @@ class Trainer:
         """Starts the run, or restores its last checkpoint.
 
         Raises:
-            RunError: The folder holds a run and `resume` is false, or it holds a different run.
+            RunError: The folder holds a run and `resume` is false, or it holds a different run, or its checkpoint is
+                not a state of this run.
             RankError: The ranks were started with different values or data.
         """
         self.ranks.check_same_run({key: value for key, value in self.description().items() if key != "environment"})
         if not self.ranks.from_first(self.ranks.is_first and self._open_folder(resume)):
             return
-        self.state.restore(load_checkpoint(self.folder.last), self.device)
+        saved = load_checkpoint(self.folder.last)
+        try:
+            self.state.restore(saved, self.device)
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise RunError(
+                f"{self.folder.last}: this is not the state of a run of this recipe ({type(error).__name__}: "
+                f"{str(error).splitlines()[0]}); put the file back that training wrote, or remove {self.folder.path} "
+                "and train anew"
+            ) from error
         if self.ranks.is_first:
             self.folder.write_history(self.state.history)
         else:  # the checkpoint holds the sums over all ranks, and rank 0 continues them

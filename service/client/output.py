@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Protocol
 
-from cifar_core.errors import reader_may_end
+from cifar_core.errors import output_may_fail
 from service.client.streaming import Row
 from service.client.table import print_table
 
@@ -86,12 +86,12 @@ class CsvWriter:
 
 @contextlib.contextmanager
 def standard_output() -> Iterator[None]:
-    """Lets a command print any file name, and end without a traceback if nobody reads its output any more.
+    """Lets a command print any file name, and end without a traceback if its output cannot be written.
 
     Raises:
-        SystemExit: 1, because the reader of standard output, such as `head`, ended first.
+        SystemExit: 1, because the reader of standard output, such as `head`, ended first; 2 if a disk is full.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a file name need not be valid text
-    with reader_may_end():
+    with output_may_fail():
         yield

@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -31,6 +32,16 @@ def test_a_reader_that_ends_first_ends_a_command_with_1_and_without_a_traceback(
         process.stdin.flush()
         assert process.stderr.read() == ""
     assert process.returncode == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+@pytest.mark.parametrize("body", ["print('x')", "open('/dev/full', 'wb', buffering=0).write(b'x')"])
+def test_a_full_disk_is_one_line(body):
+    with Path("/dev/full").open("w") as full, start(body, stdout=full) as process:
+        assert process.stderr.read() == (
+            "error: cannot write: No space left on device; free some space, or write elsewhere\n"
+        )
+    assert process.returncode == 2
 
 
 def test_another_broken_pipe_is_an_error():

@@ -89,6 +89,26 @@ def test_a_run_with_another_recipe_seed_or_precision_is_not_resumed(small, tmp_p
         run(make_trainer(small, tmp_path, **change), resume=True)
 
 
+@pytest.mark.parametrize("change", ["another network", "no optimizer", "other shapes", "best.pt", "not numbers"])
+def test_a_checkpoint_that_is_not_a_state_of_the_run_is_refused(small, tmp_path, change):
+    trainer = make_trainer(small, tmp_path / "run")
+    run(trainer, resume=False)
+    saved = load_checkpoint(trainer.folder.last)
+    if change == "another network":
+        saved["model"] = make_trainer(small, tmp_path / "other", "deep").model.state_dict()
+    elif change == "no optimizer":
+        del saved["optimizer"]
+    elif change == "other shapes":
+        saved["losses"] = torch.zeros(1, 2, 3)
+    elif change == "best.pt":
+        saved = load_checkpoint(trainer.folder.best)
+    else:
+        saved["rng"] = "four"
+    torch.save(saved, trainer.folder.last)
+    with pytest.raises(RunError, match=r"last\.pt: this is not the state of a run of this recipe"):
+        run(make_trainer(small, tmp_path / "run"), resume=True)
+
+
 def test_a_run_is_resumed_with_the_same_data_under_another_name_but_not_with_other_data(small, tmp_path):
     run(make_trainer(small, tmp_path), resume=False)
     run(make_trainer(dataclasses.replace(small, name="moved"), tmp_path), resume=True)
