@@ -44,7 +44,7 @@ help: ## list the targets and the variables that can be set
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-19s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo "  DATA=cifar10 | FOLDER | synthetic[:N]   the data (default: \$$CIFAR10_DATA; otherwise the official archive is downloaded)"
-	@echo "  SEED=0  DEVICE=auto|cpu|cuda  PRECISION=fp32|bf16   for training (default: the recipe's precision)"
+	@echo "  SEED=0  DEVICE=auto|cpu|cuda  PRECISION=fp32|bf16   for training (default: the recipe's, but fp32 on CPUs without bf16)"
 	@echo "  MODEL=exported/model.onnx | runs/RECIPE/SEED | grpc://HOST:PORT   the model that evaluate measures"
 	@echo "  OPTIONS='--port 50051 …'                options of the server"
 	@echo "  HTTP_PORT=8080                          port of the page and of REST that make serve opens"

@@ -83,6 +83,10 @@ class Ranks:
         """What rank 0 decided."""
         return bool(self.total(torch.tensor(int(decision and self.is_first))))
 
+    def all(self, condition: bool) -> bool:
+        """Whether a condition holds on all ranks."""
+        return self.highest(int(not condition)) == 0
+
     def wait_for_first(self) -> None:
         """Waits until rank 0 calls this too; for work that only it does, such as writing a file."""
         self.from_first(decision=True)

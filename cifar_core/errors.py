@@ -59,8 +59,10 @@ def output_may_fail() -> Iterator[None]:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        print(f"error: cannot write: {error.strerror}; free some space, or write elsewhere", file=sys.stderr)
         _drop_output()
+        what = error.filename or "the output"
+        with contextlib.suppress(OSError):  # standard error may go to the same disk
+            print(f"error: {what} cannot be written: {error.strerror}; free some space", file=sys.stderr)
         raise SystemExit(2) from None
 
 

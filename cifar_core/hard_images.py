@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cifar_core.models import WhitenedConvNet
-from cifar_core.optimizers import make_optimizer, set_learning_rate
+from cifar_core.optimizers import make_optimizer, muon_dtype, set_learning_rate
 from cifar_core.recipe import Recipe
 
 WIDTHS = (32, 64, 64)
@@ -44,7 +44,7 @@ class HardImages:
         self._model = WhitenedConvNet(WIDTHS, classes)
         self._model.to(images.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._model.init_whiten(images)
-        self._optimizer = make_optimizer(recipe, self._model)
+        self._optimizer = make_optimizer(recipe, self._model, muon_dtype(images.device))
 
     def choose(self, images: Tensor, labels: Tensor, step: int, steps: int) -> Tensor:
         """The indices of the hardest images of a batch in ascending order, int64 [`trained_images` of B].

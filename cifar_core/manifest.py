@@ -79,8 +79,8 @@ class Variant(_Part):
     )
     weight_bits: Count | None = Field(
         default=None,
-        description="int8 only: bits of a weight; with at most 7, every processor computes the same at full speed, and "
-        "with 8, as in exports of earlier versions, processors without VNNI need slower instructions for that",
+        description="int8 only: bits of a weight; with at most 7, no processor overflows; with 8, as in exports of "
+        "earlier versions, processors without VNNI need slower instructions",
     )
     openvino_precision: Literal["fp32", "bf16"] | None = Field(
         default=None,

@@ -14,8 +14,9 @@ from cifar_core.data import Dataset, add_data_argument, load_dataset
 from cifar_core.device import CPU
 from cifar_core.errors import program_name, run_command
 from cifar_core.evaluate import check_classes, choose_split, evaluate, manifest_fields
+from cifar_core.int8 import EARLIER_WEIGHT_BITS
 from cifar_core.manifest import FILE_NAME, OPENVINO_PREFIX, Manifest, Variant
-from cifar_core.openvino import Precision
+from cifar_core.openvino import OpenVinoError, Precision, check_weight_bits
 from cifar_core.parity import INT8_IMAGES, INT8_LIMIT, ParityError
 from cifar_core.predictors import Predictor, onnx_predictor, openvino_predictor, predict_all
 from cifar_core.processor import has_bf16, processor_name
@@ -55,15 +56,16 @@ def measure(folder: Path, dataset: Dataset, threads: int) -> Manifest:
     for name, (source, precision) in PRECISIONS.items():
         if source not in variants:
             continue
-        if precision == "bf16" and not has_bf16():
+        variant = variants[source]
+        obstacle = _obstacle(name, variant)
+        if obstacle:
             entry = "has no entry"
             earlier = manifest.variants.get(OPENVINO_PREFIX + name)
-            if earlier is not None and earlier.sha256 == variants[source].sha256:
+            if earlier is not None and earlier.sha256 == variant.sha256:
                 measured[OPENVINO_PREFIX + name] = earlier
                 entry = f"keeps its entry, measured with {earlier.measured_with}"
-            logger.warning("%s is not measured, and %s: this processor does not compute in bf16", name, entry)
+            logger.warning("%s is not measured, and %s: %s", name, entry, obstacle)
             continue
-        variant = variants[source]
         predictor = openvino_predictor(read[variant.file], threads, precision)
         check_classes(predictor, dataset)
         _check_validation(name, onnx_predictor(read[variant.file], CPU), predictor, dataset)
@@ -73,6 +75,18 @@ def measure(folder: Path, dataset: Dataset, threads: int) -> Manifest:
     manifest = manifest.model_copy(update={"variants": variants | measured})
     replace(folder, read, {FILE_NAME: manifest.to_json()})
     return manifest
+
+
+def _obstacle(name: str, variant: Variant) -> str | None:
+    """Why this processor cannot compute a variant with OpenVINO; None if it can."""
+    if name == "bf16" and not has_bf16():
+        return "this processor does not compute in bf16"
+    if name == "int8":
+        try:
+            check_weight_bits(variant.weight_bits or EARLIER_WEIGHT_BITS)
+        except OpenVinoError as error:
+            return str(error)
+    return None
 
 
 def _environment() -> str:

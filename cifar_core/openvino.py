@@ -26,9 +26,10 @@ def check_weight_bits(weight_bits: int) -> None:
     """Raises OpenVinoError if OpenVINO loses accuracy with int8 weights of so many bits on this processor."""
     if weight_bits > WEIGHT_BITS and not has_int8_products():
         raise OpenVinoError(
-            f"the int8 weights have {weight_bits} bits, and on this processor, which has neither VNNI nor AMX, sums of "
-            f"their products overflow: use --device cpu, or quantise the model anew, to {WEIGHT_BITS} bits, with: "
-            "python -m cifar_core.requantise --export DIR"
+            f"the int8 weights have {weight_bits} bits, and on this processor, which has neither VNNI nor AMX as far "
+            "as the system says, sums of their products overflow: use --device cpu, or, where the training library is "
+            f"installed, quantise the model anew, to {WEIGHT_BITS} bits, with: python -m cifar_core.requantise "
+            "--export DIR, and measure it: python -m cifar_core.measure_openvino --export DIR"
         )
 
 

@@ -1,14 +1,13 @@
 """The optimizers that recipes use, their parameter groups, and the learning rate over time."""
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor
 
+from cifar_core.device import computes_in_bf16
 from cifar_core.models import Network
-from cifar_core.processor import has_bf16
 from cifar_core.recipe import Recipe
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -18,13 +17,7 @@ _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _SGD_MOMENTUM = 0.85
 
 
-@functools.cache
-def _newton_schulz_dtype(device: str) -> torch.dtype:
-    """bfloat16 where the device computes in it. On other processors it takes 5 to 60 times as long as float32."""
-    return torch.bfloat16 if device != "cpu" or has_bf16() else torch.float32
-
-
-def orthogonalise(matrix: Tensor) -> Tensor:
+def orthogonalise(matrix: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """Approximately the nearest semi-orthogonal matrix; its singular values lie between 0.5 and 1.5 instead of at 1.
 
     Three Newton-Schulz steps of fifth order, with coefficients that make small singular values grow fastest
@@ -32,13 +25,14 @@ def orthogonalise(matrix: Tensor) -> Tensor:
 
     Args:
         matrix: [M, N].
+        dtype: of the computation.
 
     Returns:
-        [M, N], bfloat16 or float32; see `_newton_schulz_dtype`.
+        [M, N] of this dtype.
     """
     a, b, c = _COEFFICIENTS
     wide = matrix.shape[0] <= matrix.shape[1]
-    x = (matrix if wide else matrix.T).to(_newton_schulz_dtype(matrix.device.type))
+    x = (matrix if wide else matrix.T).to(dtype)
     x = x / (x.norm() + 1e-7)
     for _ in range(_NEWTON_SCHULZ_STEPS):
         gram = x @ x.T
@@ -63,6 +57,7 @@ class Muon(torch.optim.Optimizer):
         groups: parameter groups with `params`, `lr`, `momentum` in [0, 1), `orthogonal`, and optionally `weight_decay`,
             a multiple of the weights that is added to their gradients. The first dimension of orthogonal weights is
             that of the output channels.
+        dtype: of the orthogonalisation.
     """
 
     # Whoever first calls one of torch's own methods of these names waits 1.8 s, in which torch imports its compiler,
@@ -72,8 +67,9 @@ class Muon(torch.optim.Optimizer):
     state_dict = _without_exemption(torch.optim.Optimizer.state_dict)
     load_state_dict = _without_exemption(torch.optim.Optimizer.load_state_dict)
 
-    def __init__(self, groups: list[dict[str, Any]]) -> None:
+    def __init__(self, groups: list[dict[str, Any]], dtype: torch.dtype = torch.bfloat16) -> None:
         super().__init__(groups, {})
+        self._dtype = dtype
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -103,7 +99,7 @@ class Muon(torch.optim.Optimizer):
         buffer = state["momentum_buffer"].mul_(group["momentum"]).add_(gradient)
         step = gradient.add(buffer, alpha=group["momentum"])
         if group["orthogonal"]:
-            step = orthogonalise(step.reshape(len(step), -1)).reshape(step.shape)
+            step = orthogonalise(step.reshape(len(step), -1), self._dtype).reshape(step.shape)
             weight.mul_(len(weight) ** 0.5 / weight.norm())
         weight.add_(step, alpha=-group["lr"])
 
@@ -137,10 +133,21 @@ def _sgd_group(parameters: Sequence[Tensor], learning_rate: float, decay: float)
     return group | ({"weight_decay": decay / learning_rate} if decay else {})
 
 
-def make_optimizer(recipe: Recipe, model: Network) -> torch.optim.Optimizer:
-    """The optimizer of a recipe. Each of its groups holds its highest learning rate as `initial_lr`."""
+def muon_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the device computes in it. On other processors it takes 5 to 60 times as long as float32."""
+    return torch.bfloat16 if computes_in_bf16(device) else torch.float32
+
+
+def make_optimizer(recipe: Recipe, model: Network, dtype: torch.dtype = torch.bfloat16) -> torch.optim.Optimizer:
+    """The optimizer of a recipe. Each of its groups holds its highest learning rate as `initial_lr`.
+
+    Args:
+        recipe: its optimizer and learning rates.
+        model: the network to train.
+        dtype: of the orthogonalisation of Muon; see `muon_dtype`.
+    """
     if recipe.optimizer == "muon":
-        optimizer: torch.optim.Optimizer = Muon(muon_groups(recipe, model))
+        optimizer: torch.optim.Optimizer = Muon(muon_groups(recipe, model), dtype)
     else:
         optimizer = torch.optim.SGD(model.parameters(), lr=recipe.learning_rate, momentum=recipe.momentum, fused=True)
     for group in optimizer.param_groups:

@@ -50,7 +50,7 @@ def to_int8(graph: bytes, images: npt.NDArray[np.uint8]) -> bytes:
     The output layer stays in fp32. Weights are int8 in the range of 7 bits, with one scale per channel, activations
     uint8 with the range that they have on `images` (static quantisation, QDQ format; Jacob et al. 2018, "Quantization
     and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference"). Inputs, outputs and metadata do
-    not change. It is fastest on processors with int8 dot products (VNNI, AMX), and its results are the same on all.
+    not change. It is fastest on processors with int8 dot products (VNNI, AMX), and overflows on none.
 
     Args:
         graph: the content of an ONNX file.

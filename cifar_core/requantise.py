@@ -17,7 +17,7 @@ from cifar_core.device import CPU
 from cifar_core.errors import program_name, run_command
 from cifar_core.evaluate import check_classes
 from cifar_core.export import quantised
-from cifar_core.manifest import FILE_NAME, OPENVINO_PREFIX, Manifest, read_manifest
+from cifar_core.manifest import FILE_NAME, Manifest, read_manifest
 from cifar_core.parity import compare_on
 from cifar_core.predictors import onnx_predictor
 from cifar_core.publish import VARIANT_FILES, read_export, replace
@@ -49,16 +49,18 @@ def requantise(folder: Path, dataset: Dataset) -> Manifest:
     chose_epoch = manifest.recipe.get("weights", "best") == "best"
     network = without_calibration(graph)
     int8_graph, int8 = quantised(network, fp32, comparison, comparison.validation_logits, dataset, chose_epoch)
-    with_openvino = OPENVINO_PREFIX + "int8"
-    if with_openvino in manifest.variants:
+    previous = manifest.variants.get("int8")
+    # Entries of the previous graph, such as that with OpenVINO, do not hold any more.
+    kept = {name: each for name, each in manifest.variants.items() if previous is None or each.file != previous.file}
+    if any(variant.openvino_precision for name, variant in manifest.variants.items() if name not in kept):
         logger.warning(
             "the new int8 graph is not measured with OpenVINO; a server with --device openvino needs that: "
             "python -m cifar_core.measure_openvino --export %s",
             folder,
         )
-    kept = {name: variant for name, variant in manifest.variants.items() if name != with_openvino}
-    manifest = manifest.model_copy(update={"variants": kept | {"int8": int8}})
-    replace(folder, read, {VARIANT_FILES["int8"]: int8_graph, FILE_NAME: manifest.to_json()})
+    manifest = manifest.model_copy(update={"variants": {**kept, "int8": int8}})
+    others = {name: content for name, content in read.items() if previous is None or name != previous.file}
+    replace(folder, others, {VARIANT_FILES["int8"]: int8_graph, FILE_NAME: manifest.to_json()})
     return manifest
 
 

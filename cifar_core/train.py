@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from cifar_core.data import Dataset, add_data_argument, class_lines, load_dataset
-from cifar_core.device import DEVICES, default_precision, describe_environment
+from cifar_core.device import DEVICES, computes_in_bf16, describe_environment
 from cifar_core.distributed import Ranks, join_ranks
 from cifar_core.errors import program_name, run_command
 from cifar_core.initial_weights import InitialWeights, read_initial_weights
@@ -103,27 +103,35 @@ def _print_start(dataset: Dataset, initial: InitialWeights | None, notes: Sequen
         print(f"note: {note}")
 
 
+_SLOW_BF16 = (
+    "the run continues in bf16, in which it was started, but this processor does not compute in bf16: it takes more "
+    "than ten times as long as fp32"
+)
+_FP32_INSTEAD = (
+    "this processor does not compute in bf16, so the run is trained in fp32; --precision bf16 trains in bf16 all the "
+    "same, and takes more than ten times as long"
+)
+
+
 def _choose_precision(
-    arguments: argparse.Namespace, recipe: Recipe, folder: RunFolder, device: torch.device
+    arguments: argparse.Namespace, recipe: Recipe, folder: RunFolder, device: torch.device, ranks: Ranks
 ) -> tuple[Precision, str | None]:
     """The precision to train in, and what to say about it.
 
-    It is what the user asked for; otherwise that of the run to continue; otherwise that of the recipe where the device
-    computes in it.
+    It is what the user asked for; otherwise that of the run to continue; otherwise that of the recipe where the devices
+    of all ranks compute in it.
     """
     asked = any(override.startswith("precision=") for override in arguments.set)
     if arguments.precision or asked:
         return arguments.precision or recipe.precision, None
-    if arguments.resume and folder.is_started():
-        before = folder.description()["precision"]
-        return ("bf16", None) if before == "bf16" else ("fp32", None)
-    precision = default_precision(recipe, device)
-    if precision == recipe.precision:
-        return precision, None
-    return precision, (
-        "this processor does not compute in bf16, so the run is trained in fp32; --precision bf16 trains in bf16 all "
-        "the same, more than ten times slower"
-    )
+    fast = ranks.all(computes_in_bf16(device))
+    if ranks.from_first(arguments.resume and folder.is_started()):
+        if not ranks.from_first(ranks.is_first and folder.description()["precision"] == "bf16"):
+            return "fp32", None
+        return "bf16", None if fast else _SLOW_BF16
+    if fast or recipe.precision == "fp32":
+        return recipe.precision, None
+    return "fp32", _FP32_INSTEAD
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -207,8 +215,7 @@ def _train(arguments: argparse.Namespace, recipe: Recipe, ranks: Ranks, device: 
     # A run that starts from trained weights has a folder of its own, next to that of the same recipe from scratch.
     name = recipe.name + (f"+init={initial.digest[:8]}" if initial else "")
     folder = RunFolder(runs / name / str(arguments.seed))
-    precision, precision_note = _choose_precision(arguments, recipe, folder, device)
-    precision = "bf16" if ranks.from_first(precision == "bf16") else "fp32"
+    precision, precision_note = _choose_precision(arguments, recipe, folder, device, ranks)
     trainer = Trainer(recipe, dataset, folder, arguments.seed, device, precision, initial, teacher, ranks)
     if ranks.is_first:
         _print_start(dataset, initial, (batch_size_note(arguments.recipe, recipe), precision_note))

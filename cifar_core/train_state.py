@@ -54,9 +54,22 @@ class TrainState:
         }
 
     def restore(self, saved: dict[str, Any], device: torch.device) -> None:
-        """Restores a state returned by `to_dict`, also one saved before layers had names."""
+        """Restores a state returned by `to_dict`, also one saved before layers had names.
+
+        Raises:
+            KeyError, TypeError, ValueError, AttributeError, RuntimeError: It is not a state of such a run.
+        """
+        counts = (saved["epoch"], saved["step"], len(saved["history"]))
+        if not all(isinstance(count, int) for count in counts) or saved["epoch"] != len(saved["history"]):
+            raise ValueError(f"epoch {counts[0]}, step {counts[1]} and {counts[2]} lines of history")
         self.model.load_weights(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
+        for parameter, state in self.optimizer.state.items():
+            for name, value in state.items():
+                if isinstance(value, Tensor) and value.dim() and value.shape != parameter.shape:
+                    raise ValueError(
+                        f"{name} of shape {list(value.shape)} for weights of shape {list(parameter.shape)}"
+                    )
         if self.hard_images:
             self.hard_images.restore(saved["hard_images"])
         self.losses.copy_(saved["losses"])

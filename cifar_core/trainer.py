@@ -34,7 +34,7 @@ from cifar_core.files import FileWriteError
 from cifar_core.hard_images import HardImages, trained_images
 from cifar_core.initial_weights import InitialWeights, start_from
 from cifar_core.models import Network, WhitenedConvNet
-from cifar_core.optimizers import make_optimizer, set_learning_rate
+from cifar_core.optimizers import make_optimizer, muon_dtype, set_learning_rate
 from cifar_core.passes import recompute_statistics, validate
 from cifar_core.pixels import IMAGE_SIZE
 from cifar_core.recipe import Precision, Recipe
@@ -112,9 +112,11 @@ class Trainer:
             ranks.check_batch_norm(min(self.batch_sizes))
         self.model = self._make_model()
         self._replica = ranks.replicate(self.model, freezes=recipe.whiten_bias_epochs > 0)
+        # Ranks that compute differently would end with different weights.
+        muon = torch.bfloat16 if ranks.all(muon_dtype(device) == torch.bfloat16) else torch.float32
         self.state = TrainState(
             self.model,
-            make_optimizer(recipe, self.model),
+            make_optimizer(recipe, self.model, muon),
             losses=torch.zeros(self.steps, device=device),
             correct=torch.zeros(self.steps, dtype=torch.int64, device=device),
             hard_images=self._make_hard_images(),
@@ -176,20 +178,27 @@ class Trainer:
         self.ranks.check_same_run({key: value for key, value in self.description().items() if key != "environment"})
         if not self.ranks.from_first(self.ranks.is_first and self._open_folder(resume)):
             return
-        saved = load_checkpoint(self.folder.last)
-        try:
-            self.state.restore(saved, self.device)
-        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-            raise RunError(
-                f"{self.folder.last}: this is not the state of a run of this recipe ({type(error).__name__}: "
-                f"{str(error).splitlines()[0]}); put the file back that training wrote, or remove {self.folder.path} "
-                "and train anew"
-            ) from error
+        self._restore(load_checkpoint(self.folder.last))
         if self.ranks.is_first:
             self.folder.write_history(self.state.history)
         else:  # the checkpoint holds the sums over all ranks, and rank 0 continues them
             self.state.losses.zero_()
             self.state.correct.zero_()
+
+    def _restore(self, saved: dict[str, Any]) -> None:
+        try:
+            check_same_run(
+                self.folder.last, saved | {"environment": self.description()["environment"]}, self.description()
+            )
+            self.state.restore(saved, self.device)
+        except torch.OutOfMemoryError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            reason = str(error).splitlines()[0] if str(error) else ""
+            raise RunError(
+                f"{self.folder.last}: this is not a state of this run ({type(error).__name__}: {reason}); put the file "
+                f"back that training wrote, or remove {self.folder.path} and train anew"
+            ) from error
 
     def _open_folder(self, resume: bool) -> bool:
         """Writes recipe.json, or compares it with this run. Returns whether there is a checkpoint to continue from."""

@@ -13,7 +13,7 @@ import onnxruntime
 import pytest
 from onnx import helper
 
-from cifar_core import measure_openvino, processor
+from cifar_core import measure_openvino, openvino, processor
 from cifar_core.data import load_dataset
 from cifar_core.manifest import ManifestError, read_manifest
 from cifar_core.openvino import PROVIDER, OpenVinoError, open_session
@@ -248,6 +248,13 @@ def test_without_bf16_the_other_variants_are_measured(exported_copy, monkeypatch
     measure_openvino.measure(exported_copy, load_dataset("synthetic:600"), 1)
     manifest = read_manifest(exported_copy)
     assert manifest.variants.keys() == {"fp32", "int8", "openvino-fp32", "openvino-int8"}
+    # int8 weights of 8 bits would overflow here.
+    content = json.loads(manifest.to_json())
+    del content["variants"]["openvino-int8"], content["variants"]["int8"]["weight_bits"]
+    (exported_copy / "manifest.json").write_text(json.dumps(content))
+    monkeypatch.setattr(openvino, "has_int8_products", lambda: False)
+    names = measure_openvino.measure(exported_copy, load_dataset("synthetic:600"), 1).variants.keys()
+    assert names == {"fp32", "int8", "openvino-fp32"}
     # A measurement of bf16 on another machine is kept as long as it is of the same graph.
     content = json.loads(manifest.to_json())
     for sha256, kept in ((manifest.variants["fp32"].sha256, True), ("0" * 64, False)):

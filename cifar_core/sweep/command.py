@@ -38,12 +38,14 @@ class SweepRun:
         seed: The seed.
         folder: The run folder.
         command: How to train it.
+        precision: The precision that was asked for; None leaves it to the recipe and the processor.
     """
 
     recipe: Recipe
     seed: int
     folder: RunFolder
     command: Command
+    precision: str | None
 
     @property
     def name(self) -> str:
@@ -68,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Loaded here once, so that a wrong path is reported once, and an archive is downloaded once.
     dataset = load_dataset(chosen.data)
     runs = list(_runs(chosen, dataset))
-    remaining = [run for run in runs if not _is_finished(run, dataset, chosen.precision)]
+    remaining = [run for run in runs if not _is_finished(run, dataset)]
     print(f"{len(runs)} runs, {len(runs) - len(remaining)} of them finished already", flush=True)
     if remaining:
         _train(chosen, remaining)
@@ -113,7 +115,10 @@ def _runs(chosen: argparse.Namespace, dataset: Dataset) -> Iterator[SweepRun]:
         arguments += [argument for override in overrides for argument in ("--set", override)]
         arguments += ["--data", chosen.data] if chosen.data else []
         arguments += ["--precision", chosen.precision] if chosen.precision else []
-        yield SweepRun(recipe, seed, RunFolder(folder), Command(tuple(arguments), folder, Path.cwd(), chosen.threads))
+        changed = any(override.startswith("precision=") for override in overrides)
+        precision = chosen.precision or (recipe.precision if changed else None)
+        command = Command(tuple(arguments), folder, Path.cwd(), chosen.threads)
+        yield SweepRun(recipe, seed, RunFolder(folder), command, precision)
 
 
 def combinations(values: Sequence[str]) -> list[tuple[str, ...]]:
@@ -154,7 +159,7 @@ def seeds(text: str) -> list[int]:
     return sorted(set(found))
 
 
-def _is_finished(run: SweepRun, dataset: Dataset, precision: str | None) -> bool:
+def _is_finished(run: SweepRun, dataset: Dataset) -> bool:
     """Whether the run is finished.
 
     Raises:
@@ -167,8 +172,8 @@ def _is_finished(run: SweepRun, dataset: Dataset, precision: str | None) -> bool
         "recipe": (read_recipe(description["recipe"]), run.recipe),
         "data": (description["data"]["fingerprint"], dataset.fingerprint),
     }
-    if precision is not None:
-        wanted["precision"] = (description["precision"], precision)
+    if run.precision is not None:
+        wanted["precision"] = (description["precision"], run.precision)
     for what, (found, asked) in wanted.items():
         if found != asked:
             raise SweepError(
@@ -182,9 +187,10 @@ def _result(run: SweepRun) -> str:
     history = run.folder.history()
     best = best_epoch(history, run.recipe.weights)
     minutes = sum(line["seconds"] for line in history) / 60
+    precision = run.folder.description()["precision"]
     return (
-        f"finished: best validation accuracy {best['validation_accuracy']:.2%} at epoch {best['epoch']}, "
-        f"{minutes:.1f} min"
+        f"finished in {precision}: best validation accuracy {best['validation_accuracy']:.2%} at epoch "
+        f"{best['epoch']}, {minutes:.1f} min"
     )
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cifar_core import openvino
+from cifar_core.int8 import EARLIER_WEIGHT_BITS
 from cifar_core.manifest import FILE_NAME, Manifest, ManifestError, read_manifest
 from cifar_core.pixels import IMAGE_SIZE
 from service.core.engine import Device, Engine
@@ -30,8 +31,6 @@ DEFAULT_NAME = "cifar10"
 _TOLERANCE = 1e-3
 # OpenVINO rounds int8 otherwise than onnxruntime, and bf16 has 8 significant bits.
 _OPENVINO_TOLERANCE = {"int8": 0.03, "bf16": 0.1}
-_EARLIER_WEIGHT_BITS = 8
-"""Bits of the int8 weights of exports whose manifest does not say it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,8 +86,8 @@ def load(folder: Path, variant: str, *, device: Device, threads: int, max_batch_
     except ManifestError as error:
         raise StartError(f"{folder / FILE_NAME}: {error}") from error
     path = folder / entry.file
-    weight_bits = entry.weight_bits or _EARLIER_WEIGHT_BITS
-    if device == "openvino" and variant == "int8":
+    weight_bits = entry.weight_bits or EARLIER_WEIGHT_BITS
+    if device == "openvino" and (variant == "int8" or entry.weight_bits is not None):
         try:
             openvino.check_weight_bits(weight_bits)
         except openvino.OpenVinoError as error:

@@ -3,9 +3,24 @@
 import pytest
 import torch
 
+from cifar_core import processor
 from cifar_core.data import Dataset
 from cifar_core.models import DeepConvNet
 from cifar_core.recipes import RECIPES
+
+
+@pytest.fixture
+def processor_with(tmp_path_factory, monkeypatch):
+    """Lets the system report these instructions of the processor."""
+    file = tmp_path_factory.mktemp("processor") / "cpuinfo"
+
+    def set_to(instructions):
+        file.write_text(f"flags\t: {instructions}\n")
+        monkeypatch.setattr(processor, "_CPU_INFO", file)
+        processor.has_matrix_units.cache_clear()
+
+    yield set_to
+    processor.has_matrix_units.cache_clear()
 
 
 @pytest.fixture

@@ -1,7 +1,8 @@
 """Trains under torchrun and records what each rank saw and ended with: FOLDER RECIPE DATA KEY=VALUE…
 
 FOLDER/RANK.pt holds `weights`, the state dict at the end, and `images`, for each epoch a list of the hashes of the
-images of each step. Only `train_step` is wrapped; everything else is what the command does.
+images of each step. `train_step` is wrapped, and rank 0 alone finds a processor that computes in bf16; everything else
+is what the command does.
 """
 
 import hashlib
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from cifar_core import processor
 from cifar_core.data import load_dataset
 from cifar_core.distributed import join_ranks
 from cifar_core.recipes import get_recipe
@@ -22,6 +24,9 @@ def main():
     folder, recipe_name, data, *overrides = sys.argv[1:]
     recipe = get_recipe(recipe_name, overrides)
     with join_ranks("cpu") as (ranks, device):
+        info = Path(folder, f"{ranks.rank}.cpuinfo")
+        info.write_text(f"flags\t: avx2 {'' if ranks.rank else 'avx512_bf16'}\n")
+        processor._CPU_INFO = info
         dataset = load_dataset(data)
         trainer = Trainer(recipe, dataset, RunFolder(Path(folder, "run")), 0, device, "fp32", ranks=ranks)
         names = {hash_of(image): row for row, image in enumerate(dataset.train.images)}

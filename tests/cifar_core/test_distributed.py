@@ -138,7 +138,7 @@ def test_all_ranks_end_when_one_is_killed_and_the_run_resumes_with_the_same_bits
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory):
-    """What two ranks saw and ended with: Muon, batch normalisation, whitening, and a bias that is frozen."""
+    """What two ranks, of which one alone has bf16, saw and ended with: Muon, whitening, and a bias that is frozen."""
     folder = tmp_path_factory.mktemp("recorded")
     overrides = ("widths=8,16,16", "epochs=3", "batch_size=60", "whiten_bias_epochs=1", "statistics_images=0")
     unchanged_images = ("flip=none", "translate=0")

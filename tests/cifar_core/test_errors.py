@@ -35,13 +35,20 @@ def test_a_reader_that_ends_first_ends_a_command_with_1_and_without_a_traceback(
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
-@pytest.mark.parametrize("body", ["print('x')", "open('/dev/full', 'wb', buffering=0).write(b'x')"])
-def test_a_full_disk_is_one_line(body):
+@pytest.mark.parametrize(
+    ("body", "what"),
+    [
+        ("print('x')", "the output"),
+        ("import errno; raise OSError(errno.ENOSPC, 'No space left on device', 'a.pt')", "a.pt"),
+    ],
+)
+def test_a_full_disk_is_one_line(body, what):
     with Path("/dev/full").open("w") as full, start(body, stdout=full) as process:
-        assert process.stderr.read() == (
-            "error: cannot write: No space left on device; free some space, or write elsewhere\n"
-        )
+        assert process.stderr.read() == f"error: {what} cannot be written: No space left on device; free some space\n"
     assert process.returncode == 2
+    with Path("/dev/full").open("w") as full:  # the usual `command > log 2>&1`
+        done = subprocess.run([sys.executable, "-c", PROGRAM.format(body)], stdout=full, stderr=full, check=False)
+    assert done.returncode == 2
 
 
 def test_another_broken_pipe_is_an_error():

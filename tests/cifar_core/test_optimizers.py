@@ -2,9 +2,11 @@ import pytest
 import torch
 from torch import nn
 
-from cifar_core import optimizers, processor
-from cifar_core.optimizers import Muon, make_optimizer, orthogonalise, set_learning_rate
+from cifar_core import optimizers
+from cifar_core.device import CPU, default_precision
+from cifar_core.optimizers import Muon, make_optimizer, muon_dtype, orthogonalise, set_learning_rate
 from cifar_core.recipes import RECIPES, get_recipe
+from tests.cifar_core.training import make_trainer
 
 
 @pytest.fixture(autouse=True)
@@ -12,30 +14,14 @@ def _seed():
     torch.manual_seed(0)
 
 
-@pytest.fixture
-def processor_with(tmp_path, monkeypatch):
-    """Lets the system report these instructions of the processor."""
-
-    def set_to(instructions):
-        (tmp_path / "cpuinfo").write_text(f"flags\t: {instructions}\n")
-        monkeypatch.setattr(processor, "_CPU_INFO", tmp_path / "cpuinfo")
-        optimizers._newton_schulz_dtype.cache_clear()
-
-    yield set_to
-    optimizers._newton_schulz_dtype.cache_clear()
-
-
-@pytest.mark.parametrize(("instructions", "dtype"), [("avx2", torch.float32), ("avx512_bf16", torch.bfloat16)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(24, 60), (60, 24), (16, 16)])
-def test_an_orthogonalised_matrix_has_singular_values_near_one_and_the_same_vectors(
-    shape, instructions, dtype, processor_with
-):
-    processor_with(instructions)
+def test_an_orthogonalised_matrix_has_singular_values_near_one_and_the_same_vectors(shape, dtype):
     # Singular values between 0.2 and 1, spread out like those of gradients.
     left, _ = torch.linalg.qr(torch.randn(shape[0], min(shape)))
     right, _ = torch.linalg.qr(torch.randn(shape[1], min(shape)))
     matrix = left @ torch.diag(torch.linspace(0.2, 1, min(shape))) @ right.T
-    result = orthogonalise(matrix)
+    result = orthogonalise(matrix, dtype)
     assert (result.shape, result.dtype) == (shape, dtype)
     result = result.float()
     values = torch.linalg.svdvals(result)
@@ -44,6 +30,24 @@ def test_an_orthogonalised_matrix_has_singular_values_near_one_and_the_same_vect
     aligned = left.T @ result @ right  # diagonal if the singular vectors are the same
     off = aligned - torch.diag(aligned.diag())
     assert off.abs().max() < 0.06  # bfloat16
+
+
+@pytest.mark.parametrize(
+    ("instructions", "precision", "dtype"),
+    [("avx2", "fp32", torch.float32), ("avx512_bf16", "bf16", torch.bfloat16), ("amx_bf16", "bf16", torch.bfloat16)],
+)
+def test_recipes_and_muon_use_bf16_only_where_the_processor_computes_in_it(
+    processor_with, small, tmp_path, monkeypatch, instructions, precision, dtype
+):
+    processor_with(instructions)
+    assert default_precision(RECIPES["sprint"], CPU) == precision
+    assert default_precision(RECIPES["baseline"], CPU) == "fp32"
+    assert (muon_dtype(CPU), muon_dtype(torch.device("cuda"))) == (dtype, torch.bfloat16)
+    used = []
+    monkeypatch.setattr(optimizers, "orthogonalise", lambda matrix, dtype: used.append(dtype) or matrix)
+    trainer = make_trainer(small, tmp_path, "sprint", ("hard_share=0.5", "batch_size=20"))
+    trainer.train_step(*next(iter(trainer.batches())))
+    assert set(used) == {dtype}
 
 
 def test_the_scale_of_a_gradient_has_no_effect():

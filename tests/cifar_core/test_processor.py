@@ -40,6 +40,12 @@ def test_the_instructions_of_the_processor(report, instructions, bf16, matrix_un
     assert found == (bf16, matrix_units, int8_products)
 
 
+def test_the_instructions_of_an_arm_processor(report, tmp_path):
+    report("")
+    (tmp_path / "cpuinfo").write_text("processor\t: 0\nFeatures\t: fp asimd asimddp bf16\n")
+    assert (processor.has_bf16(), processor.has_matrix_units(), processor.has_int8_products()) == (True, False, True)
+
+
 def test_the_name_of_the_processor(report):
     report(None)
     assert processor.processor_name() == platform.machine()

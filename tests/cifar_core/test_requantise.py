@@ -9,8 +9,8 @@ from cifar_core.export import export_run
 from cifar_core.int8 import WEIGHT_BITS
 from cifar_core.manifest import read_manifest
 from cifar_core.parity import ParityError
-from cifar_core.publish import PublishError
-from cifar_core.requantise import requantise
+from cifar_core.publish import PublishError, is_intact
+from cifar_core.requantise import main, requantise
 from tests.cifar_core.runs import contents, make_run
 
 
@@ -61,6 +61,23 @@ def test_the_new_graph_is_the_one_that_exporting_the_run_gives_and_fp32_stays(ex
     assert manifest.variants.keys() == {"fp32", "int8", "openvino-fp32", "openvino-bf16"}
     assert manifest.parity == wanted.parity
     assert "not measured with OpenVINO" in caplog.text
+
+
+def test_an_int8_graph_of_another_name_is_replaced_and_the_command_says_what_it_did(
+    exported, earlier, small, monkeypatch, capsys
+):
+    manifest = json.loads((earlier / "manifest.json").read_text())
+    for name in ("int8", "openvino-int8"):
+        manifest["variants"][name]["file"] = "other.onnx"
+    (earlier / "model.int8.onnx").rename(earlier / "other.onnx")
+    (earlier / "manifest.json").write_text(json.dumps(manifest))
+    monkeypatch.setattr("sys.argv", ["requantise", "--export", str(earlier), "--data", "synthetic:300"])
+    monkeypatch.setattr("cifar_core.requantise.load_dataset", lambda _: small)
+    assert main() == 0
+    accuracy = read_manifest(exported).variants["int8"].test_accuracy
+    assert f"int8: test accuracy {accuracy:.2%} on {small.name}, {accuracy:.2%} before" in capsys.readouterr().out
+    assert contents(earlier).keys() == contents(exported).keys()
+    assert is_intact(earlier, read_manifest(earlier))
 
 
 def test_an_export_with_an_earlier_int8_graph_is_not_taken_for_a_current_one(run, exported, earlier, small):

@@ -89,23 +89,33 @@ def test_a_run_with_another_recipe_seed_or_precision_is_not_resumed(small, tmp_p
         run(make_trainer(small, tmp_path, **change), resume=True)
 
 
-@pytest.mark.parametrize("change", ["another network", "no optimizer", "other shapes", "best.pt", "not numbers"])
+@pytest.mark.parametrize(
+    "change", ["network", "no optimizer", "shapes", "best.pt", "rng", "history", "momentum", "seed"]
+)
 def test_a_checkpoint_that_is_not_a_state_of_the_run_is_refused(small, tmp_path, change):
     trainer = make_trainer(small, tmp_path / "run")
     run(trainer, resume=False)
     saved = load_checkpoint(trainer.folder.last)
-    if change == "another network":
+    named = "this is not a state of this run"
+    if change == "network":
         saved["model"] = make_trainer(small, tmp_path / "other", "deep").model.state_dict()
     elif change == "no optimizer":
         del saved["optimizer"]
-    elif change == "other shapes":
+    elif change == "shapes":
         saved["losses"] = torch.zeros(1, 2, 3)
     elif change == "best.pt":
         saved = load_checkpoint(trainer.folder.best)
+    elif change == "history":
+        saved["history"] = saved["history"][:1]
+    elif change == "momentum":
+        saved["optimizer"]["state"][0]["momentum_buffer"] = torch.zeros(3)
+    elif change == "seed":
+        saved["seed"] = 7
+        named = "was started with seed 7, not 0"
     else:
         saved["rng"] = "four"
     torch.save(saved, trainer.folder.last)
-    with pytest.raises(RunError, match=r"last\.pt: this is not the state of a run of this recipe"):
+    with pytest.raises(RunError, match=rf"last\.pt: .*{named}"):
         run(make_trainer(small, tmp_path / "run"), resume=True)
 
 

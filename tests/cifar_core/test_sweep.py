@@ -123,8 +123,9 @@ def test_a_finished_run_of_another_precision_is_one_of_the_sweep_unless_it_names
     runs = next(iter(single_runs.values())).path.parents[1]
     arguments = ["baseline", *SHORT, "--runs", str(runs)]
     assert main([*arguments, "--precision", "fp32"]) == 0
-    with pytest.raises(SweepError, match="holds a finished run with precision fp32, not bf16"):
-        main([*arguments, "--precision", "bf16"])
+    for asked in (["--precision", "bf16"], ["--set", "precision=fp32", "--precision", "bf16"]):
+        with pytest.raises(SweepError, match="holds a finished run with precision fp32, not bf16"):
+            main([*arguments, *asked])
 
 
 def test_values_are_combined_and_sizes_keep_their_commas():

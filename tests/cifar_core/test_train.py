@@ -9,7 +9,6 @@ import time
 import numpy as np
 import pytest
 
-from cifar_core import processor
 from cifar_core.run_folder import RunFolder, load_checkpoint
 from cifar_core.train import main
 from tests.cifar_core.training import assert_same_run
@@ -164,17 +163,13 @@ def test_runs_on_synthetic_data_are_written_below_synthetic(command, tmp_path):
     ],
 )
 def test_without_bf16_units_fp32_is_the_default_and_the_command_says_so(
-    tmp_path, monkeypatch, capsys, instructions, options, precision
+    tmp_path, monkeypatch, capsys, processor_with, instructions, options, precision
 ):
     def train(*options):
         arguments = ["sprint", "--set", "epochs=1", "--set", "width=4", "--data", "synthetic:50", *options]
         monkeypatch.setattr("sys.argv", ["train", *arguments, "--runs", str(tmp_path / "runs"), "--device", "cpu"])
         assert main() == 0
         return capsys.readouterr().out
-
-    def processor_with(instructions):
-        (tmp_path / "cpuinfo").write_text(f"flags\t: {instructions}\n")
-        monkeypatch.setattr(processor, "_CPU_INFO", tmp_path / "cpuinfo")
 
     processor_with(instructions)
     said = train(*options)
@@ -183,7 +178,9 @@ def test_without_bf16_units_fp32_is_the_default_and_the_command_says_so(
     # Another machine continues in the precision that the run has.
     for other in ("avx2", "avx512_bf16"):
         processor_with(other)
-        assert "already finished" in train(*options, "--resume")
+        said = train("--resume")
+        assert "already finished" in said
+        assert ("continues in bf16" in said) == (precision == "bf16" and other == "avx2")
 
 
 def test_neither_training_nor_evaluating_loads_what_takes_seconds_and_is_not_needed(tmp_path):
