@@ -6,7 +6,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 from cifar_core.data import Batches, Images, epoch_generator, split, subset_sampler
-from cifar_core.device import CPU, DeviceError, choose_device
+from cifar_core.device import CPU, DeviceError, choose_device, default_precision
 from cifar_core.models import BaselineConvNet, WhitenedConvNet
 from cifar_core.recipes import get_recipe
 from cifar_core.run_folder import RunFolder, load_checkpoint
@@ -173,7 +173,7 @@ def test_our_own_recipes_learn(small, tmp_path, name):
     overrides = ["epochs=4", "batch_size=27", "sizes=24:2", "cutout=8", "brightness=0.1", "contrast=0.1"] + (
         ["widths=8,32,64"] if name == "best" else []
     )
-    history = run(make_trainer(small, tmp_path, name, overrides, precision=get_recipe(name).precision), resume=False)
+    history = run(make_trainer(small, tmp_path, name, overrides, precision=default_precision(get_recipe(name), CPU)), resume=False)
     assert history[-1]["train_loss"] < history[0]["train_loss"] - 0.3
     assert history[-1]["train_accuracy"] > 0.5
     rates = [line["learning_rate"] for line in history]
