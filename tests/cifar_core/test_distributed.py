@@ -73,10 +73,14 @@ def process_of_rank(torchrun_process, rank):
 
 
 def assert_close_runs(one, other):
-    """All weights and losses agree within 1e-5, and the accuracies exactly."""
+    """All weights agree within 1e-4, losses within 1e-5, and the accuracies exactly.
+
+    Rounding can decide which of two nearly equal pixels a max-pooling passes on, which changed weights by 4e-5 (AMD EPYC
+    with AVX2).
+    """
     left, right = (load_checkpoint(folder.last) for folder in (one, other))
     for name, tensor in left["model"].items():
-        torch.testing.assert_close(tensor, right["model"][name], rtol=0, atol=1e-5, msg=f"{name} differs")
+        torch.testing.assert_close(tensor, right["model"][name], rtol=0, atol=1e-4, msg=f"{name} differs")
     assert len(left["history"]) == len(right["history"])
     for line, expected in zip(left["history"], right["history"], strict=True):
         for key in line.keys() - {"seconds"}:
