@@ -75,8 +75,8 @@ def process_of_rank(torchrun_process, rank):
 def assert_close_runs(one, other):
     """All weights agree within 1e-4, losses within 1e-5, and the accuracies exactly.
 
-    Rounding can decide which of two nearly equal pixels a max-pooling passes on, which changed weights by 4e-5 (AMD EPYC
-    with AVX2).
+    Rounding can decide which of two nearly equal pixels a max-pooling passes on, which changed weights by 4e-5 (AMD
+    EPYC with AVX2).
     """
     left, right = (load_checkpoint(folder.last) for folder in (one, other))
     for name, tensor in left["model"].items():

@@ -173,7 +173,8 @@ def test_our_own_recipes_learn(small, tmp_path, name):
     overrides = ["epochs=4", "batch_size=27", "sizes=24:2", "cutout=8", "brightness=0.1", "contrast=0.1"] + (
         ["widths=8,32,64"] if name == "best" else []
     )
-    history = run(make_trainer(small, tmp_path, name, overrides, precision=default_precision(get_recipe(name), CPU)), resume=False)
+    precision = default_precision(get_recipe(name), CPU)
+    history = run(make_trainer(small, tmp_path, name, overrides, precision=precision), resume=False)
     assert history[-1]["train_loss"] < history[0]["train_loss"] - 0.3
     assert history[-1]["train_accuracy"] > 0.5
     rates = [line["learning_rate"] for line in history]
