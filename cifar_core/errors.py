@@ -26,10 +26,10 @@ def run_command(main: Callable[[], int]) -> None:
         with output_may_fail():
             code = main()
     except CifarError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _say(f"error: {error}")
         code = 2
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        _say("interrupted")
         code = 130  # the shell's convention: 128 + SIGINT
     sys.exit(code)
 
@@ -60,10 +60,14 @@ def output_may_fail() -> Iterator[None]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         _drop_output()
-        what = error.filename or "the output"
-        with contextlib.suppress(OSError):  # standard error may go to the same disk
-            print(f"error: {what} cannot be written: {error.strerror}; free some space", file=sys.stderr)
+        what = error.filename or "the output or a file"
+        _say(f"error: {what} cannot be written: {error.strerror}; free some space")
         raise SystemExit(2) from None
+
+
+def _say(text: str) -> None:
+    with contextlib.suppress(OSError):  # standard error may go to a full disk
+        print(text, file=sys.stderr)
 
 
 def _drop_output() -> None:

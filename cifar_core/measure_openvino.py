@@ -82,10 +82,11 @@ def _obstacle(name: str, variant: Variant) -> str | None:
     if name == "bf16" and not has_bf16():
         return "this processor does not compute in bf16"
     if name == "int8":
+        bits = variant.weight_bits or EARLIER_WEIGHT_BITS
         try:
-            check_weight_bits(variant.weight_bits or EARLIER_WEIGHT_BITS)
-        except OpenVinoError as error:
-            return str(error)
+            check_weight_bits(bits)
+        except OpenVinoError:
+            return f"sums of products of its weights of {bits} bits overflow here; run cifar_core.requantise first"
     return None
 
 

@@ -51,7 +51,8 @@ def requantise(folder: Path, dataset: Dataset) -> Manifest:
     int8_graph, int8 = quantised(network, fp32, comparison, comparison.validation_logits, dataset, chose_epoch)
     previous = manifest.variants.get("int8")
     # Entries of the previous graph, such as that with OpenVINO, do not hold any more.
-    kept = {name: each for name, each in manifest.variants.items() if previous is None or each.file != previous.file}
+    replaced = {VARIANT_FILES["int8"], *([previous.file] if previous else [])}
+    kept = {name: each for name, each in manifest.variants.items() if each.file not in replaced}
     if any(variant.openvino_precision for name, variant in manifest.variants.items() if name not in kept):
         logger.warning(
             "the new int8 graph is not measured with OpenVINO; a server with --device openvino needs that: "
@@ -59,7 +60,7 @@ def requantise(folder: Path, dataset: Dataset) -> Manifest:
             folder,
         )
     manifest = manifest.model_copy(update={"variants": {**kept, "int8": int8}})
-    others = {name: content for name, content in read.items() if previous is None or name != previous.file}
+    others = {name: content for name, content in read.items() if name not in replaced}
     replace(folder, others, {VARIANT_FILES["int8"]: int8_graph, FILE_NAME: manifest.to_json()})
     return manifest
 

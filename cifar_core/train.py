@@ -121,14 +121,15 @@ def _choose_precision(
     It is what the user asked for; otherwise that of the run to continue; otherwise that of the recipe where the devices
     of all ranks compute in it.
     """
-    asked = any(override.startswith("precision=") for override in arguments.set)
-    if arguments.precision or asked:
-        return arguments.precision or recipe.precision, None
+    asked = arguments.precision is not None or any(override.startswith("precision=") for override in arguments.set)
+    # All ranks decide together, also if they were started with different options; `start` refuses those.
     fast = ranks.all(computes_in_bf16(device))
-    if ranks.from_first(arguments.resume and folder.is_started()):
-        if not ranks.from_first(ranks.is_first and folder.description()["precision"] == "bf16"):
-            return "fp32", None
-        return "bf16", None if fast else _SLOW_BF16
+    continued = ranks.from_first(arguments.resume and folder.is_started())
+    in_bf16 = continued and ranks.from_first(ranks.is_first and folder.description()["precision"] == "bf16")
+    if asked:
+        return arguments.precision or recipe.precision, None
+    if continued:
+        return ("bf16", None if fast or folder.is_finished() else _SLOW_BF16) if in_bf16 else ("fp32", None)
     if fast or recipe.precision == "fp32":
         return recipe.precision, None
     return "fp32", _FP32_INSTEAD

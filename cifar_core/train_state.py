@@ -60,7 +60,8 @@ class TrainState:
             KeyError, TypeError, ValueError, AttributeError, RuntimeError: It is not a state of such a run.
         """
         counts = (saved["epoch"], saved["step"], len(saved["history"]))
-        if not all(isinstance(count, int) for count in counts) or saved["epoch"] != len(saved["history"]):
+        fits = all(isinstance(count, int) for count in counts) and counts[0] == counts[2]
+        if not fits or not 0 <= saved["step"] <= len(self.losses) or saved["losses"].shape != self.losses.shape:
             raise ValueError(f"epoch {counts[0]}, step {counts[1]} and {counts[2]} lines of history")
         self.model.load_weights(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])

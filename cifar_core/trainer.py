@@ -191,7 +191,7 @@ class Trainer:
                 self.folder.last, saved | {"environment": self.description()["environment"]}, self.description()
             )
             self.state.restore(saved, self.device)
-        except torch.OutOfMemoryError:
+        except (CifarError, torch.OutOfMemoryError, torch.AcceleratorError):
             raise
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             reason = str(error).splitlines()[0] if str(error) else ""

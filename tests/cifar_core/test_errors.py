@@ -38,7 +38,7 @@ def test_a_reader_that_ends_first_ends_a_command_with_1_and_without_a_traceback(
 @pytest.mark.parametrize(
     ("body", "what"),
     [
-        ("print('x')", "the output"),
+        ("print('x')", "the output or a file"),
         ("import errno; raise OSError(errno.ENOSPC, 'No space left on device', 'a.pt')", "a.pt"),
     ],
 )
@@ -46,6 +46,13 @@ def test_a_full_disk_is_one_line(body, what):
     with Path("/dev/full").open("w") as full, start(body, stdout=full) as process:
         assert process.stderr.read() == f"error: {what} cannot be written: No space left on device; free some space\n"
     assert process.returncode == 2
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+@pytest.mark.parametrize(
+    "body", ["print('x')", "from cifar_core.errors import CifarError; raise CifarError('a fault')"]
+)
+def test_the_exit_code_is_2_if_standard_error_is_on_the_full_disk_too(body):
     with Path("/dev/full").open("w") as full:  # the usual `command > log 2>&1`
         done = subprocess.run([sys.executable, "-c", PROGRAM.format(body)], stdout=full, stderr=full, check=False)
     assert done.returncode == 2

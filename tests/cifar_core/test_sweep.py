@@ -9,7 +9,8 @@ import pytest
 
 from cifar_core.run_folder import RunFolder
 from cifar_core.sweep.command import SweepError, combinations, main, seeds
-from tests.cifar_core.training import assert_same_run
+from cifar_core.train import run
+from tests.cifar_core.training import assert_same_run, make_trainer
 from tests.conftest import command_line, environment
 
 SHORT = ["--set", "epochs=2", "--set", "batch_size=20", "--data", "synthetic:200"]
@@ -123,9 +124,18 @@ def test_a_finished_run_of_another_precision_is_one_of_the_sweep_unless_it_names
     runs = next(iter(single_runs.values())).path.parents[1]
     arguments = ["baseline", *SHORT, "--runs", str(runs)]
     assert main([*arguments, "--precision", "fp32"]) == 0
-    for asked in (["--precision", "bf16"], ["--set", "precision=fp32", "--precision", "bf16"]):
-        with pytest.raises(SweepError, match="holds a finished run with precision fp32, not bf16"):
-            main([*arguments, *asked])
+    with pytest.raises(SweepError, match="holds a finished run with precision fp32, not bf16"):
+        main([*arguments, "--precision", "bf16"])
+
+
+def test_a_precision_among_the_values_is_asked_for(small, tmp_path, monkeypatch):
+    trainer = make_trainer(small, tmp_path / "sprint+epochs=1/0", "sprint", ("epochs=1",))  # trained in fp32
+    run(trainer, resume=False)
+    monkeypatch.setattr("cifar_core.sweep.command.load_dataset", lambda _: small)
+    arguments = ["sprint", "--set", "epochs=1", "--runs", str(tmp_path)]
+    assert main(arguments) == 0
+    with pytest.raises(SweepError, match="holds a finished run with precision fp32, not bf16"):
+        main([*arguments, "--set", "precision=bf16"])
 
 
 def test_values_are_combined_and_sizes_keep_their_commas():
