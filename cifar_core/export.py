@@ -7,6 +7,7 @@ serving cannot differ. It is compared with torch on real images before anything 
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import logging
@@ -42,7 +43,7 @@ from cifar_core.models import Network, fuse_batch_norm
 from cifar_core.parity import Comparison, check_int8, compare_on, measure_parity
 from cifar_core.pixels import IMAGE_SIZE
 from cifar_core.predictors import Floats, Predictor, UInt8, build_model, onnx_predictor, predict_all, torch_predictor
-from cifar_core.publish import VARIANT_FILES, is_intact, publish
+from cifar_core.publish import VARIANT_FILES, is_intact, publish, warn_if_unmeasured
 from cifar_core.quantise import CALIBRATION_IMAGES, to_int8
 from cifar_core.recipe import Recipe, read_recipe
 from cifar_core.run_folder import RunFolder, default_folder, finished_runs, load_checkpoint, weights_digest
@@ -191,7 +192,8 @@ def export_run(run: RunFolder, dataset: Dataset, target: Path) -> Manifest:
         validation_accuracy=checkpoint["validation_accuracy"],
         parity=parity,
     )
-    _warn_of_lost_measurements(target)
+    with contextlib.suppress(ManifestError):  # there is no previous export, or a damaged one
+        warn_if_unmeasured(read_manifest(target).variants.values(), manifest.variants.values(), target)
     graphs = {VARIANT_FILES["fp32"]: graph, VARIANT_FILES["int8"]: int8_graph}
     publish(target, graphs | {FILE_NAME: manifest.to_json()})
     return manifest
@@ -222,20 +224,6 @@ def quantised(
     scale = _scale(calibration, comparison, chose_epoch)
     about = {"calibration": scale, "calibration_images": len(images), "weight_bits": WEIGHT_BITS}
     return graph, _variant("int8", graph, onnx_predictor(graph, CPU), dataset, about)
-
-
-def _warn_of_lost_measurements(target: Path) -> None:
-    """Says that a new export has no measurements with OpenVINO, which the previous one has."""
-    try:
-        previous = read_manifest(target)
-    except ManifestError:
-        return
-    if any(variant.openvino_precision for variant in previous.variants.values()):
-        logger.warning(
-            "the new export is not measured with OpenVINO; a server with --device openvino needs that: "
-            "python -m cifar_core.measure_openvino --export %s",
-            target,
-        )
 
 
 def _check_run(run: RunFolder, description: dict[str, Any], recipe: Recipe, dataset: Dataset) -> None:

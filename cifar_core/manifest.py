@@ -138,6 +138,11 @@ class Manifest(_Part):
                 )
         return self
 
+    @property
+    def chose_epoch(self) -> bool:
+        """Whether the validation images chose the epoch whose weights were exported."""
+        return bool(self.recipe.get("weights", "best") == "best")
+
     def variant(self, name: str, *, openvino: bool = False) -> Variant:
         """The entry of one variant.
 

@@ -20,7 +20,7 @@ from cifar_core.openvino import OpenVinoError, Precision, check_weight_bits
 from cifar_core.parity import INT8_IMAGES, INT8_LIMIT, ParityError
 from cifar_core.predictors import Predictor, onnx_predictor, openvino_predictor, predict_all
 from cifar_core.processor import has_bf16, processor_name
-from cifar_core.publish import read_export, replace
+from cifar_core.publish import add_export_argument, read_export, replace
 from cifar_core.run_folder import default_folder
 
 logger = logging.getLogger(__name__)
@@ -119,12 +119,7 @@ def main() -> int:
         prog=program_name("cifar_core.measure_openvino"),
         description="Measures an export as OpenVINO computes it, and writes the measurements to its manifest.",
     )
-    parser.add_argument(
-        "--export",
-        type=Path,
-        metavar="DIR",
-        help="folder of the export; default: exported (synthetic/exported for synthetic data)",
-    )
+    add_export_argument(parser)
     parser.add_argument("--threads", type=_threads, default=1, help="number of threads; default: %(default)s")
     add_data_argument(parser)
     arguments = parser.parse_args()

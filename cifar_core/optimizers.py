@@ -60,7 +60,7 @@ class Muon(torch.optim.Optimizer):
         dtype: of the orthogonalisation.
     """
 
-    # Whoever first calls one of torch's own methods of these names waits 1.8 s, in which torch imports its compiler,
+    # Whoever first calls one of torch's own methods of these names waits over a second: torch imports its compiler,
     # only to exempt the method from compilation.
     add_param_group = _without_exemption(torch.optim.Optimizer.add_param_group)
     zero_grad = _without_exemption(torch.optim.Optimizer.zero_grad)

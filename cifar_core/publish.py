@@ -1,17 +1,21 @@
 """Replacing the folder of an export as a whole, so that a reader finds the previous export or the new one."""
 
+import argparse
 import ctypes
 import errno
 import hashlib
+import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from cifar_core.data import Dataset
 from cifar_core.errors import CifarError
-from cifar_core.manifest import FILE_NAME, Manifest, ManifestError, parse_manifest, read_manifest
+from cifar_core.manifest import FILE_NAME, Manifest, ManifestError, Variant, parse_manifest, read_manifest
+
+logger = logging.getLogger(__name__)
 
 VARIANT_FILES = {"fp32": "model.onnx", "int8": "model.int8.onnx"}
 """The file of each variant of an export."""
@@ -19,6 +23,27 @@ VARIANT_FILES = {"fp32": "model.onnx", "int8": "model.int8.onnx"}
 
 class PublishError(CifarError):
     """The folder of an export cannot be written. Its content is unchanged."""
+
+
+def add_export_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds the option --export, which is the same in every command that changes an export."""
+    parser.add_argument(
+        "--export",
+        type=Path,
+        metavar="DIR",
+        help="folder of the export; default: exported (synthetic/exported for synthetic data)",
+    )
+
+
+def warn_if_unmeasured(before: Iterable[Variant], after: Iterable[Variant], folder: Path) -> None:
+    """Says that an export has lost measurements with OpenVINO, which it had before."""
+    counts = [sum(variant.openvino_precision is not None for variant in variants) for variants in (before, after)]
+    if counts[1] < counts[0]:
+        logger.warning(
+            "the new export is not measured with OpenVINO; a server with --device openvino needs that: "
+            "python -m cifar_core.measure_openvino --export %s",
+            folder,
+        )
 
 
 def publish(target: Path, files: Mapping[str, bytes]) -> None:

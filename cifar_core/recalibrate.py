@@ -22,7 +22,7 @@ from cifar_core.evaluate import choose_split, evaluate, manifest_fields
 from cifar_core.manifest import FILE_NAME, CalibrationScale, Manifest, Variant, read_manifest
 from cifar_core.parity import PARITY_LIMIT, ParityError
 from cifar_core.predictors import onnx_predictor, predict_all
-from cifar_core.publish import read_export, replace
+from cifar_core.publish import add_export_argument, read_export, replace
 from cifar_core.run_folder import default_folder
 
 
@@ -68,7 +68,7 @@ def _recalibrated(before: bytes, variant: Variant, manifest: Manifest, dataset: 
         form=calibration.form,
         coefficients=calibration.coefficients,
         images=len(labels),
-        chose_epoch=manifest.recipe.get("weights", "best") == "best",
+        chose_epoch=manifest.chose_epoch,
     )
     fields = manifest_fields(evaluate(exported, dataset, "test"))
     changed = fields | {"sha256": hashlib.sha256(graph).hexdigest(), "calibration": scale}
@@ -81,12 +81,7 @@ def main() -> int:
         prog=program_name("cifar_core.recalibrate"),
         description="Fits the calibration of an export anew, on held-out images of the data that it was trained on.",
     )
-    parser.add_argument(
-        "--export",
-        type=Path,
-        metavar="DIR",
-        help="folder of the export; default: exported (synthetic/exported for synthetic data)",
-    )
+    add_export_argument(parser)
     add_data_argument(parser)
     arguments = parser.parse_args()
     dataset = load_dataset(arguments.data)

@@ -9,7 +9,7 @@ from typing import Any
 
 from cifar_core.recipe import Recipe, RecipeError, as_text, read_recipe
 
-__all__ = ["KEYS", "RECIPES", "Recipe", "RecipeError", "batch_size_note", "get_recipe", "read_recipe"]
+__all__ = ["KEYS", "RECIPES", "Recipe", "RecipeError", "batch_size_note", "get_recipe", "overrides_key", "read_recipe"]
 
 _OURS: dict[str, Any] = {
     "precision": "bf16",
@@ -166,6 +166,11 @@ def get_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
         if getattr(changed, key) != getattr(recipe, key)
     )
     return changed.model_copy(update={"name": name + suffix})
+
+
+def overrides_key(overrides: Sequence[str], key: str) -> bool:
+    """Whether one of these `key=value` overrides is of this key, also if it gives the recipe's own value."""
+    return any(override.partition("=")[0] == key for override in overrides)
 
 
 def batch_size_note(name: str, recipe: Recipe) -> str | None:

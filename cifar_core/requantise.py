@@ -20,10 +20,8 @@ from cifar_core.export import quantised
 from cifar_core.manifest import FILE_NAME, Manifest, read_manifest
 from cifar_core.parity import compare_on
 from cifar_core.predictors import onnx_predictor
-from cifar_core.publish import VARIANT_FILES, read_export, replace
+from cifar_core.publish import VARIANT_FILES, add_export_argument, read_export, replace, warn_if_unmeasured
 from cifar_core.run_folder import default_folder
-
-logger = logging.getLogger(__name__)
 
 
 def requantise(folder: Path, dataset: Dataset) -> Manifest:
@@ -46,19 +44,13 @@ def requantise(folder: Path, dataset: Dataset) -> Manifest:
     fp32 = onnx_predictor(graph, CPU)
     check_classes(fp32, dataset)
     comparison = compare_on(fp32, dataset)
-    chose_epoch = manifest.recipe.get("weights", "best") == "best"
     network = without_calibration(graph)
-    int8_graph, int8 = quantised(network, fp32, comparison, comparison.validation_logits, dataset, chose_epoch)
+    int8_graph, int8 = quantised(network, fp32, comparison, comparison.validation_logits, dataset, manifest.chose_epoch)
     previous = manifest.variants.get("int8")
     # Entries of the previous graph, such as that with OpenVINO, do not hold any more.
     replaced = {VARIANT_FILES["int8"], *([previous.file] if previous else [])}
     kept = {name: each for name, each in manifest.variants.items() if each.file not in replaced}
-    if any(variant.openvino_precision for name, variant in manifest.variants.items() if name not in kept):
-        logger.warning(
-            "the new int8 graph is not measured with OpenVINO; a server with --device openvino needs that: "
-            "python -m cifar_core.measure_openvino --export %s",
-            folder,
-        )
+    warn_if_unmeasured(manifest.variants.values(), kept.values(), folder)
     manifest = manifest.model_copy(update={"variants": {**kept, "int8": int8}})
     others = {name: content for name, content in read.items() if name not in replaced}
     replace(folder, others, {VARIANT_FILES["int8"]: int8_graph, FILE_NAME: manifest.to_json()})
@@ -71,12 +63,7 @@ def main() -> int:
         prog=program_name("cifar_core.requantise"),
         description="Quantises the int8 variant of an export anew, from its fp32 graph.",
     )
-    parser.add_argument(
-        "--export",
-        type=Path,
-        metavar="DIR",
-        help="folder of the export; default: exported (synthetic/exported for synthetic data)",
-    )
+    add_export_argument(parser)
     add_data_argument(parser)
     arguments = parser.parse_args()
     logging.basicConfig(format="%(levelname)s: %(message)s")

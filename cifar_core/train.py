@@ -23,7 +23,7 @@ from cifar_core.distributed import Ranks, join_ranks
 from cifar_core.errors import program_name, run_command
 from cifar_core.initial_weights import InitialWeights, read_initial_weights
 from cifar_core.recipe import Precision, Recipe
-from cifar_core.recipes import KEYS, RECIPES, batch_size_note, get_recipe
+from cifar_core.recipes import KEYS, RECIPES, batch_size_note, get_recipe, overrides_key
 from cifar_core.run_folder import RunFolder, best_epoch, default_folder
 from cifar_core.stop_signal import Interrupted, StopSignal
 from cifar_core.teacher import read_teacher
@@ -121,7 +121,7 @@ def _choose_precision(
     It is what the user asked for; otherwise that of the run to continue; otherwise that of the recipe where the devices
     of all ranks compute in it.
     """
-    asked = arguments.precision is not None or any(override.startswith("precision=") for override in arguments.set)
+    asked = arguments.precision is not None or overrides_key(arguments.set, "precision")
     # All ranks decide together, also if they were started with different options; `start` refuses those.
     fast = ranks.all(computes_in_bf16(device))
     continued = ranks.from_first(arguments.resume and folder.is_started())

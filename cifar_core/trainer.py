@@ -202,7 +202,7 @@ class Trainer:
 
     def _open_folder(self, resume: bool) -> bool:
         """Writes recipe.json, or compares it with this run. Returns whether there is a checkpoint to continue from."""
-        if not (self.folder.path / "recipe.json").exists():
+        if not self.folder.is_started():
             today = datetime.datetime.now(datetime.UTC).date().isoformat()
             self.folder.write_description(self.description() | {"date": today})
             return False

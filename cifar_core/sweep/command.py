@@ -16,7 +16,7 @@ from cifar_core.data import Dataset, add_data_argument, load_dataset
 from cifar_core.device import DEVICES, available_cores
 from cifar_core.distributed import number_of_ranks
 from cifar_core.errors import CifarError
-from cifar_core.recipes import KEYS, RECIPES, Recipe, get_recipe, read_recipe
+from cifar_core.recipes import KEYS, RECIPES, Recipe, get_recipe, overrides_key, read_recipe
 from cifar_core.run_folder import RunFolder, best_epoch, default_folder
 from cifar_core.sweep.processes import LOG, Command, last_line, train_here
 
@@ -115,8 +115,7 @@ def _runs(chosen: argparse.Namespace, dataset: Dataset) -> Iterator[SweepRun]:
         arguments += [argument for override in overrides for argument in ("--set", override)]
         arguments += ["--data", chosen.data] if chosen.data else []
         arguments += ["--precision", chosen.precision] if chosen.precision else []
-        changed = any(override.startswith("precision=") for override in overrides)
-        precision = chosen.precision or (recipe.precision if changed else None)
+        precision = chosen.precision or (recipe.precision if overrides_key(overrides, "precision") else None)
         command = Command(tuple(arguments), folder, Path.cwd(), chosen.threads)
         yield SweepRun(recipe, seed, RunFolder(folder), command, precision)
 
