@@ -84,7 +84,12 @@ from turns import Contender, take_turns
 waiting = "import os, sys, time; open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(60)"
 take_turns([Contender(name, [[sys.executable, "-c", waiting, {str(tmp_path)!r} + "/" + name]]) for name in "ab"], 0.5)
 """
-    measuring = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.DEVNULL)
+    measuring = subprocess.Popen(
+        [sys.executable, "-c", program],
+        stderr=subprocess.DEVNULL,
+        # A shell that starts the tests in the background ignores SIGINT, and programs that it starts inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     files = [tmp_path / name for name in "ab"]
     try:
         wait_until(lambda: all(file.exists() and file.read_text() for file in files))
