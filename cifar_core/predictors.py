@@ -96,7 +96,7 @@ def build_model(checkpoint: dict[str, Any]) -> Network:
 
 
 def torch_predictor(checkpoint: dict[str, Any], device: torch.device) -> Predictor:
-    """A checkpoint, computed by torch in fp32.
+    """A checkpoint, computed by torch; in fp32, unless the caller has turned autocast on.
 
     Raises:
         PredictorError: The weights are not those of the network that the recipe names.
@@ -106,7 +106,7 @@ def torch_predictor(checkpoint: dict[str, Any], device: torch.device) -> Predict
 
     @torch.inference_mode()
     def predict(images: UInt8) -> tuple[Floats, Floats]:
-        logits = model(torch.from_numpy(images).to(device))
+        logits = model(torch.from_numpy(images).to(device)).float()  # bfloat16 under autocast
         return logits.cpu().numpy(), torch.softmax(logits, 1).cpu().numpy()
 
     recipe = read_recipe(checkpoint["recipe"])

@@ -237,6 +237,9 @@ class Trainer:
             mirrored = self._augmentation.is_mirrored(indices) if self._augmentation else torch.zeros_like(indices)
             yield images, self.train_data.labels[indices], logits[mirrored.long(), indices]
 
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
     def _augment(self) -> Callable[[Tensor], Tensor] | None:
         """Returns the augmented images of the current epoch by index; None if the recipe does not change them."""
         recipe, epoch = self.recipe, self.state.epoch
@@ -277,7 +280,7 @@ class Trainer:
             images, labels = images[hardest], labels[hardest]
             teacher = None if teacher is None else teacher[hardest]
         self.ranks.seed_step(self.seed, steps_done)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+        with self._autocast():
             logits = self._replica(images)
             loss = nn.functional.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
             if teacher is not None:
@@ -333,7 +336,8 @@ class Trainer:
             bias.grad = None
         if self.teacher is not None and self._teacher_logits is None:
             logits = functools.partial(self.teacher.logits, self.dataset.train.images, self.folder.path / "teacher.npz")
-            self._teacher_logits = self.ranks.first_then_others(logits).to(self.device)
+            with self._autocast():
+                self._teacher_logits = self.ranks.first_then_others(logits).to(self.device)
 
     def _log_steps(self, log: RunLog) -> None:
         self._check_finite()

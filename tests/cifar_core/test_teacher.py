@@ -23,9 +23,9 @@ def teacher_run(small, tmp_path_factory):
     return trainer.folder
 
 
-def student(small, path, teacher, *overrides):
+def student(small, path, teacher, *overrides, precision="fp32"):
     recipe = get_recipe("deep-fast", [*SMALL, *overrides])
-    return Trainer(recipe, small, RunFolder(path), 0, CPU, "fp32", teacher=teacher)
+    return Trainer(recipe, small, RunFolder(path), 0, CPU, precision, teacher=teacher)
 
 
 def test_the_loss_is_least_for_the_probabilities_of_the_teacher():
@@ -44,6 +44,19 @@ def test_each_batch_has_the_logits_of_its_images_as_they_are_mirrored(small, tea
         images, _, logits = next(iter(ours.batches()))
         expected, _ = predict_all(ours.teacher.predictor, images.numpy())
         np.testing.assert_allclose(logits, expected, atol=1e-4)
+
+
+def test_the_teacher_computes_in_the_precision_of_the_run(small, teacher_run, tmp_path):
+    logits = {}
+    for precision in ("fp32", "bf16"):
+        ours = student(
+            small, tmp_path / precision, read_teacher(teacher_run.path, CPU), "distillation=0.9", precision=precision
+        )
+        ours.folder.path.mkdir()
+        ours._start_epoch()
+        logits[precision] = ours._teacher_logits
+    rounding = (logits["bf16"] - logits["fp32"]).abs() / logits["fp32"].abs().max()
+    assert 1e-5 < float(rounding.max()) < 0.05
 
 
 def test_a_run_with_a_teacher_computes_its_outputs_once(small, teacher_run, tmp_path, monkeypatch):
