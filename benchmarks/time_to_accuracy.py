@@ -4,8 +4,10 @@
 
 Each run is a process of its own, timed from start to end: importing, loading the data, training, validating, saving. A
 second process evaluates it on the test images and is timed too. Recipes with changed values (`NAME KEY=VALUE ...`) make
-an ablation. The script is run unchanged by peers/airbench_start.py; it is not part of this repository. Its time is what
-it measures itself, so starting, loading the data and evaluating are not counted.
+an ablation. With `teacher=NAME` (`deep-fast distillation=0.95 teacher=fast`), that recipe is trained first, with the
+same images held out, and its time is part of the training time. The script is run unchanged by peers/airbench_start.py;
+it is not part of this repository. Its time is what it measures itself, so starting, loading the data and evaluating are
+not counted.
 
 The script and all recipes with the same seed take turns of `--turn` seconds: one process runs, the others are stopped,
 and only the time in which a process runs is counted. So a change of the machine's speed affects all alike. All of them
@@ -64,31 +66,87 @@ Measurements = dict[str, Any]
 Commands = Sequence[Sequence[str]]
 
 
-def training(
-    recipe: Recipe, overrides: Sequence[str], folder: RunFolder, seed: int, options: Sequence[str]
-) -> Commands:
+@dataclass(frozen=True)
+class Choice:
+    """A recipe to measure.
+
+    Attributes:
+        recipe: the recipe with its changes.
+        overrides: the changes, each as KEY=VALUE.
+        teacher: the recipe of the teacher, which holds out the same images; None if there is no teacher.
+    """
+
+    recipe: Recipe
+    overrides: Sequence[str]
+    teacher: Recipe | None = None
+
+    @property
+    def name(self) -> str:
+        """The row of the table."""
+        return self.recipe.name if self.teacher is None else f"{self.recipe.name}, teacher {self.teacher.name}"
+
+    def folder(self, runs: Path, seed: int) -> RunFolder:
+        """The run folder of a seed."""
+        return RunFolder(self._runs(runs) / self.recipe.name / str(seed))
+
+    def teacher_folder(self, runs: Path, seed: int) -> RunFolder | None:
+        """The run folder of the teacher; None if there is none."""
+        return None if self.teacher is None else RunFolder(self._runs(runs) / self.teacher.name / str(seed))
+
+    def _runs(self, runs: Path) -> Path:
+        return runs if self.teacher is None else runs / f"teacher {self.teacher.name}"
+
+
+def choose(text: str) -> Choice:
+    """The recipe that `NAME [teacher=NAME] [KEY=VALUE ...]` describes.
+
+    Raises:
+        RecipeError: A recipe or a key is unknown, or a value has the wrong type or is out of range.
+    """
+    name, *words = text.split()
+    overrides = [word for word in words if not word.startswith("teacher=")]
+    recipe = get_recipe(name, overrides)
+    teachers = [word.partition("=")[2] for word in words if word.startswith("teacher=")]
+    if not teachers:
+        return Choice(recipe, overrides)
+    held_out = f"validation_images={recipe.validation_images}", f"split_seed={recipe.split_seed}"
+    return Choice(recipe, overrides, get_recipe(teachers[-1], held_out))
+
+
+def training(choice: Choice, runs: Path, seed: int, options: Sequence[str]) -> Commands:
     """The programs that train and evaluate one seed of a recipe. Removes what an interrupted start has left."""
+    folder, teacher_folder = choice.folder(runs, seed), choice.teacher_folder(runs, seed)
     started = folder.path.with_name(f"{seed}.started")
-    if folder.path.exists():
-        if not started.exists():
-            raise SystemExit(f"{folder.path}: this run was not started by this command: use another --runs")
-        shutil.rmtree(folder.path)
+    for each in (folder, teacher_folder):
+        if each is not None and each.path.exists():
+            if not started.exists():
+                raise SystemExit(f"{each.path}: this run was not started by this command: use another --runs")
+            shutil.rmtree(each.path)
     started.parent.mkdir(parents=True, exist_ok=True)
     started.touch()
-    name, runs = recipe.name.partition("+")[0], str(folder.path.parents[1])
-    changed = [argument for override in overrides for argument in ("--set", override)]
+
+    def train(recipe: Recipe, overrides: Sequence[str], *others: str) -> Sequence[str]:
+        name = recipe.name.partition("+")[0]
+        changed = [argument for override in overrides for argument in ("--set", override)]
+        where = ("--seed", str(seed), "--runs", str(folder.path.parents[1]))
+        return (*python, "cifar_core.train", name, *where, *changed, *others, *options)
+
     python = (sys.executable, "-m")
-    train = (*python, "cifar_core.train", name, "--seed", str(seed), "--runs", runs, *changed, *options)
     data = options[options.index("--data") :] if "--data" in options else ()
     evaluate = (*python, "cifar_core.evaluate", "--model", str(folder.path), "--json", str(folder.path / TESTED), *data)
-    return train, evaluate
+    if choice.teacher is None or teacher_folder is None:
+        return train(choice.recipe, choice.overrides), evaluate
+    held_out = [f"{key}={getattr(choice.teacher, key)}" for key in ("validation_images", "split_seed")]
+    student = train(choice.recipe, choice.overrides, "--teacher", str(teacher_folder.path))
+    return train(choice.teacher, held_out), student, evaluate
 
 
 def training_values(recipe: Recipe, folder: RunFolder, ended: Sequence[Timed]) -> Measurements:
-    """The measurements of a run that was trained and evaluated."""
-    train, evaluate = ended
+    """The measurements of a run that was trained and evaluated, after its teacher if there is one."""
+    *teachers, train, evaluate = ended
+    teacher_seconds = sum(teacher.seconds for teacher in teachers)
     history = folder.history()
-    epochs_ended = [seconds for seconds, line in train.lines if EPOCH_LINE.match(line)]
+    epochs_ended = [teacher_seconds + seconds for seconds, line in train.lines if EPOCH_LINE.match(line)]
     reached = [
         seconds
         for seconds, line in zip(epochs_ended, history, strict=True)
@@ -97,7 +155,8 @@ def training_values(recipe: Recipe, folder: RunFolder, ended: Sequence[Timed]) -
     return {
         "accuracy": json.loads((folder.path / TESTED).read_bytes())["accuracy"],
         "validation_accuracy": best_epoch(history, recipe.weights)["validation_accuracy"],
-        "train_seconds": train.seconds,
+        "train_seconds": teacher_seconds + train.seconds,
+        **({"teacher_seconds": teacher_seconds} if teachers else {}),
         "evaluate_seconds": evaluate.seconds,
         "seconds_to_study": reached[0] if reached else None,
     }
@@ -192,6 +251,27 @@ def training_flops(recipe: Recipe, classes: int, images: int) -> float:
     return total
 
 
+def choice_flops(choice: Choice, classes: int, images: int) -> float:
+    """Floating-point operations of `training_flops`, with those of the training and the outputs of a teacher.
+
+    Args:
+        choice: the recipe.
+        classes: number of classes.
+        images: number of training images, including those that are held out.
+    """
+
+    def trained_on(recipe: Recipe) -> int:
+        return images - min(recipe.validation_images, images // 10)
+
+    total = training_flops(choice.recipe, classes, trained_on(choice.recipe))
+    if choice.teacher is None:
+        return total
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        choice.teacher.make_model(classes)(torch.zeros(1, IMAGE_SIZE, IMAGE_SIZE, 3, dtype=torch.uint8))
+    outputs: float = 2 * images * counter.get_total_flops()  # of each image and its mirror image
+    return total + training_flops(choice.teacher, classes, trained_on(choice.teacher)) + outputs
+
+
 def describe_network(folder: RunFolder) -> Measurements:
     """Parameters, and multiply-adds per image, of the network as it is exported."""
     network = fuse_batch_norm(build_model(load_checkpoint(folder.best)))
@@ -276,7 +356,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--recipes",
         default="fast;medium;long;best;deep-fast;sprint",
-        help="recipes, each as NAME or NAME KEY=VALUE ..., separated by semicolons; default: %(default)s",
+        help="recipes, each as NAME [teacher=NAME] [KEY=VALUE ...], separated by semicolons; default: %(default)s",
     )
     parser.add_argument(
         "--seeds",
@@ -316,8 +396,8 @@ def main() -> None:
     results: dict[str, list[Measurements]] = {}
     networks: dict[str, Measurements] = {SCRIPT: {}}
     exports: dict[str, Path] = {}
-    chosen = [(get_recipe(name, changes), changes) for name, *changes in map(str.split, arguments.recipes.split(";"))]
-    if len({recipe.name for recipe, _ in chosen}) < len(chosen):
+    chosen = [choose(text) for text in arguments.recipes.split(";")]
+    if len({choice.name for choice in chosen}) < len(chosen):
         raise SystemExit(f"--recipes {arguments.recipes}: a recipe is named twice")
     options = ("--device", arguments.device, *data)
     turn = arguments.turn if arguments.turn is not None else 0 if torch.cuda.is_available() else 30
@@ -327,23 +407,22 @@ def main() -> None:
             command = (sys.executable, str(STARTER), str(arguments.script.resolve()), "--seed", str(seed), *data)
             file = runs_folder / arguments.script.stem / str(seed) / KEPT
             runs.append(Run(SCRIPT, file, functools.partial(tuple, [command]), script_values))
-        for recipe, overrides in chosen:
-            folder_of_run = RunFolder(runs_folder / recipe.name / str(seed))
-            commands = functools.partial(training, recipe, overrides, folder_of_run, seed, options)
-            values = functools.partial(training_values, recipe, folder_of_run)
-            runs.append(Run(recipe.name, folder_of_run.path / KEPT, commands, values))
+        for choice in chosen:
+            run_folder = choice.folder(runs_folder, seed)
+            commands = functools.partial(training, choice, runs_folder, seed, options)
+            values = functools.partial(training_values, choice.recipe, run_folder)
+            runs.append(Run(choice.name, run_folder.path / KEPT, commands, values))
         for name, measured in measure(runs, turn).items():
             results.setdefault(name, []).append(measured)
             print(f"{name}, seed {seed}: {measured}", file=sys.stderr, flush=True)
-    for recipe, _ in chosen:
-        run_folder = RunFolder(runs_folder / recipe.name / "0")
-        networks[recipe.name] = describe_network(run_folder)
-        trained_on = len(dataset.train) - min(recipe.validation_images, len(dataset.train) // 10)
-        networks[recipe.name]["training_flops"] = training_flops(recipe, len(dataset.classes), trained_on)
+    for choice in chosen:
+        run_folder = choice.folder(runs_folder, 0)
+        network = networks[choice.name] = describe_network(run_folder)
+        network["training_flops"] = choice_flops(choice, len(dataset.classes), len(dataset.train))
         if not arguments.no_export:
-            exports[recipe.name] = arguments.output.resolve() / "exports" / recipe.name
-            manifest = export_run(run_folder, dataset, exports[recipe.name])
-            networks[recipe.name]["manifest"] = manifest.model_dump(mode="json")
+            exports[choice.name] = arguments.output.resolve() / "exports" / choice.name
+            manifest = export_run(run_folder, dataset, exports[choice.name])
+            network["manifest"] = manifest.model_dump(mode="json")
     if arguments.script:
         networks[SCRIPT] = {"parameters": results[SCRIPT][0]["parameters"]}
     speeds = measure_inference(exports)

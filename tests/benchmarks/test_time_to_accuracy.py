@@ -92,23 +92,66 @@ def test_what_is_finished_is_kept_when_another_run_fails_and_is_not_run_again(ti
     assert (tmp_path / "ran").read_text() == "x"
 
 
+def test_the_time_of_a_teacher_is_part_of_the_training_time(timing, small, tmp_path, capsys):
+    trainer = make_trainer(small, tmp_path, "sprint", ["epochs=1", "batch_size=90"])
+    run(trainer, resume=False)
+    (tmp_path / "test.json").write_text('{"accuracy": 0.5}')
+    trainer.folder.write_history([line | {"validation_accuracy": 0.9} for line in trainer.state.history])
+    lines = [(5.0, line) for line in capsys.readouterr().out.splitlines()]
+    ended = [timing.Timed(100, [(7.0, "epoch  1/1 of the teacher")]), timing.Timed(50, lines), timing.Timed(3, [])]
+    measured = timing.training_values(get_recipe("sprint"), RunFolder(tmp_path), ended)
+    assert measured == {
+        "accuracy": 0.5,
+        "validation_accuracy": 0.9,
+        "train_seconds": 150,
+        "teacher_seconds": 100,
+        "evaluate_seconds": 3,
+        "seconds_to_study": 105,
+    }
+
+
+def test_a_teacher_is_trained_first_with_the_same_images_held_out(timing, tmp_path):
+    choice = timing.choose("deep-fast teacher=fast distillation=0.9 validation_images=700")
+    teacher, student, evaluate = timing.training(choice, tmp_path, 2, ["--device", "cpu"])
+    teacher_runs = str(tmp_path / "teacher fast+validation_images=700")
+    assert teacher[2:] == (
+        "cifar_core.train", "fast", "--seed", "2", "--runs", teacher_runs,
+        "--set", "validation_images=700", "--set", "split_seed=0", "--device", "cpu",
+    )  # fmt: skip
+    assert student[student.index("--teacher") + 1] == f"{teacher_runs}/fast+validation_images=700/2"
+    assert student[2:4] == ("cifar_core.train", "deep-fast")
+    assert f"{teacher_runs}/deep-fast+distillation=0.9+validation_images=700/2" in evaluate
+    assert choice.name == "deep-fast+distillation=0.9+validation_images=700, teacher fast+validation_images=700"
+    alone = timing.choice_flops(timing.choose("deep-fast distillation=0.9"), 10, 100)
+    teaching = timing.choice_flops(timing.choose("fast"), 10, 100)
+    together = timing.choice_flops(timing.choose("deep-fast distillation=0.9 teacher=fast"), 10, 100)
+    assert alone + teaching < together < alone + 1.2 * teaching
+
+
 def test_an_interrupted_run_is_removed_and_a_run_of_another_command_is_not(timing, tmp_path):
-    recipe = get_recipe("sprint", ["epochs=1"])
-    folder = RunFolder(tmp_path / recipe.name / "3")
-    train, evaluate = timing.training(recipe, ["epochs=1"], folder, 3, ["--device", "cpu", "--data", "synthetic"])
+    choice = timing.choose("sprint epochs=1 distillation=0.5 teacher=fast")
+    folder, teacher = choice.folder(tmp_path, 3), choice.teacher_folder(tmp_path, 3)
+    timing.training(choice, tmp_path, 3, [])
+    for each in (folder, teacher):
+        each.path.mkdir(parents=True)
+    timing.training(choice, tmp_path, 3, [])
+    assert not folder.path.exists()
+    assert not teacher.path.exists()
+    other = choice.folder(tmp_path, 4)
+    other.path.mkdir()
+    with pytest.raises(SystemExit, match="was not started by this command"):
+        timing.training(choice, tmp_path, 4, [])
+    assert other.path.exists()
+
+
+def test_the_programs_of_a_recipe_have_its_changes_and_the_data(timing, tmp_path):
+    choice = timing.choose("sprint epochs=1")
+    train, evaluate = timing.training(choice, tmp_path, 3, ["--device", "cpu", "--data", "synthetic"])
     assert train[2:] == (
         "cifar_core.train", "sprint", "--seed", "3", "--runs", str(tmp_path), "--set", "epochs=1",
         "--device", "cpu", "--data", "synthetic",
     )  # fmt: skip
     assert evaluate[-2:] == ("--data", "synthetic")
-    folder.path.mkdir()
-    timing.training(recipe, [], folder, 3, [])
-    assert not folder.path.exists()
-    other = RunFolder(tmp_path / recipe.name / "4")
-    other.path.mkdir()
-    with pytest.raises(SystemExit, match="was not started by this command"):
-        timing.training(recipe, [], other, 4, [])
-    assert other.path.exists()
 
 
 def test_more_runs_than_fit_into_memory_are_refused(timing, tmp_path):
