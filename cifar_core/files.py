@@ -1,8 +1,13 @@
-"""Writing files so that a reader never sees a part of one. Imports only the base error of the project."""
+"""Writing files so that a reader never sees a part of one, and reading without waiting for ever.
+
+Imports only the base error of the project.
+"""
 
 import contextlib
+import errno
 import json
 import os
+import stat
 from pathlib import Path
 
 from cifar_core.errors import CifarError
@@ -38,6 +43,22 @@ def atomic_write(path: Path, content: bytes) -> None:
             f"{path}: {len(content):,} bytes cannot be written ({error.strerror}); {before}; "
             "free some space or permit writing, then run the command again"
         ) from error
+
+
+def read_regular(path: Path) -> bytes:
+    """The content of a regular file. To open a named pipe, or to read a device, may take for ever.
+
+    Raises:
+        OSError: It cannot be read, or it is no regular file.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+        with open(descriptor, "rb", closefd=False) as file:
+            return file.read()
+    finally:
+        os.close(descriptor)
 
 
 def to_json(value: object) -> bytes:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from cifar_core.errors import CifarError
-from cifar_core.files import to_json
+from cifar_core.files import read_regular, to_json
 
 SCHEMA_VERSION = 1
 FILE_NAME = "manifest.json"
@@ -183,7 +183,7 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / FILE_NAME
     try:
-        content = path.read_bytes()
+        content = read_regular(path)
     except FileNotFoundError as error:
         raise ManifestError(f"{path} does not exist; write an export with: make export") from error
     except OSError as error:

@@ -6,6 +6,7 @@ torch.
 """
 
 import json
+import os
 from typing import Any, Literal
 
 from cifar_core.errors import CifarError
@@ -14,6 +15,9 @@ from cifar_core.processor import has_bf16, has_int8_products
 
 PROVIDER = "OpenVINOExecutionProvider"
 Precision = Literal["fp32", "bf16"]
+
+NO_OTHER_FILES = ("session.model_external_initializers_file_folder_path", os.devnull)
+"""Option of onnxruntime's sessions: a graph cannot load weights from further files, which no digest covers."""
 
 _HINTS = {"fp32": "f32", "bf16": "bf16"}
 
@@ -64,6 +68,7 @@ def open_session(graph: bytes, threads: int, streams: int, precision: Precision)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    options.add_session_config_entry(*NO_OTHER_FILES)
     properties = {
         "INFERENCE_PRECISION_HINT": _HINTS[precision],
         "INFERENCE_NUM_THREADS": str(threads),

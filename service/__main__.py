@@ -6,9 +6,21 @@ import os
 import signal
 import sys
 
+_STDERR = 2
+
+
+def _open_closed_streams() -> None:
+    """Opens /dev/null in place of standard streams that are closed. Sockets would otherwise get their descriptors."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= _STDERR:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+    if sys.stderr is None:
+        sys.stderr = os.fdopen(_STDERR, "w", closefd=False)
+
 
 def main() -> int:
     """Serves with the options of the command line; returns the exit code."""
+    _open_closed_streams()
     # SIGHUP requests a reload, and must not end a process that does not handle it yet.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     if os.getpid() == 1:  # the kernel ignores the default action of SIGTERM for process 1 of a container
@@ -45,7 +57,7 @@ def main() -> int:
 
         return run(settings)
     except StartError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {logs.escape(str(error))}", file=sys.stderr)
         return 2
 
 

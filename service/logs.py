@@ -8,6 +8,7 @@ thread turns what arrives there into records of the log.
 import atexit
 import contextlib
 import faulthandler
+import io
 import json
 import logging
 import os
@@ -15,9 +16,12 @@ import re
 import sys
 import threading
 from types import TracebackType
-from typing import Literal, TextIO
+from typing import TYPE_CHECKING, Literal, TextIO
 
 from pythonjsonlogger.json import JsonFormatter
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 # The attributes that every record has; all others were given with `extra`.
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", "worker"}
@@ -38,19 +42,19 @@ class _HumanFormatter(logging.Formatter):
     """Time, level and message, then the fields given with `extra` as key=value."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 -- the name is logging's
-        record.message = _escape(record.message)
+        record.message = escape(record.message)
         extras = {key: value for key, value in vars(record).items() if key not in _STANDARD}
         fields = "".join(f" {key}={json.dumps(value, default=str)}" for key, value in extras.items())
         return super().formatMessage(record) + fields
 
     def formatException(self, ei: "_ExceptionInfo") -> str:  # noqa: N802
-        return "\n".join(_escape(line) for line in super().formatException(ei).split("\n"))
+        return "\n".join(escape(line) for line in super().formatException(ei).split("\n"))
 
 
 _ExceptionInfo = tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None]
 
 
-def _escape(text: str) -> str:
+def escape(text: str) -> str:
     r"""The text with control characters as escapes such as `\n` and `\x1b`.
 
     Messages can contain text from clients, which must neither begin a new line nor control a terminal.
@@ -123,8 +127,25 @@ def _log_exception(kind: type[BaseException], problem: BaseException, traceback:
     logging.getLogger("service").critical("unexpected error", exc_info=(kind, problem, traceback))
 
 
+class _Descriptor(io.FileIO):
+    """A file descriptor, written to without a buffer.
+
+    A buffer keeps what cannot be written, for example because the disk is full, and each later flush fails: also those
+    of `multiprocessing` before it starts a process.
+    """
+
+    def write(self, data: "ReadableBuffer", /) -> int:
+        """Writes all of the data, or as much as a descriptor accepts that does not block."""
+        rest = memoryview(data).cast("B")
+        size = len(rest)
+        while rest and (written := super().write(rest)):
+            rest = rest[written:]
+        return size
+
+
 def _open(descriptor: int) -> TextIO:
-    return os.fdopen(descriptor, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)
+    stream = _Descriptor(descriptor, "w", closefd=False)
+    return io.TextIOWrapper(stream, encoding="utf-8", errors="backslashreplace", write_through=True)
 
 
 def _redirect_native_lines() -> TextIO:

@@ -127,7 +127,7 @@ def _resolve(host: str, port: int) -> list[_Where]:
     try:
         found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:  # UnicodeError: a part of the name is too long
-        raise StartError(f"--host {host}: {getattr(error, 'strerror', None) or error}") from error
+        raise StartError(f"cannot listen on {host}: {getattr(error, 'strerror', None) or error}") from error
     return [(family, where) for family, _, _, _, where in found]
 
 

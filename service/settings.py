@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
-    NonNegativeFloat,
     PositiveInt,
     ValidationError,
     model_validator,
@@ -30,11 +30,21 @@ MIB = 2**20
 # gRPC's options are 32-bit numbers.
 INT32_MAX = 2**31 - 1
 
+
+def _check_host(host: str) -> str:
+    # A variable or an argument that is not UTF-8 contains surrogates, which no message can hold.
+    if not host.isprintable():
+        raise ValueError(f"{host!a} is neither a name nor an address")
+    return host
+
+
 Port = Annotated[int, Field(ge=0, le=65535)]
 # Part of URLs.
 ModelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
 Int32 = Annotated[int, Field(ge=1, le=INT32_MAX)]
+Host = Annotated[str, AfterValidator(_check_host)]
 Threads = Annotated[int, Field(ge=0, le=1024)]
+Delay = Annotated[float, Field(ge=0, le=60_000)]
 Grace = Annotated[float, Field(ge=0, le=INT32_MAX / 1000)]
 Seconds = Annotated[float, Field(gt=0, le=INT32_MAX / 1000)]  # gRPC counts them in milliseconds
 
@@ -61,14 +71,14 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
     # Address and processes
-    host: str = Field("127.0.0.1", description="address to listen on; one other than loopback needs TLS or --insecure")
+    host: Host = Field("127.0.0.1", description="address to listen on; one other than loopback needs TLS or --insecure")
     port: Port = Field(50051, description="port to listen on; 0 picks a free port and logs it")
     http_port: Port | None = Field(
         None,
         description="port for HTTP (REST, and a page to try the model); needs the extra http; 0 picks a free port and "
         "logs it",
     )
-    http_host: str | None = Field(None, description="address to listen on for HTTP; default: that of --host")
+    http_host: Host | None = Field(None, description="address to listen on for HTTP; default: that of --host")
     workers: PositiveInt = Field(
         1, description="number of server processes that share the port; a supervisor replaces those that fail"
     )
@@ -95,9 +105,9 @@ class Settings(BaseModel):
     )
 
     # Queue
-    max_batch_size: PositiveInt = Field(32, description="largest number of images computed at once")
-    max_queue_delay_ms: NonNegativeFloat = Field(
-        0.0, description="milliseconds that an idle engine may wait for a batch to fill"
+    max_batch_size: Int32 = Field(32, description="largest number of images computed at once")
+    max_queue_delay_ms: Delay = Field(
+        0.0, description="milliseconds that an idle engine may wait for a batch to fill, at most 60000"
     )
     max_queued_images: PositiveInt = Field(
         4096,
@@ -152,7 +162,7 @@ class Settings(BaseModel):
 
     # Observation
     metrics_port: Port | None = Field(None, description="port for Prometheus metrics over HTTP; 0 picks a free port")
-    metrics_host: str = Field(
+    metrics_host: Host = Field(
         "127.0.0.1", description="address for the metrics; one other than loopback needs --insecure"
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
@@ -253,4 +263,9 @@ def _describe(problem: ErrorDetails, arguments: list[str]) -> str:
     option, variable = f"--{name.replace('_', '-')}", (ENVIRONMENT_PREFIX + name).upper()
     given = any(argument.split("=")[0] == option for argument in arguments)
     source = f" (from {variable})" if variable in os.environ and not given else ""
-    return f"{option} {problem['input']}{source}: {message}"
+    return f"{option} {_shown(problem['input'])}{source}: {message}"
+
+
+def _shown(value: object) -> str:
+    text = str(value)
+    return text if text.isprintable() else ascii(text)

@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
 from typing import TypeAlias
 
+from cifar_core.files import read_regular
 from service.errors import StartError
 
 logger = logging.getLogger(__name__)
@@ -32,7 +33,7 @@ def read_watched(path: Path, what: str) -> bytes:
         NotReady: It cannot be read.
     """
     try:
-        return path.read_bytes()
+        return read_regular(path)
     except OSError as error:
         raise NotReady(f"{what} {path} cannot be read: {error.strerror}") from error
 

@@ -128,6 +128,7 @@ def _session(graph: bytes, providers: list[str], threads: int, exact: bool) -> A
     options.add_session_config_entry("session.intra_op.spin_duration_us", "100")
     options.add_session_config_entry("session.force_spinning_stop", "1")
     options.add_session_config_entry(EXACT_INT8, str(int(exact)))
+    options.add_session_config_entry(*openvino.NO_OTHER_FILES)
     try:
         session = onnxruntime.InferenceSession(graph, options, providers=providers)
     except Exception as error:  # onnxruntime's errors share no other base class

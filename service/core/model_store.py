@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cifar_core import openvino
+from cifar_core.files import read_regular
 from cifar_core.int8 import EARLIER_WEIGHT_BITS
 from cifar_core.manifest import FILE_NAME, Manifest, ManifestError, read_manifest
 from cifar_core.pixels import IMAGE_SIZE
@@ -93,7 +94,7 @@ def load(folder: Path, variant: str, *, device: Device, threads: int, max_batch_
         except openvino.OpenVinoError as error:
             raise StartError(f"{path}: --device openvino: {error}") from error
     try:
-        graph = path.read_bytes()
+        graph = read_regular(path)
     except OSError as error:
         raise NotReady(f"{path}, named by the manifest, cannot be read: {error.strerror}") from error
     # The bytes that are hashed are the bytes that are loaded: the file is read only once.

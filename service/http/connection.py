@@ -8,6 +8,7 @@ asks each connection twice a second whether it is overdue (`overdue`), because t
 import asyncio
 import contextlib
 import fcntl
+import re
 import struct
 import termios
 import time
@@ -60,6 +61,8 @@ class _Parser(h11.Connection):
         try:
             event = super().next_event()
             self._check(event)
+            if isinstance(event, h11.Request) and not event.target.startswith(b"/"):
+                event = _with_path(event)
         except h11.RemoteProtocolError as error:
             self.status = HTTPStatus(error.error_status_hint)
             self.problem = str(error)
@@ -99,6 +102,21 @@ def _check_head(request: h11.Request) -> None:
         )
     if {b"content-length", b"transfer-encoding"} <= {name for name, _ in request.headers}:
         raise h11.RemoteProtocolError("it has both Content-Length and Transfer-Encoding: send one of them")
+
+
+def _with_path(request: h11.Request) -> h11.Request:
+    """The request with the path of its target, if that is a whole URL as proxies receive it (RFC 9112, 3.2.2)."""
+    scheme, separator, rest = request.target.partition(b"://")
+    if not separator or scheme.lower() not in (b"http", b"https"):
+        return request
+    authority = re.split(rb"[/?]", rest, maxsplit=1)[0]
+    path = rest[len(authority) :]
+    return h11.Request(
+        method=request.method,
+        headers=request.headers,
+        target=path if path.startswith(b"/") else b"/" + path,
+        http_version=request.http_version,
+    )
 
 
 class Connection(H11Protocol):

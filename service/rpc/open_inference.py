@@ -281,15 +281,17 @@ async def _pixels(request: messages.ModelInferRequest, raw: Sequence[bytes], cou
 
 def _check_outputs(request: messages.ModelInferRequest) -> list[RequestedOutput]:
     return tensors.check_outputs(
-        [
-            (
-                output.name,
-                output.parameters["classification"].int64_param if "classification" in output.parameters else 0,
-                output.parameters,
-            )
-            for output in request.outputs
-        ]
+        [(output.name, _classification(output.parameters), output.parameters) for output in request.outputs]
     )
+
+
+def _classification(parameters: Parameters) -> int:
+    value = parameters.get("classification")
+    if value is None:
+        return 0
+    if value.WhichOneof("parameter_choice") not in ("int64_param", "uint64_param"):
+        raise InvalidRequest("parameter 'classification' of an output is not a whole number; it must be one")
+    return value.int64_param or value.uint64_param
 
 
 def _response(

@@ -1,8 +1,12 @@
 """Starting servers as child processes."""
 
+import os
 import signal
+import socket
+import subprocess
 import sys
 
+import grpc
 import pytest
 
 from service.errors import StartError
@@ -67,3 +71,16 @@ def test_a_killed_server_leaves_its_log(linear):
     server.kill()
     assert server.wait() == -signal.SIGKILL
     assert "serving" in server.log
+
+
+def test_a_server_whose_standard_streams_are_closed_serves(linear):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    command = [sys.executable, "-m", "service", "--model", linear, "--port", str(port)]
+    server = subprocess.Popen(command, cwd=REPOSITORY, preexec_fn=lambda: [os.close(number) for number in (0, 1, 2)])
+    try:
+        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+            grpc.channel_ready_future(channel).result(30)
+    finally:
+        server.send_signal(signal.SIGTERM)
+    assert server.wait(30) == 0

@@ -47,6 +47,18 @@ def test_records_below_the_level_and_those_of_libraries_below_warning_are_left_o
 
 
 @pytest.mark.parametrize("style", ["human", "json"])
+def test_a_line_that_cannot_be_written_is_lost_and_nothing_else(style):
+    script = (
+        f"logs.configure('info', '{style}'); log.warning('lost')\n"
+        "from multiprocessing.util import _flush_std_streams\n"  # as before each start of a process
+        "_flush_std_streams(); log.warning('lost'); _flush_std_streams(); os._exit(7)"
+    )
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run([sys.executable, "-c", SETUP + script], cwd=REPOSITORY, stderr=full, timeout=60)
+    assert done.returncode == 7
+
+
+@pytest.mark.parametrize("style", ["human", "json"])
 def test_control_characters_of_clients_neither_begin_a_line_nor_reach_the_terminal(style):
     lines, _ = run(
         rf"logs.configure('info', '{style}'); log.info('name %s', 'a\nERROR forged\r\x1b[2J\x9b\u202e\ud800ä', "

@@ -34,7 +34,7 @@ def test_a_port_that_somebody_listens_on_is_named(listener):
 
 @pytest.mark.parametrize("host", ["no-such-host.invalid", "x" * 64 + ".invalid"])
 def test_a_name_that_does_not_resolve_is_refused_in_one_line(host):
-    with pytest.raises(StartError, match=f"--host {host}: ") as caught:
+    with pytest.raises(StartError, match=f"cannot listen on {host}: ") as caught:
         check_free(host, 0)
     assert "\n" not in str(caught.value)
 

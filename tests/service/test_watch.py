@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from service.errors import StartError
-from service.watch import NotReady, Watcher
+from service.watch import NotReady, Watcher, read_watched
 
 
 class Recorder:
@@ -53,6 +53,13 @@ def no_pauses(monkeypatch):
 async def checks(watcher: Watcher, count: int = 3) -> None:
     for _ in range(count):
         await watcher.check()
+
+
+def test_a_named_pipe_or_a_device_is_not_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/zero"), tmp_path):
+        with pytest.raises(NotReady, match=f"the token file {path} cannot be read: it is not a regular file"):
+            read_watched(path, "the token file")
 
 
 def test_a_change_is_loaded_once(file, recorder):

@@ -2,6 +2,7 @@ import asyncio
 import contextlib
 import hashlib
 import json
+import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from cifar_core.int8 import EXACT_INT8
 from service.core.engine import CUDA, Engine
 from service.core.model_store import Model, ModelStore, load
 from service.errors import StartError
+from service.watch import NotReady
 from tests.conftest import REPOSITORY
 from tests.service.exports import CLASSES, expected, graph, pictures, write_export
 
@@ -78,6 +80,20 @@ def test_a_file_that_is_not_onnx_is_refused_in_one_line():
     assert "\n" not in str(caught.value)
 
 
+def test_a_graph_does_not_read_weights_from_files_that_no_digest_covers(tmp_path, monkeypatch):
+    import onnx
+    from onnx.external_data_helper import set_external_data
+
+    model = onnx.load_from_string(graph())
+    (weights,) = (tensor for tensor in model.graph.initializer if tensor.name == "weights")
+    (tmp_path / "weights.bin").write_bytes(onnx.numpy_helper.to_array(weights).tobytes())
+    set_external_data(weights, "weights.bin")
+    weights.ClearField("raw_data")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(StartError, match=r"cannot load the graph: .*weights.bin"):
+        Engine(model.SerializeToString(), "cpu", 1)
+
+
 # Loading
 
 
@@ -138,6 +154,15 @@ def test_a_damaged_manifest_is_refused(tmp_path, content):
     write_export(tmp_path, graph())
     (tmp_path / "manifest.json").write_text(content)
     with pytest.raises(StartError, match=r"manifest.json (is not JSON|is not a manifest)"):
+        loaded(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "model.onnx"])
+def test_a_named_pipe_in_place_of_a_file_is_refused_at_once(tmp_path, name):
+    write_export(tmp_path, graph())
+    (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(NotReady, match=rf"{name}.* cannot be read: it is not a regular file"):
         loaded(tmp_path)
 
 

@@ -181,6 +181,12 @@ def test_a_request_that_is_not_http_or_too_large_has_its_status(attacked, reques
         assert reply.json["status"] == status
 
 
+@pytest.mark.parametrize("target", ["/healthz", "http://x/healthz", "HTTPS://x:1/healthz?a=/b"])
+def test_a_target_may_be_a_whole_url(attacked, target):
+    with Raw(attacked.http_url) as raw:
+        assert raw.send(f"GET {target} HTTP/1.1\r\nHost: x\r\n\r\n".encode()).reply().status == 200
+
+
 def test_content_length_and_chunks_together_are_refused(attacked):
     """A proxy in front could find the end of the body at another place, and see one request where there are two."""
     head = HEAD + b"Transfer-Encoding: chunked\r\nContent-Length: 5\r\n\r\n0\r\n\r\n"

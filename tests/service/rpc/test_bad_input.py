@@ -129,10 +129,13 @@ def with_parameter(name: str, **value: object) -> inference.ModelInferRequest:
     return infer(parameters={name: inference.InferParameter(**value)})
 
 
-def output(name: str, **parameters: int) -> inference.ModelInferRequest.InferRequestedOutputTensor:
+def output(name: str, **parameters: int | str) -> inference.ModelInferRequest.InferRequestedOutputTensor:
     asked = inference.ModelInferRequest.InferRequestedOutputTensor(name=name)
     for key, value in parameters.items():
-        asked.parameters[key].int64_param = value
+        if isinstance(value, str):
+            asked.parameters[key].string_param = value
+        else:
+            asked.parameters[key].int64_param = value
     return asked
 
 
@@ -163,6 +166,9 @@ BAD_INFERENCES: dict[str, tuple[inference.ModelInferRequest, grpc.StatusCode, st
     "an unknown output": (infer(outputs=[output("labels")]), INVALID, "no output 'labels'; the outputs are logits"),
     "an output twice": (infer(outputs=[output("logits")] * 2), INVALID, "requested twice"),
     "a negative classification": (infer(outputs=[output("logits", classification=-1)]), INVALID, "is -1"),
+    "a classification that is a text": (
+        infer(outputs=[output("logits", classification="3")]), INVALID, "'classification'",
+    ),
     "shared memory": (infer(outputs=[output("logits", shared_memory_region=1)]), UNIMPLEMENTED, "shared memory"),
     "a sequence": (with_parameter("sequence_id", int64_param=5), UNIMPLEMENTED, "no state between requests"),
     "a timeout that is a text": (with_parameter("timeout", string_param="1s"), INVALID, "not a whole number"),
