@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from service.client.aio_sharing import AsyncSharing
 from service.client.answers import Classification, Results, classifications, probability_table
 from service.client.base import BaseClient, check_top_k
-from service.client.contents import Content, Images, contents
+from service.client.contents import Content, Images, check_pixels, contents
 from service.client.options import DEFAULT_TARGET, Options
 from service.client.packing import distribute, request_of
 from service.client.retrying import Attempts, Deadline, RequestFailed
@@ -66,7 +66,10 @@ class AsyncClient(BaseClient):
 
     async def probabilities(self, images: NDArray[np.uint8], timeout: float | None = None) -> NDArray[np.float32]:
         """Classifies raw images, uint8 [n, 32, 32, 3]; see `Client.probabilities`."""
-        return probability_table(await self._results(images, self._deadline(timeout)))
+        if isinstance(images, np.ndarray):
+            check_pixels(images)
+        parts = await self._results(images, self._deadline(timeout))
+        return probability_table(parts, len(self._known_classes))
 
     async def _results(self, images: Images, deadline: Deadline) -> list[Results]:
         if self._limits_may_have_changed:
@@ -88,18 +91,23 @@ class AsyncClient(BaseClient):
         return results
 
     async def _send(self, content: Content, deadline: Deadline) -> list[Results]:
-        """The results of one content; in several parts if the server's limits turn out to be lower than known."""
-        try:
-            return [await self._repeat(deadline, self._exchange, content, deadline)]
-        except RequestFailed as failure:
-            if not failure.may_be_too_large:
-                raise
-            await self._fetch_model(deadline)
-            smaller = self._smaller(content, failure)
+        """The results of one content; in several parts if it does not fit into a request to the server."""
+        refusal = None
+        if content.fits(self._capacity()):
+            try:
+                return [await self._repeat(deadline, self._exchange, content, deadline)]
+            except RequestFailed as failure:
+                if not failure.may_be_too_large:
+                    raise
+                refusal = failure
+        await self._fetch_model(deadline)
+        smaller = self._smaller(content, refusal)
         return [await self._repeat(deadline, self._exchange, part, deadline) for part in smaller]
 
     async def _exchange(self, content: Content, deadline: Deadline) -> Results:
         """One attempt, in a shared request if the content is small."""
+        if (results := self._error_of(content)) is not None:
+            return results
         if self._is_shared(content):
             return await self._sharing.exchange(content, deadline)
         response = await self._classify_once(request_of([content]), deadline)

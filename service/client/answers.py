@@ -121,6 +121,11 @@ class Results:
         errors = {index: result.error.message for index, result in enumerate(results) if result.HasField("error")}
         return cls(probabilities, [names[index] for index in range(len(names))], errors, model_version)
 
+    @classmethod
+    def of_error(cls, error: str, classes: Sequence[str], model_version: str) -> "Results":
+        """The results for one image that was not sent, because of an error."""
+        return cls(np.zeros((1, len(classes)), np.float32), classes, {0: error}, model_version)
+
     def part(self, start: int, end: int) -> "Results":
         """The results of the images from `start` to before `end`."""
         errors = self.errors
@@ -143,8 +148,12 @@ def classifications(results: Results, top_k: int) -> list[Classification]:
     return answers
 
 
-def probability_table(parts: Sequence[Results]) -> NDArray[np.float32]:
+def probability_table(parts: Sequence[Results], classes: int = 0) -> NDArray[np.float32]:
     """Probabilities, float32 [images, classes], in the model's order of classes.
+
+    Args:
+        parts: The results of a call, in order.
+        classes: Number of classes of the table if there are no parts.
 
     Raises:
         ClassificationError: An image was not classified, or the parts are of models with different classes.
@@ -153,7 +162,7 @@ def probability_table(parts: Sequence[Results]) -> NDArray[np.float32]:
         for error in part.errors.values():
             raise ClassificationError(grpc.StatusCode.INTERNAL, error)
     if not parts:
-        return np.empty((0, 0), np.float32)
+        return np.empty((0, classes), np.float32)
     if len(parts) == 1:
         return parts[0].probabilities.astype(np.float32)  # a copy that can be changed
     if any(list(part.classes) != list(parts[0].classes) for part in parts[1:]):

@@ -1,6 +1,7 @@
 """What `Client` and `AsyncClient` share: everything but sending and waiting."""
 
 from service.client.addresses import Addresses
+from service.client.answers import Results
 from service.client.contents import Capacity, Content
 from service.client.options import DEFAULT_TARGET, Options, channel_options
 from service.client.packing import is_small
@@ -37,10 +38,13 @@ class BaseClient:
         self._shared_requests = self.options.max_shared_requests * len(addresses.hosts)
         self._window = max(_WINDOW, 2 * len(addresses.hosts))
         self._known_capacity: Capacity | None = None
+        self._known_classes: tuple[str, ...] = ()
+        self._known_version = ""
         self._limits_may_have_changed = True
 
     def _remember(self, model: messages.GetModelResponse) -> messages.GetModelResponse:
         self._known_capacity = Capacity.of(model.limits)
+        self._known_classes, self._known_version = tuple(model.classes), model.version
         self._limits_may_have_changed = False
         return model
 
@@ -61,17 +65,28 @@ class BaseClient:
     def _is_shared(self, content: Content) -> bool:
         return self.options.coalesce and is_small(content)
 
-    def _smaller(self, content: Content, failure: RequestFailed) -> list[Content]:
-        """The contents to send instead of one that was refused, after the limits were fetched again.
+    def _error_of(self, content: Content) -> Results | None:
+        """The results of a content that cannot be sent; None if it can."""
+        if content.error is None:
+            return None
+        return Results.of_error(content.error, self._known_classes, self._known_version)
+
+    def _smaller(self, content: Content, failure: RequestFailed | None) -> list[Content]:
+        """The contents to send instead of one that did not fit, after the limits were fetched again.
+
+        Args:
+            content: The content.
+            failure: How the server refused it; None if it was not sent.
 
         Raises:
-            RequestFailed: The content is within the limits, or cannot be made smaller: `failure` is the outcome.
+            RequestFailed: The content is within the limits: `failure` is the outcome.
         """
         capacity = self._capacity()
-        parts = [] if content.fits(capacity) else content.split(capacity)
-        if len(parts) < 2:
+        if not content.fits(capacity):
+            return content.split(capacity)
+        if failure is not None:
             raise failure
-        return parts
+        return [content]
 
 
 def check_top_k(top_k: int) -> None:

@@ -21,18 +21,23 @@ from service.generated.cifar.v1 import image_classifier_pb2 as messages
 if TYPE_CHECKING:
     from rich.console import Console
 
+_MAX_PORT = 65535
+_MAX_TIMEOUT = 2_147_483  # gRPC counts milliseconds, in places in 32 bits
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Classifies the images named on the command line.
 
     Returns:
         The exit code. 0: all images were classified. 1: some of them could not be read, here or by the server, or the
-        reader of the output ended first. 2: an option is wrong, or the server does not answer. 130: interrupted.
+        reader of the output ended first. 2: an option is wrong, or the server does not answer, or the rows cannot be
+        written. 130: interrupted.
     """
     chosen = _parser().parse_args(arguments)
     with standard_output():
         try:
             check_top_k(chosen.top_k)
+            check_target(chosen.server)
             return asyncio.run(_classify(chosen, options_of(chosen)))
         except BrokenPipeError:
             raise
@@ -145,19 +150,57 @@ def add_connection_options(parser: argparse.ArgumentParser, timeout: float) -> N
     )
 
 
+def check_target(target: str) -> None:
+    """Refuses an address without a server: gRPC would look for the port 65536 at port 0.
+
+    Raises:
+        ValueError: The address is empty, or a port is too large.
+    """
+    if not target.strip():
+        raise ValueError("the address of the server is empty, but must be HOST:PORT")
+    if target.startswith("unix:"):
+        return
+    for each in target.split(","):
+        port = each.strip().rpartition(":")[2]
+        if port.isdecimal() and int(port) > _MAX_PORT:
+            raise ValueError(f"the port in {each.strip()} is {port}, but must be at most {_MAX_PORT}")
+
+
+def token_of(path: Path) -> str:
+    """The first token of a file.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: It holds no token, or one that cannot be sent. The message names the file, never the token.
+    """
+    try:
+        token = read_token(path)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text, but a token file must be; write it anew") from error
+    # gRPC would refuse it only when it is sent, and quote it.
+    if not (token.isascii() and token.isprintable()):
+        raise ValueError(
+            f"{path}: the first token has characters that cannot be sent, but must be printable ASCII; correct it, and "
+            "write the file without a byte order mark"
+        )
+    return token
+
+
 def options_of(chosen: argparse.Namespace) -> Options:
     """The options of the client that a command line asks for.
 
     Raises:
         OSError: The token file cannot be read.
-        ValueError: It holds no token, or the options contradict each other.
+        ValueError: It holds no token that can be sent, the timeout is no time, or the options contradict each other.
     """
+    if not 0 < chosen.timeout <= _MAX_TIMEOUT:  # not a number, too, is no time
+        raise ValueError(f"--timeout is {chosen.timeout:g}, but must be above 0 and at most {_MAX_TIMEOUT:,} seconds")
     return Options(
         tls=chosen.tls,
         ca=chosen.ca,
         certificate=chosen.certificate,
         key=chosen.key,
-        token=read_token(chosen.token_file) if chosen.token_file else None,
+        token=token_of(chosen.token_file) if chosen.token_file else None,
         timeout=chosen.timeout,
         server_name=chosen.server_name,
         allow_plaintext_token=chosen.allow_plaintext_token,
@@ -169,7 +212,7 @@ def _parser() -> argparse.ArgumentParser:
         prog=program_name("service.client"),
         description="Classifies images through a server. Prints a table, lines of JSON, or CSV.",
         epilog="exit code: 0 if all images were classified, 1 if some of them could not be read, 2 if an option is "
-        "wrong or the server does not answer",
+        "wrong, the server does not answer, or the rows cannot be written",
     )
     parser.add_argument(
         "images",
@@ -177,7 +220,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="IMAGE",
         help="image file, folder, or pattern in quotes such as 'pictures/**/*.jpg'. Of a folder, all files with one of "
         f"these suffixes are classified, also in its subfolders: {' '.join(sorted(SUFFIXES))}; links to other folders "
-        "are not followed",
+        "are not followed, neither there nor by ** in a pattern",
     )
     parser.add_argument(
         "--server",

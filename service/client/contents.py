@@ -2,6 +2,8 @@
 
 import io
 import os
+import struct
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,19 @@ Images: TypeAlias = "Iterable[ImageSource] | NDArray[np.uint8]"
 
 # Bytes of a message that are not images: its other fields, and tags and lengths of each image.
 _MESSAGE_OVERHEAD, _IMAGE_OVERHEAD = 1024, 16
+
+_PNG_MODES = frozenset({"1", "L", "LA", "I;16", "P", "RGB", "RGBA"})
+# What becomes of Pillow's other modes: as in the server's decoder, colours become RGB, and transparency is kept. Float
+# values (F) are refused, because nothing says which of them is white.
+_CONVERTED = {
+    "CMYK": "RGB", "YCbCr": "RGB", "HSV": "RGB", "LAB": "RGB", "RGBX": "RGB", "PA": "RGBA", "RGBa": "RGBA", "La": "LA",
+}  # fmt: skip
+_EXIF_ORIENTATION, _TURNED = 0x0112, range(2, 9)
+# Pillow raises all of these for images that are damaged, closed or empty; it documents only some of them.
+_UNREADABLE = (
+    OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, AttributeError, ArithmeticError,
+    AssertionError, ImportError, SystemError, struct.error, zlib.error,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -42,20 +57,23 @@ class Capacity:
 class Content:
     """Images of one call that travel in one request: either `images` or `pixels` holds them. Must not be changed.
 
+    Or one image that cannot be sent: `error` says why, and is its answer.
+
     Args:
         images: Image files, or a mixture of image files and raw pixels.
         pixels: Raw pixels of images, 3,072 bytes each.
+        error: Why the only image of this content cannot be sent.
 
     Attributes:
         count: Number of images.
         size: Bytes that the images take in a message, or a few more.
     """
 
-    __slots__ = ("count", "images", "pixels", "size")
+    __slots__ = ("count", "error", "images", "pixels", "size")
 
-    def __init__(self, images: tuple[messages.Image, ...] = (), pixels: bytes = b"") -> None:
-        self.images, self.pixels = images, pixels
-        self.count = len(images) or len(pixels) // IMAGE_BYTES
+    def __init__(self, images: tuple[messages.Image, ...] = (), pixels: bytes = b"", error: str | None = None) -> None:
+        self.images, self.pixels, self.error = images, pixels, error
+        self.count = 1 if error is not None else len(images) or len(pixels) // IMAGE_BYTES
         self.size = len(pixels) or sum(map(_size, images))
 
     def fits(self, capacity: Capacity) -> bool:
@@ -63,15 +81,19 @@ class Content:
         return self.count <= capacity.images and self.size <= capacity.size
 
     def split(self, capacity: Capacity) -> "list[Content]":
-        """The same images in the same order, in contents that fit; an image that is too large gets its own content."""
+        """The same images in the same order, in contents that fit; an image that is too large becomes an error."""
         if self.pixels:
             length = _count_of_pixels(capacity) * IMAGE_BYTES
-            return [Content(pixels=self.pixels[at : at + length]) for at in range(0, len(self.pixels), length)]
-        return list(_grouped(self.images, lambda: capacity))
+            parts = [Content(pixels=self.pixels[at : at + length]) for at in range(0, len(self.pixels), length)]
+        else:
+            parts = list(_grouped(self.images, lambda: capacity))
+        return [part if part.fits(capacity) else Content(error=_too_large(part.size, capacity)) for part in parts]
 
 
 def contents(images: Images, capacity: Callable[[], Capacity]) -> Iterator[Content]:
     """Packs images into as few contents as the capacity allows, and reads files no earlier than needed.
+
+    An image that is larger than the capacity gets a content of its own, and so does one that cannot be encoded.
 
     Args:
         images: A list of images, or uint8 [n, 32, 32, 3].
@@ -91,11 +113,20 @@ def contents(images: Images, capacity: Callable[[], Capacity]) -> Iterator[Conte
     return _grouped((_image(source) for source in images), capacity)
 
 
-def _of_array(images: NDArray[np.uint8], capacity: Callable[[], Capacity]) -> Iterator[Content]:
+def check_pixels(images: NDArray[np.uint8]) -> None:
+    """Refuses an array that does not hold raw images.
+
+    Raises:
+        ValueError: It is not uint8 [n, 32, 32, 3].
+    """
     if images.dtype != np.uint8 or images.shape[1:] != (IMAGE_SIZE, IMAGE_SIZE, 3):
         raise ValueError(
             f"the array is {images.dtype} {list(images.shape)}; it must be uint8 [n, {IMAGE_SIZE}, {IMAGE_SIZE}, 3]"
         )
+
+
+def _of_array(images: NDArray[np.uint8], capacity: Callable[[], Capacity]) -> Iterator[Content]:
+    check_pixels(images)
     start = 0
     while start < len(images):
         count = _count_of_pixels(capacity())
@@ -107,10 +138,17 @@ def _count_of_pixels(capacity: Capacity) -> int:
     return max(1, min(capacity.images, capacity.size // IMAGE_BYTES))
 
 
-def _grouped(images: Iterable[messages.Image], capacity: Callable[[], Capacity]) -> Iterator[Content]:
+def _grouped(images: Iterable[messages.Image | str], capacity: Callable[[], Capacity]) -> Iterator[Content]:
+    """Groups images; a string says why an image cannot be sent."""
     group: list[messages.Image] = []
     size = 0
     for image in images:
+        if isinstance(image, str):
+            if group:
+                yield _content(group)
+                group, size = [], 0
+            yield Content(error=image)
+            continue
         limit = capacity()
         if group and (len(group) >= limit.images or size + _size(image) > limit.size):
             yield _content(group)
@@ -131,7 +169,15 @@ def _size(image: messages.Image) -> int:
     return image.ByteSize() + _IMAGE_OVERHEAD
 
 
-def _image(source: ImageSource) -> messages.Image:
+def _too_large(size: int, capacity: Capacity) -> str:
+    return (
+        f"the image takes {size} bytes, but must take at most {capacity.size} to fit into a message to the server; "
+        "send a smaller image, or the path or bytes of a compressed file instead of a PIL image or an array"
+    )
+
+
+def _image(source: ImageSource) -> messages.Image | str:
+    """The image as it is sent, or why it cannot be encoded."""
     if isinstance(source, bytes):
         return messages.Image(encoded=source)
     if isinstance(source, (str, os.PathLike)):
@@ -141,9 +187,51 @@ def _image(source: ImageSource) -> messages.Image:
             raise ValueError(f"an image is {source.dtype} {list(source.shape)}; it must be uint8 [height, width, 3]")
         if source.shape == (IMAGE_SIZE, IMAGE_SIZE, 3):
             return messages.Image(rgb=source.tobytes())
+        # Pillow refuses empty arrays of some shapes itself, with an exception that says less.
+        if not source.size:
+            return f"the image is empty: {source.shape[1]} x {source.shape[0]} pixels"
         source = PillowImage.fromarray(source)
     if not isinstance(source, PillowImage.Image):
         raise TypeError(f"an image is {type(source).__name__}; it must be a path, bytes, a PIL image or a uint8 array")
+    try:
+        return messages.Image(encoded=_png(source))
+    except _UNREADABLE as error:
+        return f"the PIL image cannot be encoded: {' '.join(str(error).split()) or type(error).__name__}"
+
+
+def _png(image: PillowImage.Image) -> bytes:
+    """The image as a PNG file, with the EXIF orientation but no other metadata.
+
+    Raises:
+        ValueError: The image has a mode that cannot be converted. Pillow raises any of `_UNREADABLE`.
+    """
+    orientation = _orientation(image)
+    if image.mode not in _PNG_MODES:
+        image = _converted(image)
+    exif = PillowImage.Exif()
+    if orientation in _TURNED:
+        exif[_EXIF_ORIENTATION] = orientation
     file = io.BytesIO()
-    source.save(file, "PNG", compress_level=1, exif=source.getexif())
-    return messages.Image(encoded=file.getvalue())
+    # An empty profile, because that of the image may not be one for the mode of the file. The server reads none.
+    image.save(file, "PNG", compress_level=1, icc_profile=b"", exif=exif if orientation in _TURNED else b"")
+    return file.getvalue()
+
+
+def _converted(image: PillowImage.Image) -> PillowImage.Image:
+    """The image in a mode that PNG has."""
+    if image.mode.startswith("I"):  # grey of 16 bits, also where Pillow keeps it in 32
+        grey = PillowImage.fromarray(np.asarray(image).clip(0, 2**16 - 1).astype(np.uint16))
+        grey.info = dict(image.info)
+        return grey
+    if image.mode not in _CONVERTED:
+        raise ValueError(
+            f"its mode is {image.mode}, but must be one that has a defined conversion to RGB; convert it to RGB"
+        )
+    return image.convert(_CONVERTED[image.mode])
+
+
+def _orientation(image: PillowImage.Image) -> int:
+    try:
+        return int(image.getexif().get(_EXIF_ORIENTATION, 1))
+    except _UNREADABLE:
+        return 1  # as in the server's decoder: damaged metadata does not make the pixels unreadable

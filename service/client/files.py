@@ -6,6 +6,7 @@ the suffix of an image format. Whatever is wrong with one name or file is a prob
 
 import glob
 import os
+import re
 import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from pathlib import Path
 
 # The suffixes that Pillow knows for cifar_core.images.FORMATS. The server itself looks at the content of a file only.
 SUFFIXES = frozenset({".apng", ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".webp"})
+# The part `**` of a pattern, which stands for a folder and all folders below it.
+_ANY_FOLDERS = re.compile(r"(?<![^/])\*\*(?![^/])")
 
 
 @dataclass(frozen=True)
@@ -85,15 +88,33 @@ def _unreadable(problem: OSError, folder: str) -> Found:
 
 
 def _matches(pattern: str) -> Iterator[Found]:
-    paths = [path for path in sorted(glob.iglob(pattern, recursive=True)) if not os.path.isdir(path)]  # noqa: PTH112, PTH207 -- pathlib's patterns must be relative
+    paths = [path for path in sorted(set(_expanded(pattern))) if not os.path.isdir(path)]  # noqa: PTH112
     for path in paths:
         yield Found(Path(path), path)
     if not paths:
         yield Found(Path(pattern), pattern, "no file matches this pattern")
 
 
+def _expanded(pattern: str) -> Iterator[str]:
+    """The paths that match; some may come twice.
+
+    glob's own `**` follows links to folders, so it would find files many times, or never end.
+    """
+    any_folders = _ANY_FOLDERS.search(pattern)
+    if any_folders is None:
+        yield from glob.iglob(pattern)  # noqa: PTH207 -- pathlib's patterns must be relative
+        return
+    start, end = pattern[: any_folders.start()], pattern[any_folders.end() :]
+    rest = end.lstrip("/") if end else "*"
+    for top in glob.iglob(start) if start else [""]:  # noqa: PTH207
+        for parent, folders, _ in os.walk(top or os.curdir):
+            folders[:] = [folder for folder in folders if not folder.startswith(".")]
+            below = os.path.join(parent, "")  # noqa: PTH118 -- Path would drop the slash
+            yield from _expanded(glob.escape(below if top else below.removeprefix("./")) + rest)
+
+
 def read_image(path: Path, limit: int) -> bytes:
-    """The content of a file.
+    """The content of a file. Never waits for a pipe or a device.
 
     Args:
         path: Path of a regular file.
@@ -103,8 +124,11 @@ def read_image(path: Path, limit: int) -> bytes:
         OSError: The file cannot be read, is not a regular file, or is too large. `strerror` is the reason.
     """
     # Looked at before it is opened: opening a pipe waits for the process at its other end.
-    if not stat.S_ISREG(path.stat().st_mode):
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
         raise OSError(0, "it is not a regular file", str(path))
+    if not found.st_size:  # files of the kernel, such as /proc/kmsg, call themselves regular and empty, but may wait
+        return b""
     with path.open("rb") as file:
         content = file.read(limit + 1)
     if len(content) > limit:

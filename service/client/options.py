@@ -6,6 +6,7 @@ from pathlib import Path
 import grpc
 
 from service.client.addresses import Addresses
+from service.client.retrying import check_timeout
 
 DEFAULT_TARGET = "127.0.0.1:50051"
 
@@ -38,8 +39,9 @@ class Options:
         ca: PEM file of the certificate authority that signed the server's certificate; turns TLS on.
         certificate: PEM file of the client's certificate, for mutual TLS; turns TLS on and needs `key`.
         key: PEM file of the private key of `certificate`.
-        token: Bearer token that is sent with every call.
-        timeout: Seconds for a whole call, including all its requests and retries; None for no limit.
+        token: Bearer token that is sent with every call: printable ASCII characters.
+        timeout: Seconds for a whole call, including all its requests and retries; None for no limit. More than a year
+            means a year.
         attempts: Largest number of times that a request is sent.
         coalesce: Pack small calls that are made at the same time into shared requests.
         max_shared_requests: Largest number of shared requests in progress at once, for each address of the target.
@@ -51,7 +53,7 @@ class Options:
             read it.
 
     Raises:
-        ValueError: The options contradict each other.
+        ValueError: The options contradict each other, or one of them has a value that cannot be used.
     """
 
     tls: bool = False
@@ -73,6 +75,12 @@ class Options:
         for name in ("attempts", "max_shared_requests"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        check_timeout(self.timeout)
+        if self.token and not (self.token.isascii() and self.token.isprintable()):
+            raise ValueError(
+                "the token holds a character that cannot be sent, but must consist of printable ASCII characters; look "
+                "for line breaks, a byte order mark or accented letters where it is stored"
+            )
 
     @property
     def encrypted(self) -> bool:

@@ -4,6 +4,7 @@ import contextlib
 import csv
 import io
 import json
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -66,7 +67,10 @@ class CsvWriter:
     """Prints one line of CSV per file, after a line with the names of the columns.
 
     Args:
-        classes: Number of classes per image; each takes two columns.
+        classes: Largest number of classes per image; each takes two columns.
+
+    Raises:
+        ValueError: A row has more classes, because the server's model was replaced by another.
     """
 
     def __init__(self, classes: int) -> None:
@@ -76,6 +80,12 @@ class CsvWriter:
         self._csv.writerow(["image", *pairs, "error", "model_version"])
 
     def write(self, row: Row) -> None:
+        if len(row.answer.classes) > self._classes:
+            raise ValueError(
+                f"the answer for {row.file.path} has {len(row.answer.classes)} classes, but the first line of the CSV "
+                f"has columns for {self._classes}: the server's model was replaced by one with more classes; run the "
+                "command again"
+            )
         ranked = [value for ranked in row.answer.classes for value in (ranked.name, f"{ranked.probability:.6g}")]
         padding = [""] * (2 * self._classes - len(ranked))
         self._csv.writerow([row.file.path, *ranked, *padding, row.answer.error or "", row.answer.model_version])
@@ -88,9 +98,19 @@ class CsvWriter:
 def standard_output() -> Iterator[None]:
     """Lets a command print any file name, and end without a traceback if its output cannot be written.
 
+    Without a standard error, messages are dropped.
+
     Raises:
-        SystemExit: 1, because the reader of standard output, such as `head`, ended first; 2 if a disk is full.
+        SystemExit: 1, because the reader of standard output, such as `head`, ended first; 2 if a disk is full or the
+            program was started with a closed standard output.
     """
+    # `print` would write messages to standard output instead, and the next file that is opened would get the
+    # descriptor, to which libraries written in C print.
+    if sys.stderr is None:
+        sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+    if sys.stdout is None:
+        print("error: standard output is closed, but the rows must be written to it; redirect it", file=sys.stderr)
+        raise SystemExit(2)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a file name need not be valid text
     with output_may_fail():

@@ -18,14 +18,16 @@ from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from pydantic_core import SchemaValidator, ValidationError, core_schema
 
 from service.client.addresses import Addresses
-from service.client.command import add_connection_options, options_of
-from service.client.options import Options, channel_options, read_token
+from service.client.command import add_connection_options, check_target, options_of, token_of
+from service.client.options import Options, channel_options
 from service.environment import ENVIRONMENT_PREFIX
 from service.ports import address
 
 _EVERY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 -- nothing listens there: it is replaced
+_PORT = SchemaValidator(core_schema.int_schema(ge=0, le=65535))
 
 
 @dataclass(frozen=True)
@@ -82,10 +84,12 @@ def own_server(environment: Mapping[str, str], options: Options) -> _Place:
         OSError: The token file cannot be read.
         ValueError: A value is not valid.
     """
+    # As service.command_line reads them, which imports all of pydantic: too much for a check every few seconds.
+    variables = {name.upper(): value for name, value in environment.items()}
 
     def setting(name: str) -> str | None:
-        value = environment.get(ENVIRONMENT_PREFIX + name)
-        return None if value is None or value.lower() == "none" else value
+        value = variables.get(ENVIRONMENT_PREFIX + name)
+        return None if value == "none" else value
 
     def path(name: str) -> Path | None:
         return Path(value) if (value := setting(name)) else None
@@ -103,8 +107,16 @@ def own_server(environment: Mapping[str, str], options: Options) -> _Place:
         )
     if token_file and not options.token:
         # The token does not leave this machine, because its server listens here.
-        options = replace(options, token=read_token(token_file), allow_plaintext_token=True)
-    return _Place(_EVERY_ADDRESS.get(host, host), int(setting("PORT") or 50051), options, pinned)
+        options = replace(options, token=token_of(token_file), allow_plaintext_token=True)
+    return _Place(_EVERY_ADDRESS.get(host, host), _port(setting("PORT") or "50051"), options, pinned)
+
+
+def _port(text: str) -> int:
+    """A port as the server reads it, which takes 50051.0 too."""
+    try:
+        return int(_PORT.validate_python(text))
+    except ValidationError:
+        raise ValueError(f"{ENVIRONMENT_PREFIX}PORT is {text!r}, but must be a port, 0 to 65535") from None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -126,6 +138,7 @@ def _named(target: str, options: Options) -> _Place:
     host, _, port = target.rpartition(":")
     if not host or not port.isdecimal():
         raise ValueError("the address must be HOST:PORT")
+    check_target(target)
     options.check_safe(Addresses.parse(target))
     return _Place(host, int(port), options)
 

@@ -19,6 +19,8 @@ _CAUSED_BY_CONTENT = (
 )
 _FIRST_PAUSE, _LAST_PAUSE = 0.05, 2.0
 _PUSHBACK = "grpc-retry-pushback-ms"
+# gRPC counts nanoseconds in 63 bits: a deadline more than 292 years away would lie in the past.
+_LONGEST_TIMEOUT = 365 * 24 * 3600.0
 
 
 class RequestFailed(ClassificationError):
@@ -83,15 +85,33 @@ def deadline_exceeded() -> RequestFailed:
     return RequestFailed(grpc.StatusCode.DEADLINE_EXCEEDED, "the deadline passed before the answer arrived")
 
 
+def check_timeout(timeout: float | None) -> None:
+    """Refuses what is not a time limit.
+
+    Raises:
+        ValueError: It is not a number, or NaN, or negative.
+    """
+    try:
+        usable = timeout is None or timeout >= 0  # NaN is not
+    except TypeError:
+        usable = False
+    if not usable:
+        raise ValueError(f"timeout is {timeout!r}, but must be a number of seconds, 0 or more; use None for no limit")
+
+
 class Deadline:
     """The moment at which a call gives up.
 
     Args:
-        timeout: Seconds from now; None for never.
+        timeout: Seconds from now, at most a year: a longer timeout means a year. None for never.
+
+    Raises:
+        ValueError: `timeout` is not a number, or NaN, or negative.
     """
 
     def __init__(self, timeout: float | None) -> None:
-        self.at = float("inf") if timeout is None else time.monotonic() + timeout
+        check_timeout(timeout)
+        self.at = float("inf") if timeout is None else time.monotonic() + float(min(timeout, _LONGEST_TIMEOUT))
 
     def remaining(self) -> float | None:
         """Seconds that remain, never quite zero; None if there is no deadline."""

@@ -2,8 +2,8 @@
 
 import itertools
 import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future
 from types import TracebackType
 from typing import Any, Self
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from service.client.answers import Classification, Results, classifications, probability_table
 from service.client.base import BaseClient, check_top_k
-from service.client.contents import Content, Images, contents
+from service.client.contents import Content, Images, check_pixels, contents
 from service.client.options import DEFAULT_TARGET, Options
 from service.client.packing import distribute, request_of
 from service.client.retrying import Attempts, Deadline, RequestFailed
@@ -47,7 +47,6 @@ class Client(BaseClient):
             self._channel = grpc.secure_channel(self._grpc_target, self._credentials, self._channel_options)
         self._stub = rpc.ImageClassifierStub(self._channel)  # type: ignore[no-untyped-call]
         self._sharing = SyncSharing(self._shared_requests, self._classify_once, self._capacity)
-        self._pool = ThreadPoolExecutor(self._window, thread_name_prefix="classify")
         self._closed = threading.Event()
 
     def __enter__(self) -> Self:
@@ -62,8 +61,6 @@ class Client(BaseClient):
         """Ends the connection. Calls in other threads fail at once with CANCELLED, and so do later calls."""
         self._closed.set()
         self._channel.close()
-        # The remaining work of the pool fails at once as well, so this waits for nothing but the threads' end.
-        self._pool.shutdown()
 
     def model(self) -> messages.GetModelResponse:
         """Asks the server which model it serves now, and for its limits.
@@ -80,16 +77,17 @@ class Client(BaseClient):
             images: A list of images: paths, bytes of image files, PIL images, or uint8 arrays [height, width, 3]. Or
                 one uint8 array [n, 32, 32, 3], the fast way for many images.
             top_k: Number of classes to return per image, the most probable first; 0 for all.
-            timeout: Seconds for the whole call; None for the timeout of the options.
+            timeout: Seconds for the whole call, a year at most; None for the timeout of the options.
 
         Returns:
-            One answer per image, in the same order. An image that the server cannot read has an answer without
-            classes that says why.
+            One answer per image, in the same order. An image that the server cannot read, that cannot be encoded, or
+            that is too large for a message to the server has an answer without classes that says why.
 
         Raises:
             ClassificationError: A request failed as a whole.
             OSError: A path cannot be read.
-            ValueError: An array does not have the type and shape of images, or top_k is negative.
+            ValueError: An array does not have the type and shape of images, top_k is negative, or timeout is not a
+                number, or NaN, or negative.
             TypeError: `images` is a single image instead of a list, or holds something that is not an image.
         """
         check_top_k(top_k)
@@ -100,13 +98,17 @@ class Client(BaseClient):
         """Classifies raw images, uint8 [n, 32, 32, 3].
 
         Returns:
-            Probabilities, float32 [n, classes], in the model's order of classes.
+            Probabilities, float32 [n, classes], in the model's order of classes. Without images, `classes` is the
+            number that the server named when it was last asked for its limits.
 
         Raises:
             ClassificationError: A request failed as a whole.
-            ValueError: The array does not have this type and shape.
+            ValueError: The array does not have this type and shape, or timeout is not a number, or NaN, or negative.
         """
-        return probability_table(self._results(images, self._deadline(timeout)))
+        if isinstance(images, np.ndarray):
+            check_pixels(images)
+        parts = self._results(images, self._deadline(timeout))
+        return probability_table(parts, len(self._known_classes))
 
     def _results(self, images: Images, deadline: Deadline) -> list[Results]:
         if self._limits_may_have_changed:
@@ -118,30 +120,47 @@ class Client(BaseClient):
             if len(window) == 1:
                 results += self._send(window[0], deadline)
             else:
-                for part in self._in_parallel(lambda content: self._send(content, deadline), window):
-                    results += part
+                for part in self._in_parallel(window, deadline):
+                    results += part.result()
         return results
 
-    def _in_parallel(self, send: Callable[[Content], list[Results]], window: list[Content]) -> Iterator[list[Results]]:
+    def _in_parallel(self, window: list[Content], deadline: Deadline) -> "list[Future[list[Results]]]":
+        """Sends each content in a thread of its own, which ends by the deadline."""
+        outcomes = []
+        for content in window:
+            outcome: Future[list[Results]] = Future()
+            # Not a pool: calls of other threads would wait for its threads beyond their deadlines. Daemons, because a
+            # process that is interrupted must not wait for a server that does not answer.
+            threading.Thread(
+                target=self._send_into, args=(outcome, content, deadline), name="classify", daemon=True
+            ).start()
+            outcomes.append(outcome)
+        return outcomes
+
+    def _send_into(self, outcome: "Future[list[Results]]", content: Content, deadline: Deadline) -> None:
         try:
-            return self._pool.map(send, window)
-        except RuntimeError:  # the pool was shut down
-            self._check_open()
-            raise
+            outcome.set_result(self._send(content, deadline))
+        except BaseException as error:  # noqa: BLE001 -- the thread that made the call raises it
+            outcome.set_exception(error)
 
     def _send(self, content: Content, deadline: Deadline) -> list[Results]:
-        """The results of one content; in several parts if the server's limits turn out to be lower than known."""
-        try:
-            return [self._repeat(deadline, self._exchange, content, deadline)]
-        except RequestFailed as failure:
-            if not failure.may_be_too_large:
-                raise
-            self._fetch_model(deadline)
-            smaller = self._smaller(content, failure)
+        """The results of one content; in several parts if it does not fit into a request to the server."""
+        refusal = None
+        if content.fits(self._capacity()):
+            try:
+                return [self._repeat(deadline, self._exchange, content, deadline)]
+            except RequestFailed as failure:
+                if not failure.may_be_too_large:
+                    raise
+                refusal = failure
+        self._fetch_model(deadline)
+        smaller = self._smaller(content, refusal)
         return [self._repeat(deadline, self._exchange, part, deadline) for part in smaller]
 
     def _exchange(self, content: Content, deadline: Deadline) -> Results:
         """One attempt, in a shared request if the content is small."""
+        if (results := self._error_of(content)) is not None:
+            return results
         if self._is_shared(content):
             return self._sharing.exchange(content, deadline)
         response = self._classify_once(request_of([content]), deadline)

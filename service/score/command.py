@@ -3,8 +3,11 @@
 import argparse
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import TypeAdapter, ValidationError
 
 from cifar_core.pixels import ImageLimits
 from service.core.model_store import Model
@@ -15,7 +18,7 @@ from service.score.progress import ScoreProgress
 from service.score.rows import Source
 from service.score.scorer import ScoreOptions, Scorer, load_model
 from service.score.sources import open_source
-from service.settings import Settings, shipped_model
+from service.settings import Int32, Settings, shipped_model
 
 _PARTS_AT_ONCE = 2
 """While one part is finished and written, the next one is read already."""
@@ -176,10 +179,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "input",
         metavar="INPUT",
-        type=Path,
+        type=_path,
         help="a folder of image files, a text file with one path per line, a .parquet file, or a folder of these",
     )
-    parser.add_argument("output", metavar="OUTPUT", type=Path, help="folder to write; it must be new or empty")
+    parser.add_argument("output", metavar="OUTPUT", type=_path, help="folder to write; it must be new or empty")
     parser.add_argument("--resume", action="store_true", help="continue a run that was stopped; starts it if it is new")
     parser.add_argument(
         "--ray",
@@ -218,29 +221,42 @@ def _parser() -> argparse.ArgumentParser:
 def _add_limits(parser: argparse.ArgumentParser) -> None:
     work = parser.add_argument_group("work")
     work.add_argument(
-        "--threads", type=_count, metavar="N", help="number of batches computed at once; default: the available cores"
+        "--threads",
+        type=_as_in_the_server("threads"),
+        default=0,
+        metavar="N",
+        help="number of batches computed at once; default: 0, the available cores",
     )
     work.add_argument(
         "--decode-processes",
-        type=_count,
+        type=_as_in_the_server("decode_processes"),
+        default=0,
         metavar="N",
-        help="number of processes that decode; default: the available cores",
+        help="number of processes that decode; default: 0, the available cores",
     )
     work.add_argument(
-        "--batch-size", type=_count, default=64, metavar="N", help="images computed at once; default: %(default)s"
+        "--batch-size",
+        type=_checked(Int32),
+        default=64,
+        metavar="N",
+        help="images computed at once; default: %(default)s",
     )
     work.add_argument(
-        "--rows-per-part", type=_count, default=8192, metavar="N", help="rows of an output file; default: %(default)s"
+        "--rows-per-part",
+        type=_checked(Int32),
+        default=8192,
+        metavar="N",
+        help="rows of an output file; default: %(default)s",
     )
     limits = parser.add_argument_group("limits on one image, as in the server")
-    for name, unit, convert in (
-        ("max_image_bytes", "bytes of its file", _count),
-        ("max_image_pixels", "width times height", _count),
-        ("max_decode_seconds", "seconds of CPU time for decoding it", float),
+    for name, unit in (
+        ("max_image_bytes", "bytes of its file"),
+        ("max_image_pixels", "width times height"),
+        ("max_decode_seconds", "seconds of CPU time for decoding it"),
     ):
         limits.add_argument(
             f"--{name.replace('_', '-')}",
-            type=convert,
+            type=_as_in_the_server(name),
             default=_default(name),
             metavar="N",
             help=f"{unit}; default: %(default)s",
@@ -252,8 +268,26 @@ def _default(name: str) -> object:
     return Settings.model_fields[name].default
 
 
-def _count(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} must be at least 1")
-    return number
+def _as_in_the_server(name: str) -> Callable[[str], object]:
+    """Reads a value within the server's limits for an option."""
+    field = Settings.model_fields[name]
+    return _checked(Annotated[field.annotation, *field.metadata])
+
+
+def _checked(kind: Any) -> Callable[[str], object]:  # noqa: ANN401 -- any type that pydantic knows
+    adapter = TypeAdapter(kind)
+
+    def read(text: str) -> object:
+        try:
+            return adapter.validate_python(text)
+        except ValidationError as error:
+            reason = "; ".join(problem["msg"] for problem in error.errors())
+            raise argparse.ArgumentTypeError(f"{text}: {reason}") from None
+
+    return read
+
+
+def _path(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty; write . for the current folder")
+    return Path(text)

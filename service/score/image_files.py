@@ -2,6 +2,7 @@
 
 import os
 import stat
+from codecs import BOM_UTF8
 from collections.abc import Iterator
 from itertools import islice, zip_longest
 from pathlib import Path
@@ -23,7 +24,8 @@ class ImageFiles:
     """A folder, or a list of files.
 
     A folder is searched with its subfolders, in the order of the names, for files with an extension in
-    `pixels.EXTENSIONS`; links to folders are not followed. A list is a text file with one path per line.
+    `pixels.EXTENSIONS`; links to folders are not followed. A list is a text file with one path per line; a byte order
+    mark at its beginning is no part of the first path.
 
     Args:
         kind: "folder" or "list".
@@ -103,8 +105,8 @@ class ImageFiles:
     def _lines(self) -> Iterator[str]:
         try:
             with self._path.open("rb") as lines:
-                for line in lines:
-                    if path := line.rstrip(b"\r\n"):
+                for number, line in enumerate(lines):
+                    if path := (line if number else line.removeprefix(BOM_UTF8)).rstrip(b"\r\n"):
                         yield os.fsdecode(path)
         except OSError as error:
             raise ScoreError(f"{self._path}: this list cannot be read ({error.strerror})") from error
@@ -125,21 +127,25 @@ def read(path: str, max_bytes: int) -> bytes | ImageRejected:
         max_bytes: A larger file is rejected without being read.
     """
     try:
-        # Without O_NONBLOCK, opening a named pipe would wait for a writer.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        with open(descriptor, "rb") as stream:  # noqa: PTH123 -- a descriptor, not a path
-            found = os.fstat(descriptor)
+        with open(path, "rb", opener=_open_without_waiting) as stream:
+            found = os.fstat(stream.fileno())
             if not stat.S_ISREG(found.st_mode):
                 return ImageRejected("the file cannot be read: it is not a regular file")
             if found.st_size > max_bytes:
                 return ImageRejected(
                     f"the image has {found.st_size} bytes; at most {max_bytes} are allowed (--max-image-bytes)"
                 )
-            return stream.read(max_bytes + 1)
+            # Files of the kernel, such as /proc/kmsg, call themselves regular and empty, but may wait.
+            return stream.read(max_bytes + 1) if found.st_size else b""
     except OSError as error:
         return ImageRejected(f"the file cannot be read: {error.strerror}")
     except ValueError as error:
         return ImageRejected(f"the file cannot be read: {error}")
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    """Opens a file; a named pipe, too, without waiting for a writer."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _entries(inventory: Path) -> Iterator[Entry]:

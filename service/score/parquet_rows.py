@@ -62,6 +62,7 @@ class ParquetRows:
     """
 
     def __init__(self, path: Path, column: str | None, content: Content, key: str | None) -> None:
+        self._path = path
         self._folder = path if path.is_dir() else path.parent
         self._names = parquet_names(path) if path.is_dir() else [path.name]
         schema = self._open(self._names[0]).schema_arrow
@@ -99,7 +100,8 @@ class ParquetRows:
                 ]
                 first_in_file += rows
         if not parts:
-            raise ScoreError(f"{self._folder}: the Parquet files hold no rows")
+            kind = "folder's .parquet files hold" if self._path.is_dir() else "file holds"
+            raise ScoreError(f"{self._path}: the {kind} no rows")
         pq.write_table(pa.Table.from_pylist(parts, _INVENTORY), file)
 
     def part_sizes(self, inventory: Path) -> list[int]:

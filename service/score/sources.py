@@ -37,8 +37,10 @@ def _kind_of(path: Path) -> str:
     try:
         if path.is_dir():
             return _kind_of_folder(path)
-        if not path.is_file():
+        if not path.exists():
             raise ScoreError(f"{path}: there is no such file or folder")
+        if not path.is_file():
+            raise ScoreError(f"{path}: this is neither a regular file nor a folder; write the paths to a file")
     except OSError as error:
         raise ScoreError(f"{path}: this cannot be read ({error.strerror})") from error
     if path.name.lower().endswith(EXTENSIONS):

@@ -110,6 +110,20 @@ class Scripted(rpc.ImageClassifierServicer):
         return answer(request) if self.knows_tables else ranked_answer(request)
 
 
+class Blocked(Scripted):
+    """Answers no request until `go_on` is set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.arrived = threading.Semaphore(0)
+        self.go_on = threading.Event()
+
+    def Classify(self, request, context):  # noqa: N802
+        self.arrived.release()
+        self.go_on.wait(60)
+        return super().Classify(request, context)
+
+
 @contextlib.contextmanager
 def serve(servicer: Scripted) -> Iterator[str]:
     """Serves on a free port of the loopback interface; yields HOST:PORT."""

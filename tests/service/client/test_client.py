@@ -79,6 +79,53 @@ def test_an_image_that_cannot_be_read_has_an_answer_that_says_so(client):
     assert good.error is None
 
 
+def classify(kind: type, target: str, images: list) -> list:
+    async def use():
+        async with AsyncClient(target) as client:
+            return await client.classify(images)
+
+    if kind is AsyncClient:
+        return asyncio.run(use())
+    with Client(target) as client:
+        return client.classify(images)
+
+
+def as_png(image: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    PillowImage.fromarray(image).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("kind", [Client, AsyncClient])
+def test_an_image_that_no_message_can_hold_has_an_answer_that_says_so(server, kind):
+    good = as_png(pictures(1)[0])
+    noise = np.random.default_rng(0).integers(0, 256, (1700, 1700, 3), np.uint8)  # a PNG file of 8.7 MB
+    large = [noise, PillowImage.fromarray(noise), good + bytes(8 * 2**20), good + bytes(20 * 2**20)]
+    answers = classify(kind, server.target, [image for one in large for image in (good, one)] + [good])
+    assert are_right(answers[::2], pictures(1)[[0] * 5])
+    for answer in answers[1::2]:
+        assert "but must take at most 8387584 to fit into a message to the server; send a smaller image" in answer.error
+        assert answer.model_version == "linear-0"
+    # A little smaller, it is the server that refuses the image.
+    assert "at most 8000000 are allowed" in classify(kind, server.target, [good + bytes(8_380_000)])[0].error
+
+
+@pytest.mark.parametrize("kind", [Client, AsyncClient])
+def test_a_pil_image_that_cannot_be_encoded_has_an_answer_that_says_so(server, kind, tmp_path):
+    PillowImage.fromarray(pictures(1)[0]).resize((200, 200)).save(tmp_path / "image.bmp")
+    (tmp_path / "short.bmp").write_bytes((tmp_path / "image.bmp").read_bytes()[:500])
+    good = pictures(1)[0]
+    with PillowImage.open(tmp_path / "short.bmp") as truncated:
+        bad = [PillowImage.new("F", (40, 40)), truncated, PillowImage.new("RGB", (0, 0)), np.zeros((0, 5, 3), np.uint8)]
+        answers = classify(kind, server.target, [image for one in bad for image in (good, one)] + [good])
+    assert are_right(answers[::2], pictures(1)[[0] * 5])
+    errors = [answer.error for answer in answers[1::2]]
+    assert "its mode is F, but must be one that has a defined conversion to RGB; convert it to RGB" in errors[0]
+    assert "the PIL image cannot be encoded: image file is truncated" in errors[1]
+    assert "the PIL image cannot be encoded" in errors[2]
+    assert "the image is empty: 5 x 0 pixels" in errors[3]
+
+
 @pytest.mark.parametrize(
     ("images", "error", "message"),
     [
@@ -103,7 +150,20 @@ def test_a_negative_number_of_classes_is_refused(client):
 
 def test_an_empty_list_has_no_answers(client):
     assert client.classify([]) == []
-    assert client.probabilities(pictures(0)).size == 0
+    assert client.probabilities(pictures(0)).shape == (0, len(CLASSES))  # so it can be joined with others
+
+
+@pytest.mark.parametrize("images", [pictures(1)[0], pictures(2).astype(np.float32)], ids=["one image", "floats"])
+def test_probabilities_are_given_for_arrays_of_raw_images_only(client, server, images):
+    with pytest.raises(ValueError, match=r"must be uint8 \[n, 32, 32, 3\]"):
+        client.probabilities(images)
+
+    async def use():
+        async with AsyncClient(server.target) as client:
+            await client.probabilities(images)
+
+    with pytest.raises(ValueError, match=r"must be uint8 \[n, 32, 32, 3\]"):
+        asyncio.run(use())
 
 
 def test_the_asyncio_client_gives_the_same_answers(server):

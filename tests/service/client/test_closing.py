@@ -1,30 +1,15 @@
 """Closing a client while other threads or tasks use it."""
 
 import asyncio
-import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import pytest
 
 from service.client import AsyncClient, ClassificationError, Client, Options
-from tests.service.client.scripted import Scripted, serve
+from tests.service.client.scripted import Blocked, Scripted, serve
 from tests.service.conftest import until
 from tests.service.exports import pictures
-
-
-class Blocked(Scripted):
-    """Answers no request until `go_on` is set."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.arrived = threading.Semaphore(0)
-        self.go_on = threading.Event()
-
-    def Classify(self, request, context):  # noqa: N802
-        self.arrived.release()
-        self.go_on.wait(60)
-        return super().Classify(request, context)
 
 
 def failure_of(call) -> ClassificationError:
@@ -34,7 +19,7 @@ def failure_of(call) -> ClassificationError:
 
 
 @pytest.mark.parametrize(
-    ("images", "coalesce"), [(1, True), (1, False), (100, True)], ids=["shared", "single", "in the pool"]
+    ("images", "coalesce"), [(1, True), (1, False), (100, True)], ids=["shared", "single", "in parallel"]
 )
 def test_calls_under_way_fail_at_once_when_the_client_is_closed(images, coalesce):
     servicer = Blocked()

@@ -27,6 +27,14 @@ def command(*arguments: object, folder: Path = REPOSITORY) -> subprocess.Complet
     )  # fmt: skip
 
 
+def in_shell(redirection: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """The command with a redirection of its streams, such as `2>&-`."""
+    words = [sys.executable, "-m", "service.client", *map(str, arguments)]
+    return subprocess.run(
+        ["/bin/sh", "-c", f'exec "$@" {redirection}', "sh", *words], cwd=REPOSITORY, capture_output=True, text=True
+    )
+
+
 def rows_of(done: subprocess.CompletedProcess[str]) -> list[dict]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
@@ -101,6 +109,32 @@ def test_csv_has_one_line_per_image_with_the_columns_of_the_first_line(server, f
     assert float(rows[0]["probability_1"]) == pytest.approx(best.max(), abs=1e-5)
     assert (rows[-1]["class_1"], rows[-1]["model_version"]) == ("", "linear-0")
     assert "its header is damaged" in rows[-1]["error"]
+
+
+def test_csv_ends_with_an_error_if_an_answer_has_more_classes_than_the_first_line(folder):
+    # The model that this server names has no classes, and its answers have ten: as if it was replaced in between.
+    servicer = Scripted()
+    servicer.limits.max_image_bytes = 10_000
+    with serve(servicer) as target:
+        done = command("--server", target, "--csv", "--top-k", "0", folder / "a/0.png")
+    assert done.stdout == "image,error,model_version\n"
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: the answer for {folder}/a/0.png has 10 classes")
+    assert "replaced by one with more classes; run the command again" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_without_a_standard_output_there_is_one_line_of_error(server):
+    done = in_shell(">&-", "--server", server.target, SAMPLES / "cat.jpg")
+    assert done.returncode == 2
+    assert done.stderr == "error: standard output is closed, but the rows must be written to it; redirect it\n"
+
+
+@pytest.mark.parametrize("image", [SAMPLES / "cat.jpg", REPOSITORY / "LICENSE"])
+def test_without_a_standard_error_the_rows_are_written_and_nothing_else(server, image):
+    done = in_shell("2>&-", "--server", server.target, "--json", image)
+    assert [row["image"] for row in rows_of(done)] == [str(image)]
+    assert done.returncode == (0 if image.suffix else 1)
 
 
 def test_each_file_that_cannot_be_read_costs_only_its_own_row(server, tmp_path):
@@ -205,6 +239,14 @@ def test_a_file_name_cannot_control_the_terminal(server, tmp_path):
         (["--key", "key.pem"], "key is given without certificate"),
         (["--token-file", "absent"], "No such file or directory: 'absent'"),
         (["--ca", "LICENSE"], "LICENSE is not a PEM file"),
+        (["--timeout", "nan"], "--timeout is nan, but must be above 0"),
+        (["--timeout", "inf"], "--timeout is inf, but must be above 0 and at most 2,147,483 seconds"),
+        (["--timeout", "0"], "--timeout is 0, but must be above 0"),
+        (["--timeout", "-1"], "--timeout is -1, but must be above 0"),
+        (["--server", "127.0.0.1:99999"], "the port in 127.0.0.1:99999 is 99999, but must be at most 65535"),
+        (["--server", "127.0.0.1:1, [::1]:65536"], "the port in [::1]:65536 is 65536"),
+        (["--server", "dns:///localhost:65536"], "the port in dns:///localhost:65536 is 65536"),
+        (["--server="], "the address of the server is empty, but must be HOST:PORT"),
     ],
 )
 def test_what_went_wrong_is_one_line(arguments, message):
@@ -213,3 +255,21 @@ def test_what_went_wrong_is_one_line(arguments, message):
     assert done.stderr.startswith("error: ")
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("geheimnisträger".encode(), "the first token has characters that cannot be sent"),
+        (b"geheim\x07nis", "the first token has characters that cannot be sent"),
+        (b"geheim\xff", "is not UTF-8 text"),
+    ],
+)
+def test_a_token_that_cannot_be_sent_is_one_line_with_the_name_of_its_file(server, tmp_path, content, message):
+    (tmp_path / "tokens").write_bytes(content)
+    done = command("--server", server.target, "--token-file", tmp_path / "tokens", SAMPLES / "cat.jpg")
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {tmp_path}/tokens")
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert "geheim" not in done.stderr

@@ -38,6 +38,19 @@ def test_the_token_is_not_shown():
     assert "secret" not in repr(Options(token="secret"))  # noqa: S106
 
 
+@pytest.mark.parametrize("token", ["geheim-ü", "secret\nsecond", "\ufeffsecret", "secret\x7f", "secret\t"])
+def test_a_token_that_cannot_be_sent_is_refused_and_not_shown(token):
+    with pytest.raises(ValueError, match="must consist of printable ASCII characters") as caught:
+        Options(token=token)
+    assert not any(part in str(caught.value) for part in ("geheim", "secret", "second"))
+
+
+@pytest.mark.parametrize("timeout", [float("nan"), -1, float("-inf"), "3"])
+def test_a_time_limit_that_is_none_is_refused(timeout):
+    with pytest.raises(ValueError, match=f"timeout is {timeout!r}, but must be a number of seconds, 0 or more"):
+        Options(timeout=timeout)
+
+
 @pytest.mark.parametrize(("given", "missing"), [("key", "certificate"), ("certificate", "key")])
 def test_a_certificate_and_its_key_go_together(given, missing, tmp_path):
     with pytest.raises(ValueError, match=f"{given} is given without {missing}"):

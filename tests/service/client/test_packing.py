@@ -1,5 +1,7 @@
 """The pure logic of packing: which images go into which request, and which results belong to which call."""
 
+import io
+
 import grpc
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image as PillowImage
 
+from cifar_core.images import decode, pixels_of
 from service.client.answers import ClassificationError, Results, classifications, probability_table
 from service.client.contents import Capacity, Content, contents
 from service.client.packing import (
@@ -29,6 +32,7 @@ from tests.service.client.scripted import (
     row_in,
     row_of,
 )
+from tests.service.exports import pictures
 
 numbers = st.integers(0, 2**31)
 
@@ -238,3 +242,71 @@ def test_an_image_keeps_its_orientation_when_it_is_encoded():
     image.getexif()[0x0112] = 6
     (content,) = contents([image], lambda: Capacity(10, 10**6))
     assert b"eXIf" in content.images[0].encoded
+
+
+def encoded(image: PillowImage.Image) -> bytes:
+    """The file that the client sends for the image."""
+    (content,) = contents([image], lambda: Capacity(10, 10**6))
+    return content.images[0].encoded
+
+
+MODES = [
+    "1",
+    "L",
+    "LA",
+    "P",
+    "PA",
+    "RGB",
+    "RGBA",
+    "RGBa",
+    "RGBX",
+    "CMYK",
+    "YCbCr",
+    "HSV",
+    "LAB",
+    "I;16",
+    "I;16L",
+    "I;16B",
+]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_pil_image_of_any_mode_has_the_pixels_that_the_servers_decoder_makes_of_it(mode):
+    source = PillowImage.fromarray(np.random.default_rng(0).integers(0, 256, (150, 250, 4), np.uint8), "RGBA")
+    if mode.startswith("I"):
+        image = PillowImage.fromarray(np.random.default_rng(0).integers(0, 2**16, (150, 250), np.uint16))
+        image = image if mode == image.mode else image.convert("I").convert(mode)
+    elif mode == "LAB":
+        image = PillowImage.frombytes("LAB", (250, 150), np.random.default_rng(0).bytes(250 * 150 * 3))
+    elif mode == "PA":
+        image = source.convert("RGB").convert("P").convert("PA")
+    else:
+        image = source.convert("RGB" if mode in ("CMYK", "YCbCr", "HSV", "LAB") else "RGBA").convert(mode)
+    assert image.mode == mode
+    np.testing.assert_array_equal(decode(encoded(image)), pixels_of(image, scalable=False))
+
+
+def test_grey_that_is_multiplied_by_its_opacity_keeps_its_transparency():
+    image = PillowImage.merge("LA", [PillowImage.linear_gradient("L"), PillowImage.radial_gradient("L")])
+    sent = decode(encoded(image.convert("La"))).astype(int)
+    assert np.abs(sent - decode(encoded(image))).max() <= 4  # the multiplication rounds
+
+
+# No EXIF at all; an orientation of 6 and a maker (0x010f) that is a number; an orientation that is a text.
+@pytest.mark.parametrize(
+    ("exif", "orientation"),
+    [
+        (b"\xff" * 30, 1),
+        (b"\x02\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0\x0f\x01\x0b\0\x01\0\0\0" + bytes(8), 6),
+        (b"\x01\0\x12\x01\x02\0\x03\0\0\0up\0\0" + bytes(4), 1),
+    ],
+    ids=["no EXIF", "damaged", "no number"],
+)
+def test_a_pil_image_with_damaged_exif_is_sent_with_the_orientation_that_the_decoder_finds(exif, orientation):
+    file = io.BytesIO()
+    picture = PillowImage.fromarray(pictures(1)[0])
+    picture.save(file, "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0" + exif)
+    image = PillowImage.open(file)
+    sent = encoded(image)
+    assert PillowImage.open(io.BytesIO(sent)).getexif().get(0x0112, 1) == orientation
+    np.testing.assert_array_equal(decode(sent), decode(file.getvalue()))

@@ -62,6 +62,8 @@ def test_the_probe_reads_the_servers_port_and_host(start_server, linear):
     server = start_server("--model", linear).ready()
     done = probe(CIFAR_SERVICE_PORT=server.port, CIFAR_SERVICE_HOST="0.0.0.0")  # noqa: S104
     assert (done.returncode, done.stdout) == (0, f"127.0.0.1:{server.port}: SERVING\n")
+    for spelling in ({"cifar_service_port": server.port}, {"CIFAR_SERVICE_PORT": f" {server.port}.0"}):
+        assert probe(**spelling).stdout == f"127.0.0.1:{server.port}: SERVING\n"
     assert server.stop() == 0
     done = probe(CIFAR_SERVICE_PORT=server.port)
     assert done.returncode == 1
@@ -136,6 +138,9 @@ def test_a_server_that_does_not_serve_is_unhealthy():
     ("arguments", "message"),
     [
         (["nowhere"], "the address must be HOST:PORT"),
+        (["127.0.0.1:65536"], "the port in 127.0.0.1:65536 is 65536, but must be at most 65535"),
+        (["127.0.0.1:1", "--timeout", "inf"], "--timeout is inf, but must be above 0"),
+        (["127.0.0.1:1", "--timeout", "nan"], "--timeout is nan, but must be above 0"),
         (["127.0.0.1:1", "--ca", "absent.pem"], "No such file or directory: 'absent.pem'"),
         (["127.0.0.1:1", "--key", "key.pem"], "key is given without certificate"),
         (["classifier.example:1", "--token-file", "TOKENS"], "the token would be sent to classifier.example:1 without"),
@@ -146,3 +151,10 @@ def test_a_wrong_argument_is_one_line_and_exit_code_1(arguments, message, pem):
     assert done.returncode == 1
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("port", ["65536", "5.5", "http"])
+def test_a_port_that_the_server_would_not_take_is_one_line(port):
+    done = probe(CIFAR_SERVICE_PORT=port)
+    assert done.returncode == 1
+    assert done.stderr == (f"this machine's server: CIFAR_SERVICE_PORT is '{port}', but must be a port, 0 to 65535\n")

@@ -179,6 +179,24 @@ def gather(target: str, calls: int, options: Options, images: np.ndarray) -> lis
     return asyncio.run(use())
 
 
+def ask_at_once(kind: type, target: str, images: np.ndarray, timeouts: list) -> list:
+    """Makes a call for each image at the same time; returns answers and exceptions."""
+    calls = list(zip(images[:, np.newaxis], timeouts, strict=True))
+
+    async def use_async():
+        async with AsyncClient(target) as client:
+            await client.model()
+            waiting = [client.classify(image, timeout=timeout) for image, timeout in calls]
+            return await asyncio.gather(*waiting, return_exceptions=True)
+
+    if kind is AsyncClient:
+        return asyncio.run(use_async())
+    with Client(target) as client, ThreadPoolExecutor(len(calls)) as pool:
+        client.model()
+        waiting = [pool.submit(client.classify, image, timeout=timeout) for image, timeout in calls]
+        return [one.exception() or one.result() for one in waiting]
+
+
 @pytest.mark.parametrize(("coalesce", "requests"), [(True, (7, 20)), (False, (64, 64))])
 def test_concurrent_calls_share_requests_unless_that_is_turned_off(coalesce, requests):
     servicer, images = Scripted(), pictures(64)
@@ -217,25 +235,39 @@ def test_shared_requests_become_smaller_once_the_server_refuses_large_ones():
 
 
 @pytest.mark.parametrize("kind", [Client, AsyncClient])
+@pytest.mark.parametrize("timeout", [9.3e9, 1e300, float("inf"), 10**400], ids=["300 years", "1e300", "inf", "10**400"])
+def test_a_call_with_a_huge_timeout_disturbs_neither_itself_nor_the_others(kind, timeout):
+    servicer, images = Scripted(), pictures(9)
+    servicer.seconds = 0.1
+    timeouts = [timeout if number % 3 == 0 else 30.0 for number in range(9)]
+    with serve(servicer) as target:
+        answers = ask_at_once(kind, target, images, timeouts)
+    assert [row_in(answer[0]) for answer in answers] == [row_of(image.tobytes()) for image in images]
+
+
+@pytest.mark.parametrize("kind", [Client, AsyncClient])
+@pytest.mark.parametrize("timeout", [float("nan"), -1.0, "3"])
+def test_a_call_with_an_unusable_timeout_is_refused_and_does_not_disturb_the_others(kind, timeout):
+    servicer, images = Scripted(), pictures(9)
+    servicer.seconds = 0.1
+    timeouts = [timeout if number % 3 == 0 else 30.0 for number in range(9)]
+    with serve(servicer) as target:
+        answers = ask_at_once(kind, target, images, timeouts)
+    for outcome, image, given_timeout in zip(answers, images, timeouts, strict=True):
+        if given_timeout is timeout:
+            assert isinstance(outcome, ValueError)
+            assert f"timeout is {timeout!r}, but must be a number of seconds, 0 or more" in str(outcome)
+        else:
+            assert row_in(outcome[0]) == row_of(image.tobytes())
+
+
+@pytest.mark.parametrize("kind", [Client, AsyncClient])
 def test_a_call_whose_deadline_passes_does_not_disturb_the_others(kind):
     servicer, images = Scripted(), pictures(9)
     servicer.seconds = 0.5
     timeouts = [0.2 if number % 3 == 2 else 30.0 for number in range(9)]
-
-    async def use_async(target):
-        async with AsyncClient(target) as client:
-            await client.model()
-            waiting = [client.classify(images[n : n + 1], timeout=timeouts[n]) for n in range(9)]
-            return await asyncio.gather(*waiting, return_exceptions=True)
-
-    def use_threads(target):
-        with Client(target) as client, ThreadPoolExecutor(9) as pool:
-            client.model()
-            waiting = [pool.submit(client.classify, images[n : n + 1], timeout=timeouts[n]) for n in range(9)]
-            return [one.exception() or one.result() for one in waiting]
-
     with serve(servicer) as target:
-        answers = asyncio.run(use_async(target)) if kind is AsyncClient else use_threads(target)
+        answers = ask_at_once(kind, target, images, timeouts)
     for number, outcome in enumerate(answers):
         if timeouts[number] < 1:
             assert isinstance(outcome, ClassificationError)

@@ -1,11 +1,14 @@
 import os
+import stat
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
+from service.score import image_files
 from service.score.errors import ScoreError
 from tests.cifar_core.image_corpus import gradient, saved
 from tests.service import exports
@@ -98,6 +101,69 @@ def test_a_list_names_files_in_any_order_and_more_than_once(tmp_path, linear, mo
     assert_classified(table.filter(found), images[[2, 0, 2, 1]])
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_path_of_a_list(tmp_path, linear, monkeypatch):
+    images = exports.pictures(2)
+    names = write_images(tmp_path, images)
+    (tmp_path / "list.txt").write_text("\r\n".join(names), encoding="utf-8-sig")
+    monkeypatch.chdir(tmp_path)
+    assert score("list.txt", "out", model=linear) == 0
+    assert rows("out")["path"].to_pylist() == names
+
+
+def test_a_file_that_calls_itself_regular_and_empty_is_not_read(tmp_path, monkeypatch):
+    """Such as /proc/kmsg. Here it is a pipe whose other end stays open."""
+    pipe = tmp_path / "pipe.jpg"
+    os.mkfifo(pipe)
+    writer = os.open(pipe, os.O_RDWR)
+    os.write(writer, b"log")
+    monkeypatch.setattr(image_files, "stat", SimpleNamespace(S_ISREG=stat.S_ISFIFO))
+    assert image_files.read(str(pipe), 1000) == b""
+    os.close(writer)
+
+
+def test_a_folder_in_place_of_a_file_is_not_left_open(tmp_path):
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    assert "Is a directory" in str(image_files.read(str(tmp_path), 1000))
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--rows-per-part", "99999999999999999999", "less than or equal to 2147483647"),
+        ("--rows-per-part", "0", "greater than or equal to 1"),
+        ("--batch-size", "99999999999", "less than or equal to 2147483647"),
+        ("--max-image-bytes", "99999999999999999999", "less than or equal to 2147483647"),
+        ("--max-image-pixels", "0", "greater than or equal to 1"),
+        ("--threads", "99999999999", "less than or equal to 1024"),
+        ("--decode-processes", "1025", "less than or equal to 1024"),
+        ("--max-decode-seconds", "-1", "greater than 0"),
+        ("--max-decode-seconds", "0", "greater than 0"),
+        ("--max-decode-seconds", "nan", "less than or equal to 2147483.647"),
+        ("--max-decode-seconds", "much", "should be a valid number"),
+    ],
+)
+def test_a_limit_that_the_server_would_refuse_is_a_wrong_option(tmp_path, linear, capsys, option, value, message):
+    with pytest.raises(SystemExit, match=r"^2$"):
+        score(tmp_path, tmp_path / "out", option, value, model=linear)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert f"argument {option}: {value}: " in error
+    assert message in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_as_in_the_server_0_threads_are_all_cores(tmp_path, linear):
+    write_images(tmp_path / "in", exports.pictures(3))
+    assert score(tmp_path / "in", tmp_path / "out", "--threads", 0, "--decode-processes", 0, model=linear) == 0
+
+
+@pytest.mark.parametrize("arguments", [("", "out"), ("in", "")])
+def test_an_empty_path_is_not_the_current_folder(linear, capsys, arguments):
+    with pytest.raises(SystemExit, match=r"^2$"):
+        score(*arguments, model=linear)
+    assert "the path is empty; write . for the current folder" in capsys.readouterr().err
+
+
 def test_a_name_that_is_not_utf8_is_escaped_in_the_output(tmp_path, linear):
     folder = tmp_path / "in"
     folder.mkdir()
@@ -110,6 +176,7 @@ def test_a_name_that_is_not_utf8_is_escaped_in_the_output(tmp_path, linear):
     ("arguments", "message"),
     [
         (["missing", "out"], "there is no such file or folder"),
+        (["/dev/null", "out"], "this is neither a regular file nor a folder"),
         (["empty", "out"], "holds no file with an extension .png"),
         (["blank.txt", "out"], "holds no path"),
         (["in", "in/out"], "the output must not lie in the input"),

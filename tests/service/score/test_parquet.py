@@ -131,3 +131,13 @@ def test_a_damaged_row_group_stops_the_run_and_is_named(tmp_path, linear):
     with pytest.raises(ScoreError, match=r"in\.parquet: row group 1 cannot be read after row 0"):
         score(file, tmp_path / "out", "--content", "pixels", "--rows-per-part", 25, model=linear)
     assert rows(tmp_path / "out").num_rows == 25
+
+
+def test_files_without_rows_are_named(tmp_path, linear):
+    (tmp_path / "in").mkdir()
+    file = tmp_path / "in/a.parquet"
+    pq.write_table(pa.table({"image": packed(IMAGES[:0])}), file)
+    with pytest.raises(ScoreError, match=f"^{file}: the file holds no rows$"):
+        score(file, tmp_path / "out", model=linear)
+    with pytest.raises(ScoreError, match=rf"^{tmp_path}/in: the folder's \.parquet files hold no rows$"):
+        score(tmp_path / "in", tmp_path / "out", model=linear)
