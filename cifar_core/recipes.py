@@ -120,6 +120,18 @@ _OWN = (
         validation_images=2500,
         validated_epochs=1,
     ),
+    # The same network, learning from a teacher (`medium`, with the same images held out). The teacher's outputs stand
+    # for what was cut out and shifted, so less of that is better.
+    Recipe(
+        name="deep-distilled",
+        model="deep-batch-norm",
+        **_OURS,
+        epochs=28,
+        translate=2,
+        validation_images=2500,
+        validated_epochs=1,
+        distillation=0.95,
+    ),
     # For a few hundred images of one's own: the network of `deep-fast` from fresh weights, or from trained ones with
     # --init. From trained weights, smaller steps suffice and keep what was learned.
     Recipe(name="small", **_FEW_IMAGES, learning_rate=0.06, epochs=60),
