@@ -128,19 +128,27 @@ def _log_exception(kind: type[BaseException], problem: BaseException, traceback:
 
 
 class _Descriptor(io.FileIO):
-    """A file descriptor, written to without a buffer.
+    """A file descriptor, written to without a buffer but for one line.
 
-    A buffer keeps what cannot be written, for example because the disk is full, and each later flush fails: also those
-    of `multiprocessing` before it starts a process.
+    A larger buffer keeps what cannot be written, for example because the disk is full, and each later flush fails: also
+    those of `multiprocessing` before it starts a process.
     """
 
+    _line = b""
+
     def write(self, data: "ReadableBuffer", /) -> int:
-        """Writes all of the data, or as much as a descriptor accepts that does not block."""
-        rest = memoryview(data).cast("B")
-        size = len(rest)
+        """Writes whole lines at once, since several processes write to one log. Keeps the beginning of a line."""
+        text = bytes(data)
+        self._line += text
+        if b"\n" in text or len(self._line) > _MAX_LINE_BYTES:
+            self.flush()
+        return len(text)
+
+    def flush(self) -> None:
+        """Writes all that was kept, or as much as a descriptor accepts that does not block."""
+        rest, self._line = memoryview(self._line), b""
         while rest and (written := super().write(rest)):
             rest = rest[written:]
-        return size
 
 
 def _open(descriptor: int) -> TextIO:

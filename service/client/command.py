@@ -156,7 +156,7 @@ def check_target(target: str) -> None:
     Raises:
         ValueError: The address is empty, or a port is too large.
     """
-    if not target.strip():
+    if not all(each.strip() for each in target.split(",")):
         raise ValueError("the address of the server is empty, but must be HOST:PORT")
     if target.startswith("unix:"):
         return

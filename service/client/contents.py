@@ -32,7 +32,7 @@ _EXIF_ORIENTATION, _TURNED = 0x0112, range(2, 9)
 # Pillow raises all of these for images that are damaged, closed or empty; it documents only some of them.
 _UNREADABLE = (
     OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, AttributeError, ArithmeticError,
-    AssertionError, ImportError, SystemError, struct.error, zlib.error,
+    AssertionError, ImportError, SystemError, struct.error, zlib.error, PillowImage.DecompressionBombError,
 )  # fmt: skip
 
 

@@ -113,6 +113,10 @@ def _expanded(pattern: str) -> Iterator[str]:
             yield from _expanded(glob.escape(below if top else below.removeprefix("./")) + rest)
 
 
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
 def read_image(path: Path, limit: int) -> bytes:
     """The content of a file. Never waits for a pipe or a device.
 
@@ -129,7 +133,9 @@ def read_image(path: Path, limit: int) -> bytes:
         raise OSError(0, "it is not a regular file", str(path))
     if not found.st_size:  # files of the kernel, such as /proc/kmsg, call themselves regular and empty, but may wait
         return b""
-    with path.open("rb") as file:
+    with open(path, "rb", opener=_without_waiting) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):  # replaced since
+            raise OSError(0, "it is not a regular file", str(path))
         content = file.read(limit + 1)
     if len(content) > limit:
         size = path.stat().st_size

@@ -14,6 +14,8 @@ from cifar_core.errors import output_may_fail
 from service.client.streaming import Row
 from service.client.table import print_table
 
+_STDERR = 2
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -107,7 +109,10 @@ def standard_output() -> Iterator[None]:
     # `print` would write messages to standard output instead, and the next file that is opened would get the
     # descriptor, to which libraries written in C print.
     if sys.stderr is None:
-        sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+        descriptor = os.open(os.devnull, os.O_WRONLY)
+        if descriptor != _STDERR:  # standard input is closed as well
+            os.dup2(descriptor, _STDERR)
+        sys.stderr = os.fdopen(_STDERR, "w", closefd=False)
     if sys.stdout is None:
         print("error: standard output is closed, but the rows must be written to it; redirect it", file=sys.stderr)
         raise SystemExit(2)

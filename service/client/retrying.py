@@ -113,6 +113,10 @@ class Deadline:
         check_timeout(timeout)
         self.at = float("inf") if timeout is None else time.monotonic() + float(min(timeout, _LONGEST_TIMEOUT))
 
+    def end(self) -> None:
+        """Lets the call give up now."""
+        self.at = time.monotonic()
+
     def remaining(self) -> float | None:
         """Seconds that remain, never quite zero; None if there is no deadline."""
         return None if self.at == float("inf") else max(0.001, self.at - time.monotonic())

@@ -120,8 +120,15 @@ class Client(BaseClient):
             if len(window) == 1:
                 results += self._send(window[0], deadline)
             else:
-                for part in self._in_parallel(window, deadline):
-                    results += part.result()
+                outcomes = self._in_parallel(window, deadline)
+                try:
+                    while outcomes:
+                        results += outcomes.pop(0).result()
+                except BaseException:
+                    deadline.end()  # the threads of the other parts do not repeat their requests
+                    raise
+                finally:
+                    outcomes.clear()  # an error's traceback holds this frame, and would hold all parts through it
         return results
 
     def _in_parallel(self, window: list[Content], deadline: Deadline) -> "list[Future[list[Results]]]":
@@ -142,6 +149,8 @@ class Client(BaseClient):
             outcome.set_result(self._send(content, deadline))
         except BaseException as error:  # noqa: BLE001 -- the thread that made the call raises it
             outcome.set_exception(error)
+        finally:
+            del outcome, content  # the traceback of the error holds this frame
 
     def _send(self, content: Content, deadline: Deadline) -> list[Results]:
         """The results of one content; in several parts if it does not fit into a request to the server."""

@@ -48,14 +48,23 @@ def test_records_below_the_level_and_those_of_libraries_below_warning_are_left_o
 
 @pytest.mark.parametrize("style", ["human", "json"])
 def test_a_line_that_cannot_be_written_is_lost_and_nothing_else(style):
-    script = (
-        f"logs.configure('info', '{style}'); log.warning('lost')\n"
+    lines, code = run(
+        f"logs.configure('info', '{style}'); log.warning('before')\n"
         "from multiprocessing.util import _flush_std_streams\n"  # as before each start of a process
-        "_flush_std_streams(); log.warning('lost'); _flush_std_streams(); os._exit(7)"
+        "descriptor = sys.stderr.fileno(); kept = os.dup(descriptor)\n"
+        "os.dup2(os.open('/dev/full', os.O_WRONLY), descriptor); log.warning('lost'); _flush_std_streams()\n"
+        "os.dup2(kept, descriptor); log.warning('after'); _flush_std_streams(); os._exit(7)"
     )
-    with Path("/dev/full").open("wb") as full:
-        done = subprocess.run([sys.executable, "-c", SETUP + script], cwd=REPOSITORY, stderr=full, timeout=60)
-    assert done.returncode == 7
+    assert code == 7
+    assert [word in "".join(lines) for word in ("before", "lost", "after")] == [True, False, True]
+
+
+def test_a_line_reaches_the_log_in_one_piece():
+    with subprocess.Popen(
+        [sys.executable, "-c", SETUP + "logs.configure('info', 'human'); print('a', 'b', file=sys.stderr, flush=True)"],
+        cwd=REPOSITORY, stderr=subprocess.PIPE, bufsize=0,
+    ) as process:  # fmt: skip
+        assert process.stderr.read(100) == b"a b\n"
 
 
 @pytest.mark.parametrize("style", ["human", "json"])
