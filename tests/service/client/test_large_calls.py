@@ -45,7 +45,13 @@ def test_a_process_that_is_interrupted_during_a_large_call_ends_although_the_ser
     )
     servicer = Blocked()
     with serve(servicer) as target:
-        process = subprocess.Popen([sys.executable, "-c", code, target], cwd=REPOSITORY, stderr=subprocess.PIPE)
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, target],
+            cwd=REPOSITORY,
+            stderr=subprocess.PIPE,
+            # A shell that starts the tests in the background ignores SIGINT, and programs that it starts inherit that.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
         try:
             for _ in range(4):
                 assert servicer.arrived.acquire(timeout=60)
