@@ -73,12 +73,12 @@ class Choice:
     Attributes:
         recipe: the recipe with its changes.
         overrides: the changes, each as KEY=VALUE.
-        teacher: the recipe of the teacher, which holds out the same images; None if there is no teacher.
+        teacher: the teacher, which holds out the same images; None if there is none.
     """
 
     recipe: Recipe
     overrides: Sequence[str]
-    teacher: Recipe | None = None
+    teacher: "Choice | None" = None
 
     @property
     def name(self) -> str:
@@ -91,7 +91,7 @@ class Choice:
 
     def teacher_folder(self, runs: Path, seed: int) -> RunFolder | None:
         """The run folder of the teacher; None if there is none."""
-        return None if self.teacher is None else RunFolder(self._runs(runs) / self.teacher.name / str(seed))
+        return None if self.teacher is None else self.teacher.folder(self._runs(runs), seed)
 
     def _runs(self, runs: Path) -> Path:
         return runs if self.teacher is None else runs / f"teacher {self.teacher.name}"
@@ -110,7 +110,7 @@ def choose(text: str) -> Choice:
     if not teachers:
         return Choice(recipe, overrides)
     held_out = f"validation_images={recipe.validation_images}", f"split_seed={recipe.split_seed}"
-    return Choice(recipe, overrides, get_recipe(teachers[-1], held_out))
+    return Choice(recipe, overrides, Choice(get_recipe(teachers[-1], held_out), held_out))
 
 
 def training(choice: Choice, runs: Path, seed: int, options: Sequence[str]) -> Commands:
@@ -125,9 +125,9 @@ def training(choice: Choice, runs: Path, seed: int, options: Sequence[str]) -> C
     started.parent.mkdir(parents=True, exist_ok=True)
     started.touch()
 
-    def train(recipe: Recipe, overrides: Sequence[str], *others: str) -> Sequence[str]:
-        name = recipe.name.partition("+")[0]
-        changed = [argument for override in overrides for argument in ("--set", override)]
+    def train(chosen: Choice, *others: str) -> Sequence[str]:
+        name = chosen.recipe.name.partition("+")[0]
+        changed = [argument for override in chosen.overrides for argument in ("--set", override)]
         where = ("--seed", str(seed), "--runs", str(folder.path.parents[1]))
         return (*python, "cifar_core.train", name, *where, *changed, *others, *options)
 
@@ -135,10 +135,8 @@ def training(choice: Choice, runs: Path, seed: int, options: Sequence[str]) -> C
     data = options[options.index("--data") :] if "--data" in options else ()
     evaluate = (*python, "cifar_core.evaluate", "--model", str(folder.path), "--json", str(folder.path / TESTED), *data)
     if choice.teacher is None or teacher_folder is None:
-        return train(choice.recipe, choice.overrides), evaluate
-    held_out = [f"{key}={getattr(choice.teacher, key)}" for key in ("validation_images", "split_seed")]
-    student = train(choice.recipe, choice.overrides, "--teacher", str(teacher_folder.path))
-    return train(choice.teacher, held_out), student, evaluate
+        return train(choice), evaluate
+    return train(choice.teacher), train(choice, "--teacher", str(teacher_folder.path)), evaluate
 
 
 def training_values(recipe: Recipe, folder: RunFolder, ended: Sequence[Timed]) -> Measurements:
@@ -259,17 +257,14 @@ def choice_flops(choice: Choice, classes: int, images: int) -> float:
         classes: number of classes.
         images: number of training images, including those that are held out.
     """
-
-    def trained_on(recipe: Recipe) -> int:
-        return images - min(recipe.validation_images, images // 10)
-
-    total = training_flops(choice.recipe, classes, trained_on(choice.recipe))
+    trained_on = images - min(choice.recipe.validation_images, images // 10)
+    total = training_flops(choice.recipe, classes, trained_on)
     if choice.teacher is None:
         return total
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        choice.teacher.make_model(classes)(torch.zeros(1, IMAGE_SIZE, IMAGE_SIZE, 3, dtype=torch.uint8))
+        choice.teacher.recipe.make_model(classes)(torch.zeros(1, IMAGE_SIZE, IMAGE_SIZE, 3, dtype=torch.uint8))
     outputs: float = 2 * images * counter.get_total_flops()  # of each image and its mirror image
-    return total + training_flops(choice.teacher, classes, trained_on(choice.teacher)) + outputs
+    return total + choice_flops(choice.teacher, classes, images) + outputs
 
 
 def describe_network(folder: RunFolder) -> Measurements:

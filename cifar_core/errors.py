@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+_STDERR = 2
+
 
 class CifarError(Exception):
     """An error that a user can act on without a traceback. Its message names the thing, the limit and the way out."""
@@ -63,6 +65,19 @@ def output_may_fail() -> Iterator[None]:
         what = error.filename or "the output or a file"
         _say(f"error: {what} cannot be written: {error.strerror}; free some space")
         raise SystemExit(2) from None
+
+
+def open_closed_streams() -> None:
+    """Opens /dev/null in place of standard streams that are closed, to which messages then go.
+
+    Otherwise the next files and sockets get their descriptors, to which libraries written in C print, and `print`
+    writes messages to standard output. `sys.stdin` and `sys.stdout` stay None.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= _STDERR:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+    if sys.stderr is None:
+        sys.stderr = os.fdopen(_STDERR, "w", closefd=False)
 
 
 def _say(text: str) -> None:

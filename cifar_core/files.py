@@ -51,14 +51,15 @@ def read_regular(path: Path) -> bytes:
     Raises:
         OSError: It cannot be read, or it is no regular file.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    with open(path, "rb", opener=open_without_waiting) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise OSError(errno.EINVAL, "it is not a regular file", str(path))
-        with open(descriptor, "rb", closefd=False) as file:
-            return file.read()
-    finally:
-        os.close(descriptor)
+        return file.read()
+
+
+def open_without_waiting(path: str, flags: int) -> int:
+    """An opener for `open`. Opens a named pipe, too, without waiting for its other end."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def to_json(value: object) -> bytes:

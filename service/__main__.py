@@ -6,21 +6,9 @@ import os
 import signal
 import sys
 
-_STDERR = 2
-
-
-def _open_closed_streams() -> None:
-    """Opens /dev/null in place of standard streams that are closed. Sockets would otherwise get their descriptors."""
-    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= _STDERR:
-        os.set_inheritable(descriptor, True)
-    os.close(descriptor)
-    if sys.stderr is None:
-        sys.stderr = os.fdopen(_STDERR, "w", closefd=False)
-
 
 def main() -> int:
     """Serves with the options of the command line; returns the exit code."""
-    _open_closed_streams()
     # SIGHUP requests a reload, and must not end a process that does not handle it yet.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     if os.getpid() == 1:  # the kernel ignores the default action of SIGTERM for process 1 of a container
@@ -31,8 +19,9 @@ def main() -> int:
     # The server multiplies no matrices with numpy, which otherwise starts a thread per core for it.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     # Imported after the signals are handled, because the imports take time and a signal may arrive meanwhile.
-    from cifar_core.errors import needs_extra
+    from cifar_core.errors import needs_extra, open_closed_streams
 
+    open_closed_streams()
     with needs_extra("cpu"):
         from service import logs
         from service.errors import StartError

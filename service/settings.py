@@ -23,6 +23,7 @@ from service.command_line import UsageError, from_environment, from_flags
 from service.cpu_quota import usable_cpus
 from service.environment import ENVIRONMENT_PREFIX
 from service.errors import StartError
+from service.logs import escape
 from service.ports import is_loopback
 
 _PROGRAM = program_name("service")
@@ -263,9 +264,4 @@ def _describe(problem: ErrorDetails, arguments: list[str]) -> str:
     option, variable = f"--{name.replace('_', '-')}", (ENVIRONMENT_PREFIX + name).upper()
     given = any(argument.split("=")[0] == option for argument in arguments)
     source = f" (from {variable})" if variable in os.environ and not given else ""
-    return f"{option} {_shown(problem['input'])}{source}: {message}"
-
-
-def _shown(value: object) -> str:
-    text = str(value)
-    return text if text.isprintable() else ascii(text)
+    return f"{option} {escape(str(problem['input']))}{source}: {message}"

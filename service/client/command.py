@@ -13,7 +13,7 @@ from service.client.aio import AsyncClient
 from service.client.answers import ClassificationError
 from service.client.base import check_top_k
 from service.client.files import SUFFIXES, Found, Selection
-from service.client.options import DEFAULT_TARGET, Options, read_token
+from service.client.options import DEFAULT_TARGET, Options, can_be_sent, read_token
 from service.client.output import CsvWriter, JsonWriter, TableWriter, Writer, standard_output
 from service.client.streaming import Row, classify_files
 from service.generated.cifar.v1 import image_classifier_pb2 as messages
@@ -177,8 +177,7 @@ def token_of(path: Path) -> str:
         token = read_token(path)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text, but a token file must be; write it anew") from error
-    # gRPC would refuse it only when it is sent, and quote it.
-    if not (token.isascii() and token.isprintable()):
+    if not can_be_sent(token):
         raise ValueError(
             f"{path}: the first token has characters that cannot be sent, but must be printable ASCII; correct it, and "
             "write the file without a byte order mark"

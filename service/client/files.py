@@ -12,6 +12,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from cifar_core.files import open_without_waiting
+
 # The suffixes that Pillow knows for cifar_core.images.FORMATS. The server itself looks at the content of a file only.
 SUFFIXES = frozenset({".apng", ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".webp"})
 # The part `**` of a pattern, which stands for a folder and all folders below it.
@@ -113,10 +115,6 @@ def _expanded(pattern: str) -> Iterator[str]:
             yield from _expanded(glob.escape(below if top else below.removeprefix("./")) + rest)
 
 
-def _without_waiting(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK)
-
-
 def read_image(path: Path, limit: int) -> bytes:
     """The content of a file. Never waits for a pipe or a device.
 
@@ -133,7 +131,7 @@ def read_image(path: Path, limit: int) -> bytes:
         raise OSError(0, "it is not a regular file", str(path))
     if not found.st_size:  # files of the kernel, such as /proc/kmsg, call themselves regular and empty, but may wait
         return b""
-    with open(path, "rb", opener=_without_waiting) as file:
+    with open(path, "rb", opener=open_without_waiting) as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):  # replaced since
             raise OSError(0, "it is not a regular file", str(path))
         content = file.read(limit + 1)

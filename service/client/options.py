@@ -76,7 +76,7 @@ class Options:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         check_timeout(self.timeout)
-        if self.token and not (self.token.isascii() and self.token.isprintable()):
+        if self.token and not can_be_sent(self.token):
             raise ValueError(
                 "the token holds a character that cannot be sent, but must consist of printable ASCII characters; look "
                 "for line breaks, a byte order mark or accented letters where it is stored"
@@ -135,6 +135,11 @@ def channel_options(addresses: Addresses, server_name: str | None = None) -> tup
     if authority := server_name or addresses.authority:
         options += (("grpc.default_authority", authority),)
     return options
+
+
+def can_be_sent(token: str) -> bool:
+    """Whether gRPC can send a token. It refuses others only in the call, with an error that quotes them."""
+    return token.isascii() and token.isprintable()
 
 
 def read_token(path: Path) -> str:

@@ -4,17 +4,14 @@ import contextlib
 import csv
 import io
 import json
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Protocol
 
-from cifar_core.errors import output_may_fail
+from cifar_core.errors import open_closed_streams, output_may_fail
 from service.client.streaming import Row
 from service.client.table import print_table
-
-_STDERR = 2
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -106,13 +103,7 @@ def standard_output() -> Iterator[None]:
         SystemExit: 1, because the reader of standard output, such as `head`, ended first; 2 if a disk is full or the
             program was started with a closed standard output.
     """
-    # `print` would write messages to standard output instead, and the next file that is opened would get the
-    # descriptor, to which libraries written in C print.
-    if sys.stderr is None:
-        descriptor = os.open(os.devnull, os.O_WRONLY)
-        if descriptor != _STDERR:  # standard input is closed as well
-            os.dup2(descriptor, _STDERR)
-        sys.stderr = os.fdopen(_STDERR, "w", closefd=False)
+    open_closed_streams()
     if sys.stdout is None:
         print("error: standard output is closed, but the rows must be written to it; redirect it", file=sys.stderr)
         raise SystemExit(2)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from cifar_core.files import open_without_waiting
 from cifar_core.pixels import EXTENSIONS, ImageRejected
 from service.score.errors import ScoreError
 from service.score.rows import KIND_FOLDER, FileName, Rows
@@ -127,7 +128,7 @@ def read(path: str, max_bytes: int) -> bytes | ImageRejected:
         max_bytes: A larger file is rejected without being read.
     """
     try:
-        with open(path, "rb", opener=_open_without_waiting) as stream:
+        with open(path, "rb", opener=open_without_waiting) as stream:
             found = os.fstat(stream.fileno())
             if not stat.S_ISREG(found.st_mode):
                 return ImageRejected("the file cannot be read: it is not a regular file")
@@ -141,11 +142,6 @@ def read(path: str, max_bytes: int) -> bytes | ImageRejected:
         return ImageRejected(f"the file cannot be read: {error.strerror}")
     except ValueError as error:
         return ImageRejected(f"the file cannot be read: {error}")
-
-
-def _open_without_waiting(path: str, flags: int) -> int:
-    """Opens a file; a named pipe, too, without waiting for a writer."""
-    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _entries(inventory: Path) -> Iterator[Entry]:
