@@ -80,6 +80,24 @@ def command(tmp_path: Path) -> Command:
     return run
 
 
+def prepared(statements: str, command: Sequence[str | Path]) -> list[str | Path]:
+    """A command that executes Python statements and then becomes the given command, in the same process.
+
+    Unlike with `preexec_fn`, nothing runs between fork and exec. There, gRPC starts the threads of this process again,
+    and they fail with messages on standard error.
+
+    Args:
+        statements: may use the modules os, resource and signal.
+        command: the program, by its path, and its arguments.
+    """
+    program = f"import os, resource, signal, sys; {statements}; os.execv(sys.argv[1], sys.argv[1:])"
+    return [sys.executable, "-c", program, *command]
+
+
+DEFAULT_SIGINT = "signal.signal(signal.SIGINT, signal.SIG_DFL)"
+"""For `prepared`: a shell that starts the tests in the background ignores SIGINT, and programs inherit that."""
+
+
 def command_line(module: str, arguments: Sequence[str | Path]) -> list[str]:
     return [sys.executable, "-m", module, *map(str, arguments)]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import REPOSITORY
+from tests.conftest import DEFAULT_SIGINT, REPOSITORY, prepared
 
 _SPEC = importlib.util.spec_from_file_location("benchmarks_turns", REPOSITORY / "benchmarks/turns.py")
 turns = importlib.util.module_from_spec(_SPEC)
@@ -85,10 +85,8 @@ waiting = "import os, sys, time; open(sys.argv[1], 'w').write(str(os.getpid()));
 take_turns([Contender(name, [[sys.executable, "-c", waiting, {str(tmp_path)!r} + "/" + name]]) for name in "ab"], 0.5)
 """
     measuring = subprocess.Popen(
-        [sys.executable, "-c", program],
+        prepared(DEFAULT_SIGINT, [sys.executable, "-c", program]),
         stderr=subprocess.DEVNULL,
-        # A shell that starts the tests in the background ignores SIGINT, and programs that it starts inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     files = [tmp_path / name for name in "ab"]
     try:

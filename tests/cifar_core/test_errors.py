@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import prepared
+
 PROGRAM = """
 import sys
 from cifar_core.errors import run_command
@@ -18,8 +20,11 @@ run_command(main)
 
 
 def start(body, **options):
-    command = [sys.executable, "-c", PROGRAM.format(body)]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, **options)
+    return subprocess.Popen(command(body), stderr=subprocess.PIPE, text=True, **options)
+
+
+def command(body):
+    return [sys.executable, "-c", PROGRAM.format(body)]
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
@@ -54,7 +59,7 @@ def test_a_full_disk_is_one_line(body, what):
 )
 def test_the_exit_code_is_2_if_standard_error_is_on_the_full_disk_too(body):
     with Path("/dev/full").open("w") as full:  # the usual `command > log 2>&1`
-        done = subprocess.run([sys.executable, "-c", PROGRAM.format(body)], stdout=full, stderr=full, check=False)
+        done = subprocess.run(command(body), stdout=full, stderr=full, check=False)
     assert done.returncode == 2
 
 
@@ -65,6 +70,7 @@ def test_another_broken_pipe_is_an_error():
 
 
 def test_a_command_runs_with_a_closed_standard_output():
-    with start("print('x')", preexec_fn=lambda: os.close(1)) as process:
-        assert process.stderr.read() == ""
-    assert process.returncode == 3
+    closed = prepared("os.close(1)", command("print('x')"))
+    done = subprocess.run(closed, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.stderr == ""
+    assert done.returncode == 3

@@ -1,6 +1,5 @@
 import hashlib
 import os
-import resource
 import subprocess
 import sys
 import threading
@@ -11,7 +10,7 @@ from cifar_core import publish as publish_module
 from cifar_core.manifest import Manifest, read_manifest
 from cifar_core.publish import is_intact, publish
 from tests.cifar_core.runs import contents
-from tests.conftest import environment
+from tests.conftest import environment, prepared
 
 
 def manifest_of(files):
@@ -40,8 +39,11 @@ def test_a_full_disk_leaves_the_previous_export(existing):
         "publish(pathlib.Path(sys.argv[1]), {'model.onnx': bytes(100_000), 'manifest.json': b'{}'})"
     )
     done = subprocess.run(
-        [sys.executable, "-c", script, str(existing)], env=environment(), capture_output=True, text=True, check=False,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)),
+        prepared(
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))",
+            [sys.executable, "-c", script, str(existing)],
+        ),
+        env=environment(), capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert "its content is unchanged" in done.stderr
     assert contents(existing) == kept

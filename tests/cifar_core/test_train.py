@@ -1,6 +1,5 @@
 import contextlib
 import json
-import resource
 import signal
 import subprocess
 import sys
@@ -12,7 +11,7 @@ import pytest
 from cifar_core.run_folder import RunFolder, load_checkpoint
 from cifar_core.train import main
 from tests.cifar_core.training import assert_same_run
-from tests.conftest import command_line, environment
+from tests.conftest import command_line, environment, prepared
 
 SHORT = ["--set", "epochs=4", "--set", "batch_size=8", "--data", "synthetic:200"]
 
@@ -120,9 +119,11 @@ def test_a_full_disk_leaves_the_previous_checkpoint_and_the_run_can_be_resumed(u
     limit = len(before["last.pt"]) // 2
     # The kernel refuses to write more than this, so that the write fails as on a full disk.
     done = subprocess.run(
-        command_line("cifar_core.train", ["dropout-0.2", *SHORT, "--runs", tmp_path, "--resume"]),
+        prepared(
+            f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))",
+            command_line("cifar_core.train", ["dropout-0.2", *SHORT, "--runs", tmp_path, "--resume"]),
+        ),
         env=environment(), capture_output=True, text=True, check=False,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
     )  # fmt: skip
     assert done.returncode == 2
     assert "cannot be written" in done.stderr

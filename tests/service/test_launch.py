@@ -1,6 +1,5 @@
 """Starting servers as child processes."""
 
-import os
 import signal
 import socket
 import subprocess
@@ -11,7 +10,7 @@ import pytest
 
 from service.errors import StartError
 from service.launch import ServerProcess
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, prepared
 
 
 def test_a_server_is_started_followed_and_stopped(linear):
@@ -77,7 +76,7 @@ def test_a_server_whose_standard_streams_are_closed_serves(linear):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     command = [sys.executable, "-m", "service", "--model", linear, "--port", str(port)]
-    server = subprocess.Popen(command, cwd=REPOSITORY, preexec_fn=lambda: [os.close(number) for number in (0, 1, 2)])
+    server = subprocess.Popen(prepared("os.closerange(0, 3)", command), cwd=REPOSITORY)
     try:
         with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
             grpc.channel_ready_future(channel).result(30)

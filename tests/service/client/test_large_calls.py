@@ -10,7 +10,7 @@ import grpc
 import pytest
 
 from service.client import ClassificationError, Client, Options
-from tests.conftest import REPOSITORY
+from tests.conftest import DEFAULT_SIGINT, REPOSITORY, prepared
 from tests.service.client.scripted import Blocked, Scripted, row_in, row_of, serve
 from tests.service.exports import pictures
 
@@ -46,11 +46,9 @@ def test_a_process_that_is_interrupted_during_a_large_call_ends_although_the_ser
     servicer = Blocked()
     with serve(servicer) as target:
         process = subprocess.Popen(
-            [sys.executable, "-c", code, target],
+            prepared(DEFAULT_SIGINT, [sys.executable, "-c", code, target]),
             cwd=REPOSITORY,
             stderr=subprocess.PIPE,
-            # A shell that starts the tests in the background ignores SIGINT, and programs that it starts inherit that.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         try:
             for _ in range(4):

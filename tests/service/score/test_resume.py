@@ -1,5 +1,4 @@
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -13,6 +12,7 @@ import pytest
 
 from service.score.errors import ScoreError
 from service.score.output import OutputFolder
+from tests.conftest import DEFAULT_SIGINT, prepared
 from tests.service import exports
 from tests.service.score.pictures import command, environment, packed, rows, score, write_images
 
@@ -136,8 +136,8 @@ def test_a_full_disk_ends_the_run_with_a_message_and_it_can_be_continued(tmp_pat
     write_images(tmp_path / "in", exports.pictures(300))
     arguments = (tmp_path / "in", tmp_path / "out", "--rows-per-part", 150)
     done = subprocess.run(
-        command(*arguments, model=linear), env=environment(), capture_output=True, text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000)),
+        prepared("resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))", command(*arguments, model=linear)),
+        env=environment(), capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 2
     assert "part-00000" in done.stderr
@@ -150,10 +150,8 @@ def test_a_full_disk_ends_the_run_with_a_message_and_it_can_be_continued(tmp_pat
 def test_interrupting_a_run_ends_all_of_its_processes(tmp_path, linear):
     write_images(tmp_path / "in", exports.pictures(3000))
     process = subprocess.Popen(
-        command(tmp_path / "in", tmp_path / "out", "--rows-per-part", 10, model=linear), env=environment(),
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        # A shell that starts the tests in the background ignores SIGINT, and programs that it starts inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        prepared(DEFAULT_SIGINT, command(tmp_path / "in", tmp_path / "out", "--rows-per-part", 10, model=linear)),
+        env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     while not list((tmp_path / "out").glob("part-*")):
         assert process.poll() is None

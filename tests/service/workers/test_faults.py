@@ -21,7 +21,7 @@ from service.client import ClassificationError, Client, Options
 from service.generated.cifar.v1 import image_classifier_pb2 as messages
 from service.generated.cifar.v1 import image_classifier_pb2_grpc as rpc
 from service.launch import ServerProcess
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, prepared
 from tests.service.conftest import until
 from tests.service.exports import expected, pictures, stalling
 from tests.service.workers.test_supervisor import ask_workers, pids, running
@@ -230,8 +230,10 @@ def test_process_1_leaves_no_zombies_of_processes_that_others_left_behind(contai
 
 def test_without_a_folder_for_temporary_files_it_says_so_in_one_line(linear):
     done = subprocess.run(
-        [sys.executable, "-m", "service", "--model", linear, "--port", "0", "--workers", "2"],
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0)),  # no file can be written to
+        prepared(
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))",  # no file can be written to
+            [sys.executable, "-m", "service", "--model", linear, "--port", "0", "--workers", "2"],
+        ),
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
