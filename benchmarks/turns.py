@@ -1,7 +1,6 @@
 """Processes that take turns on a machine, so that a change of its speed affects all of them alike."""
 
 import contextlib
-import ctypes
 import os
 import signal
 import subprocess
@@ -11,8 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import FrameType
 
-_LIBC = ctypes.CDLL(None)
-_PR_SET_PDEATHSIG = 1  # from sys/prctl.h
+_END_WITH_PARENT = ("setpriv", "--pdeathsig", "KILL", "--")
+"""Lets the kernel kill the command that follows, also a stopped one, when its parent is killed."""
 
 
 @dataclass
@@ -120,13 +119,12 @@ class Contender:
             return self._process
         self._process = _Process(
             subprocess.Popen(
-                self._commands[len(self.ended)],
+                [*_END_WITH_PARENT, *self._commands[len(self.ended)]],
                 stdout=subprocess.PIPE,
                 text=True,
                 errors="replace",
                 env=os.environ | {"PYTHONUNBUFFERED": "1"},
                 start_new_session=True,  # signals reach its children as well
-                preexec_fn=_end_with_parent,
             )
         )
         self._process.reader = threading.Thread(target=self._process.read, daemon=True)
@@ -152,11 +150,6 @@ def take_turns(contenders: Sequence[Contender], seconds: float) -> None:
         finally:
             for contender in contenders:
                 contender.kill()
-
-
-def _end_with_parent() -> None:
-    """Lets the kernel kill this process, also a stopped one, when its parent is killed."""
-    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 @contextlib.contextmanager
