@@ -24,6 +24,7 @@ _DROP_SYN = (
 )
 # The machine lacks the address, or its whole family: `localhost` may resolve to ::1 although IPv6 is off.
 _ABSENT = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
+_EVERY_ADDRESS = ("0.0.0.0", "::")  # noqa: S104 -- compared, not listened on
 
 
 def address(host: str, port: int) -> str:
@@ -54,14 +55,41 @@ def check_free(host: str, port: int) -> None:
 
 @contextlib.contextmanager
 def reserve(host: str, port: int) -> Iterator[int]:
-    """Binds a port without listening, for processes that share it by SO_REUSEPORT; yields its number.
+    """Binds a port without listening, for processes of this user that share it by SO_REUSEPORT; yields its number.
+
+    Until the end of the `with` block, no other call reserves the port, in any process, and `check_free` refuses it.
 
     Raises:
-        StartError: The port cannot be bound; see `check_free`.
+        StartError: The port cannot be bound or is reserved; see `check_free`.
     """
-    check_free(host, port)
     with contextlib.ExitStack() as stack:
-        yield _bind_all(stack, host, port, socket.SO_REUSEPORT)[0].getsockname()[1]
+        # gRPC listens on the addresses of both families if it is told to listen on all of one.
+        bound = _bind_all(stack, host, port, both_families=True)
+        try:
+            for holder in bound:
+                _hold(holder, claim=port != 0)
+        except OSError as error:
+            raise _cannot_bind(host, port, error) from error
+        yield bound[0].getsockname()[1]
+
+
+def _hold(bound: socket.socket, *, claim: bool) -> None:
+    """Makes a socket that is bound with SO_REUSEADDR a holder, which only sockets with SO_REUSEPORT can share.
+
+    Args:
+        bound: The socket.
+        claim: Whether others may have bound the same port. Not to be used for a port that the system chose, because the
+            socket would lose it.
+
+    Raises:
+        OSError: Another socket holds the port.
+    """
+    if claim:
+        bound.listen()  # several sockets can bind a port with SO_REUSEADDR, but the kernel lets only one of them listen
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    if claim:
+        bound.shutdown(socket.SHUT_RDWR)  # does not listen any more, but is still bound
 
 
 def hold_new_connections(listener: socket.socket) -> None:
@@ -96,14 +124,17 @@ def listen(host: str, port: int, *, shares_port: bool) -> list[socket.socket]:
         return listeners
 
 
-def _bind_all(stack: contextlib.ExitStack, host: str, port: int, *options: int) -> list[socket.socket]:
+def _bind_all(
+    stack: contextlib.ExitStack, host: str, port: int, *options: int, both_families: bool = False
+) -> list[socket.socket]:
     """Binds the port on each address of the host that this machine has, as gRPC does.
 
-    Port 0 is replaced by the number that the system chose for the first address.
+    Port 0 is replaced by the number that the system chose for the first address. With `both_families`, 0.0.0.0 and ::
+    each stand for both.
     """
     absent: OSError | None = None
     bound: list[socket.socket] = []
-    for family, where in _resolve(host, port):
+    for family, where in _resolve(host, port, both_families):
         try:
             probe = stack.enter_context(socket.socket(family, socket.SOCK_STREAM))
             for option in (socket.SO_REUSEADDR, *options):
@@ -123,12 +154,14 @@ def _bind_all(stack: contextlib.ExitStack, host: str, port: int, *options: int) 
     return bound
 
 
-def _resolve(host: str, port: int) -> list[_Where]:
+def _resolve(host: str, port: int, both_families: bool) -> list[_Where]:
+    host = host.strip("[]")
+    every = both_families and host in _EVERY_ADDRESS
     try:
-        found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)
+        found = socket.getaddrinfo(None if every else host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, UnicodeError) as error:  # UnicodeError: a part of the name is too long
         raise StartError(f"cannot listen on {host}: {getattr(error, 'strerror', None) or error}") from error
-    return [(family, where) for family, _, _, _, where in found]
+    return list(dict.fromkeys((family, where) for family, _, _, _, where in found))  # a hosts file may repeat a name
 
 
 def _cannot_bind(host: str, port: int, error: OSError) -> StartError:

@@ -39,9 +39,15 @@ def _check_host(host: str) -> str:
     return host
 
 
+def _check_model_name(name: str) -> str:
+    if name == "stats":
+        raise ValueError("/v2/models/stats is the path of the statistics of all models: choose another name")
+    return name
+
+
 Port = Annotated[int, Field(ge=0, le=65535)]
 # Part of URLs.
-ModelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
+ModelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"), AfterValidator(_check_model_name)]
 Int32 = Annotated[int, Field(ge=1, le=INT32_MAX)]
 Host = Annotated[str, AfterValidator(_check_host)]
 Threads = Annotated[int, Field(ge=0, le=1024)]
@@ -244,11 +250,28 @@ def parse(arguments: list[str]) -> Settings:
     """
     arguments = [_respell(argument) for argument in arguments]
     try:
-        return Settings(**from_flags(Settings, _PROGRAM, arguments))
+        settings = Settings(**from_flags(Settings, _PROGRAM, arguments))
     except ValidationError as error:
         raise StartError("; ".join(_describe(problem, arguments) for problem in error.errors())) from error
     except UsageError as error:
         raise StartError(f"error parsing CLI: {' '.join(str(error).split())} (see {_PROGRAM} --help)") from error
+    _check_ports(settings)
+    return settings
+
+
+def _check_ports(settings: Settings) -> None:
+    """Refuses one port for two purposes.
+
+    This is no rule of Settings itself: free ports that the system chose for a worker, on different hosts, may be equal.
+    """
+    options: dict[int, str] = {}
+    for option, port in (
+        ("--port", settings.port),
+        ("--http-port", settings.http_port),
+        ("--metrics-port", settings.metrics_port),
+    ):
+        if port and (other := options.setdefault(port, option)) != option:
+            raise StartError(f"{other} and {option} are both {port}: give each a port of its own, or 0 for a free one")
 
 
 def _respell(argument: str) -> str:

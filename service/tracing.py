@@ -26,6 +26,10 @@ _PROTOCOLS = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL
 # Entry points of OpenTelemetry's exporters, by protocol.
 _OTLP = {"grpc": "otlp_proto_grpc", "http/protobuf": "otlp_proto_http"}
 _ENTRY_POINTS = "opentelemetry_traces_exporter"
+# A header that nobody here uses. OpenTelemetry would log a warning for each of its parts that is malformed.
+_BAGGAGE = "baggage"
+# Warns of malformed headers `traceparent` and `tracestate`, with text of the client, before its token is checked.
+_HEADERS_LOGGER = "opentelemetry.trace"
 SERVICE_NAME = "cifar-classifier"
 
 Attributes = Mapping[str, str | int | float | bool]
@@ -93,6 +97,7 @@ class Tracing:
     def __init__(self, provider: Any) -> None:  # noqa: ANN401 -- OpenTelemetry is not imported here
         from opentelemetry import propagate, trace
 
+        logging.getLogger(_HEADERS_LOGGER).setLevel(logging.ERROR)
         self._provider = provider
         self._tracer = provider.get_tracer("service", importlib.metadata.version("cifar-classifier"))
         self._extract, self._in_context = propagate.extract, trace.set_span_in_context
@@ -114,7 +119,7 @@ class Tracing:
             The trace; None if the caller or OTEL_TRACES_SAMPLER decided that this request is not recorded.
         """
         offset = time.time_ns() - time.monotonic_ns()
-        caller = self._extract({key: value for key, value in headers if isinstance(value, str)})
+        caller = self._extract({key: value for key, value in headers if isinstance(value, str) and key != _BAGGAGE})
         span = self._tracer.start_span(
             name, context=caller, kind=self._kind, attributes=attributes, start_time=int(arrived * 1e9) + offset
         )

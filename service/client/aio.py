@@ -60,7 +60,7 @@ class AsyncClient(BaseClient):
 
     async def classify(self, images: Images, top_k: int = 0, timeout: float | None = None) -> list[Classification]:
         """Classifies images; see `Client.classify`."""
-        check_top_k(top_k)
+        top_k = check_top_k(top_k)
         parts = await self._results(images, self._deadline(timeout))
         return [answer for part in parts for answer in classifications(part, top_k)]
 

@@ -158,9 +158,11 @@ def probability_table(parts: Sequence[Results], classes: int = 0) -> NDArray[np.
     Raises:
         ClassificationError: An image was not classified, or the parts are of models with different classes.
     """
+    first = 0
     for part in parts:
-        for error in part.errors.values():
-            raise ClassificationError(grpc.StatusCode.INTERNAL, error)
+        for index, error in part.errors.items():
+            raise ClassificationError(grpc.StatusCode.INTERNAL, f"the image with index {first + index}: {error}")
+        first += len(part.probabilities)
     if not parts:
         return np.empty((0, classes), np.float32)
     if len(parts) == 1:

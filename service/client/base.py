@@ -1,5 +1,8 @@
 """What `Client` and `AsyncClient` share: everything but sending and waiting."""
 
+import operator
+from typing import SupportsIndex
+
 from service.client.addresses import Addresses
 from service.client.answers import Results
 from service.client.contents import Capacity, Content
@@ -21,8 +24,8 @@ class BaseClient:
 
     Raises:
         OSError: A file that the options name cannot be read.
-        ValueError: A file is not a PEM file, the token would be sent to another machine without TLS, or several
-            addresses are not IP:PORT each.
+        ValueError: A file is not a PEM file, the token would be sent to another machine without TLS, the address is
+            empty or its port none, or several addresses are not IP:PORT each.
     """
 
     def __init__(self, target: str = DEFAULT_TARGET, options: Options | None = None) -> None:
@@ -89,11 +92,17 @@ class BaseClient:
         return [content]
 
 
-def check_top_k(top_k: int) -> None:
-    """Refuses a negative number of classes.
+def check_top_k(top_k: SupportsIndex) -> int:
+    """The number of classes per image, 0 for all.
 
     Raises:
+        TypeError: It is not a whole number.
         ValueError: It is negative.
     """
-    if top_k < 0:
-        raise ValueError(f"top_k is {top_k}; it must be the number of classes per image, or 0 for all")
+    try:
+        number = operator.index(top_k)
+    except TypeError:
+        raise TypeError(f"top_k is {top_k!r}; it must be a whole number, of classes per image, or 0 for all") from None
+    if number < 0:
+        raise ValueError(f"top_k is {number}; it must be the number of classes per image, or 0 for all")
+    return number

@@ -21,7 +21,6 @@ from service.generated.cifar.v1 import image_classifier_pb2 as messages
 if TYPE_CHECKING:
     from rich.console import Console
 
-_MAX_PORT = 65535
 _MAX_TIMEOUT = 2_147_483  # gRPC counts milliseconds, in places in 32 bits
 
 
@@ -37,7 +36,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with standard_output():
         try:
             check_top_k(chosen.top_k)
-            check_target(chosen.server)
             return asyncio.run(_classify(chosen, options_of(chosen)))
         except BrokenPipeError:
             raise
@@ -148,22 +146,6 @@ def add_connection_options(parser: argparse.ArgumentParser, timeout: float) -> N
     parser.add_argument(
         "--allow-plaintext-token", action="store_true", help="send the token without TLS to other machines too"
     )
-
-
-def check_target(target: str) -> None:
-    """Refuses an address without a server: gRPC would look for the port 65536 at port 0.
-
-    Raises:
-        ValueError: The address is empty, or a port is too large.
-    """
-    if not all(each.strip() for each in target.split(",")):
-        raise ValueError("the address of the server is empty, but must be HOST:PORT")
-    if target.startswith("unix:"):
-        return
-    for each in target.split(","):
-        port = each.strip().rpartition(":")[2]
-        if port.isdecimal() and int(port) > _MAX_PORT:
-            raise ValueError(f"the port in {each.strip()} is {port}, but must be at most {_MAX_PORT}")
 
 
 def token_of(path: Path) -> str:

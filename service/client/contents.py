@@ -102,7 +102,7 @@ def contents(images: Images, capacity: Callable[[], Capacity]) -> Iterator[Conte
     Raises:
         OSError: A path cannot be read.
         ValueError: An array does not have the type and shape of images.
-        TypeError: `images` is a single image instead of a list, or holds something that is not an image.
+        TypeError: `images` is a single image instead of a list, or no list, or holds something that is not an image.
     """
     if isinstance(images, np.ndarray) and images.ndim == 4:
         return _of_array(images, capacity)
@@ -110,7 +110,11 @@ def contents(images: Images, capacity: Callable[[], Capacity]) -> Iterator[Conte
         raise TypeError(
             f"images is a single {type(images).__name__}; it must be a list of images, or one array of many"
         )
-    return _grouped((_image(source) for source in images), capacity)
+    try:
+        sources = iter(images)
+    except TypeError:
+        raise TypeError(f"images is {images!r:.80}; it must be a list of images, or one array of many") from None
+    return _grouped((_image(source) for source in sources), capacity)
 
 
 def check_pixels(images: NDArray[np.uint8]) -> None:

@@ -21,7 +21,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from pydantic_core import SchemaValidator, ValidationError, core_schema
 
 from service.client.addresses import Addresses
-from service.client.command import add_connection_options, check_target, options_of, token_of
+from service.client.command import add_connection_options, options_of, token_of
 from service.client.options import Options, channel_options
 from service.environment import ENVIRONMENT_PREFIX
 from service.ports import address
@@ -138,7 +138,6 @@ def _named(target: str, options: Options) -> _Place:
     host, _, port = target.rpartition(":")
     if not host or not port.isdecimal():
         raise ValueError("the address must be HOST:PORT")
-    check_target(target)
     options.check_safe(Addresses.parse(target))
     return _Place(host, int(port), options)
 

@@ -45,7 +45,7 @@ async def classify_files(
 
     Raises:
         ClassificationError: The server does not answer, or refuses calls for a reason that is not in the file.
-        ValueError: `top_k` is negative.
+        TypeError, ValueError: `top_k` is no number of classes.
     """
     under_way: deque[_Sent] = deque()
     size = 0

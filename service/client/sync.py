@@ -88,9 +88,10 @@ class Client(BaseClient):
             OSError: A path cannot be read.
             ValueError: An array does not have the type and shape of images, top_k is negative, or timeout is not a
                 number, or NaN, or negative.
-            TypeError: `images` is a single image instead of a list, or holds something that is not an image.
+            TypeError: `images` is a single image instead of a list, or no list, or holds something that is not an
+                image; or top_k is not a whole number.
         """
-        check_top_k(top_k)
+        top_k = check_top_k(top_k)
         parts = self._results(images, self._deadline(timeout))
         return [answer for part in parts for answer in classifications(part, top_k)]
 

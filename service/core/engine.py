@@ -23,6 +23,8 @@ CUDA = "CUDAExecutionProvider"
 CPU = "CPUExecutionProvider"
 
 OUTPUTS = ("logits", "probabilities")
+# The error of an image whose row of probabilities is one of `rows_not_finite`.
+NOT_FINITE = "the model computes no finite probabilities for this image"
 
 
 class Engine:
@@ -92,6 +94,15 @@ class Engine:
         for session, batch_sizes in sizes.items():
             for size in batch_sizes:
                 session.run(OUTPUTS, {"images": np.zeros((size, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)})
+
+
+def rows_not_finite(outputs: NDArray[np.float32]) -> list[int]:
+    """Rows of outputs, float32 [n, classes], that hold NaN or infinity, for example after a division by zero."""
+    finite = np.isfinite(outputs)
+    if finite.all():  # much faster than looking at each row
+        return []
+    rows: list[int] = np.flatnonzero(~finite.all(axis=1)).tolist()
+    return rows
 
 
 def _open(

@@ -18,10 +18,11 @@ from cifar_core.pixels import ImageLimits
 from service import tracing
 from service.core.batcher import Admission, Batcher
 from service.core.decoding import Decoded, Decoder
+from service.core.engine import rows_not_finite
 from service.core.metrics import Metrics
 from service.core.model_store import Model, ModelStore
 from service.core.statistics import COMPUTE_INPUT, COMPUTE_OUTPUT, FAIL, SUCCESS, Recorder, Statistics
-from service.errors import InvalidRequest, Overloaded
+from service.errors import EngineFailed, InvalidRequest, Overloaded
 
 
 @dataclass(frozen=True)
@@ -43,11 +44,31 @@ class Limits:
 
 @dataclass(frozen=True)
 class Answer:
-    """The outputs of a model, one row per image; float32 [n, classes] each."""
+    """The outputs of a model, one row per image; float32 [n, classes] each.
+
+    Attributes:
+        model: The model.
+        logits: Its logits.
+        probabilities: Its probabilities.
+        failed: Rows in which they are not finite, in ascending order; see service.core.engine.
+    """
 
     model: Model
     logits: NDArray[np.float32]
     probabilities: NDArray[np.float32]
+    failed: Sequence[int]
+
+    def check_all(self) -> None:
+        """Accepts the outputs if each image has finite probabilities: a tensor has no place for the error of one image.
+
+        Raises:
+            EngineFailed: An image has none.
+        """
+        if self.failed:
+            raise EngineFailed(
+                f"the model computes no finite probabilities for {len(self.failed)} of {len(self.logits)} images, "
+                f"first for the one with index {self.failed[0]}: leave out such images"
+            )
 
 
 class Admitted:
@@ -172,7 +193,7 @@ class Inference:
         logits, probabilities = await self._batcher.submit(images, model.engine.compute, deadline)
         if admitted is not None:
             admitted.computed_at = time.perf_counter()
-        return Answer(model, logits, probabilities)
+        return Answer(model, logits, probabilities, rows_not_finite(probabilities))
 
     def update_gauges(self) -> None:
         """Shows in the metrics how many images the server holds now."""

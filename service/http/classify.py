@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from cifar_core.pixels import IMAGE_SIZE, ImageRejected
 from service.core.decoding import Decoded
+from service.core.engine import NOT_FINITE
 from service.core.inference import Answer as Outputs
 from service.core.inference import Inference
 from service.core.model_store import Model
@@ -51,7 +52,8 @@ class Classifier:
             readable = [image for image in decoded if not isinstance(image, ImageRejected)]
             outputs = await self._inference.compute(np.stack(readable), request.deadline) if readable else None
             results = _results(files, decoded, outputs, top_k, with_pixels)
-        self._inference.count_images(len(readable), len(decoded) - len(readable))
+        classified = sum("classes" in result for result in results)
+        self._inference.count_images(classified, len(results) - classified)
         model = outputs.model if outputs else self._inference.model
         if outputs is None:
             raise Unreadable(f"none of the {len(files)} images can be read: see the error of each", results)
@@ -104,19 +106,28 @@ def _results(
     files: Sequence[File], decoded: Sequence[Decoded], outputs: Outputs | None, top_k: int | None, with_pixels: bool
 ) -> list[dict[str, Any]]:
     """One result for each file, in their order."""
-    rows = iter(outputs.probabilities.tolist() if outputs else ())
+    rows = iter(_rows(outputs) if outputs else ())
     results = []
     for file, image in zip(files, decoded, strict=True):
         result: dict[str, Any] = {"file": file.name if file.name is None else file.name[:_MAX_NAME_CHARACTERS]}
-        if isinstance(image, ImageRejected):
-            result["error"] = {"code": "INTERNAL" if image.internal else "INVALID_ARGUMENT", "message": str(image)}
+        outcome = image if isinstance(image, ImageRejected) else next(rows)
+        if isinstance(outcome, ImageRejected):
+            result["error"] = {"code": "INTERNAL" if outcome.internal else "INVALID_ARGUMENT", "message": str(outcome)}
         else:
-            assert outputs is not None  # noqa: S101 -- for the type checker
-            result["classes"] = _ranked(next(rows), outputs.model.classes, top_k)
+            assert outputs is not None and isinstance(image, np.ndarray)  # noqa: S101, PT018 -- for the type checker
+            result["classes"] = _ranked(outcome, outputs.model.classes, top_k)
             if with_pixels:
                 result["pixels"] = _base64(image)
         results.append(result)
     return results
+
+
+def _rows(outputs: Outputs) -> list[list[float] | ImageRejected]:
+    """For each image that was computed its probabilities, or why it has none."""
+    rows: list[list[float] | ImageRejected] = outputs.probabilities.tolist()
+    for row in outputs.failed:
+        rows[row] = ImageRejected(NOT_FINITE, internal=True)
+    return rows
 
 
 def _ranked(row: Sequence[float], classes: Sequence[str], top_k: int | None) -> list[dict[str, Any]]:

@@ -16,19 +16,19 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic_core import from_json, to_json
 
-from cifar_core.pixels import IMAGE_BYTES
 from service.core import tensors
+from service.core.engine import rows_not_finite
 from service.core.inference import Answer as Outputs
-from service.core.tensors import EXPORT_PARAMETER, INPUT, RequestedOutput
-from service.errors import InvalidRequest, quoted
+from service.core.tensors import EXPORT_PARAMETER, IMAGE_SHAPE, INPUT, RequestedOutput
+from service.errors import EngineFailed, InvalidRequest, quoted
 from service.http.answers import BINARY, Answer, TooLarge
 
 LENGTH_HEADER = "inference-header-content-length"
 # Parsing JSON blocks the event loop; for about 15 ms at this size.
 MAX_JSON_BYTES = 2 * 2**20
 _MAX_INTEGER = 2**63 - 1
-# Deeper lists are not needed for [n, 32, 32, 3].
-_MAX_DEPTH = 4
+# Depths of lists that the message about a wrong shape shows.
+_MAX_DEPTH = 8
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,8 @@ class InferRequest:
         """The images, uint8 [n, 32, 32, 3].
 
         Raises:
-            InvalidRequest: There are more or fewer elements, or one is not a whole number from 0 to 255.
+            InvalidRequest: There are more or fewer elements, or they are nested in another shape, or one is not a whole
+                number from 0 to 255.
         """
         if not isinstance(self._elements, list):
             return tensors.pixels(self._elements, self.images, "the binary data")
@@ -176,24 +177,51 @@ def _outputs(outputs: Sequence[_Fields], all_binary: bool) -> tuple[list[Request
 
 
 def _bytes_of(data: list[Any], images: int) -> bytes:
-    """The elements of a list, which may be flat or nested, as bytes."""
+    """The elements of a list as bytes. It must be flat, or nested as the shape of the input says."""
+    shape = [images, *IMAGE_SHAPE]
     flat: Any = data
-    depth = 1
-    while isinstance(flat, list) and flat and isinstance(flat[0], list) and depth < _MAX_DEPTH:
-        if len(flat) > images * IMAGE_BYTES or not all(isinstance(row, list) for row in flat):
-            break
-        flat = list(itertools.chain.from_iterable(flat))
-        depth += 1
+    if data and isinstance(data[0], list):
+        nesting = _nesting(data)
+        if nesting != shape:
+            raise _other_shape(f"nested as {nesting}", shape)
+        for size in shape[1:]:
+            if set(map(type, flat)) != {list} or set(map(len, flat)) != {size}:
+                raise _other_shape("nested in lists of different lengths", shape)
+            flat = list(itertools.chain.from_iterable(flat))
     try:
-        return bytes(flat)
+        elements = bytes(flat)
     except (TypeError, ValueError) as error:
-        raise InvalidRequest(
-            f"'data' of input '{INPUT}' holds a value that is not a whole number from 0 to 255"
-        ) from error
+        raise _no_pixels() from error
+    if bool in map(type, flat):  # to Python, true is the number 1
+        raise _no_pixels()
+    return elements
+
+
+def _no_pixels() -> InvalidRequest:
+    return InvalidRequest(f"'data' of input '{INPUT}' holds a value that is not a whole number from 0 to 255")
+
+
+def _nesting(data: Any) -> list[int]:  # noqa: ANN401 -- any value of JSON
+    """The lengths of the first list in each depth."""
+    lengths: list[int] = []
+    while isinstance(data, list) and len(lengths) < _MAX_DEPTH:
+        lengths.append(len(data))
+        data = data[0] if data else None
+    return lengths
+
+
+def _other_shape(nested: str, shape: list[int]) -> InvalidRequest:
+    return InvalidRequest(
+        f"'data' of input '{INPUT}' is {nested}; 'shape' says {shape}: make them agree, or send a flat list"
+    )
 
 
 def answer(request: InferRequest, outputs: Outputs) -> Answer:
-    """The answer to a request, each output in the form that the request asks for."""
+    """The answer to a request, each output in the form that the request asks for.
+
+    Raises:
+        EngineFailed: JSON cannot hold an output.
+    """
     described: list[dict[str, Any]] = []
     parts: list[bytes] = []
     for wanted, binary in zip(request.outputs, request.binary, strict=True):
@@ -211,6 +239,8 @@ def answer(request: InferRequest, outputs: Outputs) -> Answer:
             output["parameters"] = {"binary_data_size": len(raw)}
             parts.append(raw)
         else:
+            if not wanted.classification:
+                _check_finite(wanted.name, values)
             output["data"] = texts if wanted.classification else values.ravel().tolist()
         described.append(output)
     model = outputs.model
@@ -227,6 +257,14 @@ def answer(request: InferRequest, outputs: Outputs) -> Answer:
         return Answer(body=body)
     headers = {"inference-header-content-length": str(len(body))}
     return Answer(body=b"".join([body, *parts]), content_type=BINARY, headers=headers)
+
+
+def _check_finite(name: str, values: NDArray[np.float32]) -> None:
+    if rows := rows_not_finite(values):
+        raise EngineFailed(
+            f"output '{name}' of the image with index {rows[0]} is not finite, which JSON cannot hold: ask for bytes, "
+            "with 'binary_data'"
+        )
 
 
 def _length_prefixed(texts: Sequence[str]) -> bytes:

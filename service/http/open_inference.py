@@ -118,6 +118,7 @@ class OpenInference:
             images = wanted.pixels()
             tracing.add_phase("decode", started)
             outputs = await self._inference.compute(images, deadline)
+            outputs.check_all()
             answer = infer_body.answer(wanted, outputs)
         self._inference.count_images(wanted.images, 0)
         return answer

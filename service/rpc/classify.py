@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from cifar_core.pixels import IMAGE_SIZE, ImageRejected, packed_images, raw_image
 from service.core.decoding import Decoded
+from service.core.engine import NOT_FINITE
 from service.core.inference import Inference
 from service.core.tensors import MAX_ID_CHARACTERS
 from service.errors import InvalidRequest
@@ -53,14 +54,19 @@ class ImageClassifier:
             parts = [np.stack(readable)] if readable else []
             if len(packed):
                 parts.append(packed)
+            rejected = {index: _error(image) for index, image in enumerate(decoded) if isinstance(image, ImageRejected)}
             if parts:
                 images = parts[0] if len(parts) == 1 else np.concatenate(parts)
                 answer = await self._inference.compute(images, call.deadline)
                 model, probabilities = answer.model, answer.probabilities
+                if answer.failed:
+                    computed = [index for index in range(len(decoded) + len(packed)) if index not in rejected]
+                    error = _error(ImageRejected(NOT_FINITE, internal=True))
+                    rejected |= {computed[row]: error for row in answer.failed}
+                    probabilities = np.delete(probabilities, answer.failed, axis=0)
             else:
                 model = self._inference.model
                 probabilities = np.empty((0, len(model.classes)), np.float32)
-            rejected = {index: _error(image) for index, image in enumerate(decoded) if isinstance(image, ImageRejected)}
             self._inference.count_images(len(probabilities), len(rejected))
             if as_table:
                 response = messages.ClassifyResponse(table=_table(probabilities, model.classes, rejected))

@@ -94,6 +94,7 @@ class OpenInference:
             images = await _pixels(request, raw, count)
             tracing.add_phase("decode", started)
             answer = await self._inference.compute(images, deadline)
+            answer.check_all()
             response = _response(request, requested, answer)
         self._inference.count_images(count, 0)
         return response

@@ -139,13 +139,20 @@ class OutputFolder:
         Raises:
             ScoreError: The file cannot be written.
         """
-        self._replace(self.part(number), lambda partial: pq.write_table(table, partial, compression="zstd"))
+
+        def write(partial: Path) -> None:
+            pq.write_table(table, partial, compression="zstd", write_page_checksum=True)
+
+        self._replace(self.part(number), write)
 
     def is_written(self, number: int, rows: int) -> bool:
-        """Whether a part has been written and has this many rows. A damaged file counts as not written."""
-        file = self.part(number)
+        """Whether a part has been written and has this many rows. A damaged file counts as not written.
+
+        Reads the whole file to compare the checksums of its pages.
+        """
         try:
-            return bool(pq.read_metadata(file).num_rows == rows)
+            with pq.ParquetFile(self.part(number), page_checksum_verification=True) as file:
+                return bool(sum(batch.num_rows for batch in file.iter_batches()) == rows)
         except FileNotFoundError:
             return False
         except (OSError, pa.ArrowException):

@@ -70,8 +70,9 @@ class ParquetRows:
         self._key = key
         self._types: dict[str, pa.DataType] = {}
         for name in (self._column, *([key] if key is not None else [])):
-            if schema.get_field_index(name) < 0:
-                raise ScoreError(f"{path}: there is no column '{name}'; the columns are: {', '.join(schema.names)}")
+            if (count := schema.names.count(name)) != 1:
+                found = f"column '{name}' occurs {count} times" if count else f"there is no column '{name}'"
+                raise ScoreError(f"{path}: {found}; the columns are: {', '.join(schema.names)}")
             self._types[name] = schema.field(name).type
         self.key = pa.field("key", pa.string() if key is None else self._types[key])
         self._pixels = _holds_pixels(self._column, self._types[self._column], content)
@@ -284,7 +285,7 @@ def _is_files(kind: pa.DataType) -> bool:
 
 def _image_column(schema: pa.Schema, path: Path) -> str:
     columns = [field.name for field in schema if _is_files(field.type) or _is_pixels(field.type)]
-    if len(columns) == 1:
+    if len(set(columns)) == 1:
         return str(columns[0])
     if not columns:
         described = ", ".join(f"{field.name} ({field.type})" for field in schema)

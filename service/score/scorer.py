@@ -14,11 +14,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from cifar_core.pixels import IMAGE_SIZE, ImageLimits, ImageRejected
 from service.core.decoding import Decoder
-from service.core.engine import Device
+from service.core.engine import NOT_FINITE, Device, rows_not_finite
 from service.core.fair_queue import Decoded
 from service.core.model_store import Model, load
 from service.errors import RequestError, StartError
@@ -199,7 +200,13 @@ class Scorer:
         valid = np.asarray(errors.is_null())
         if len(images):
             compute = functools.partial(self._compute, images)
-            probabilities[valid] = await asyncio.get_running_loop().run_in_executor(self._engine, compute)
+            computed = await asyncio.get_running_loop().run_in_executor(self._engine, compute)
+            probabilities[valid] = computed
+            if failed := rows_not_finite(computed):
+                failed_rows = np.zeros(count, bool)
+                failed_rows[np.flatnonzero(valid)[failed]] = True
+                errors = pc.if_else(pa.array(failed_rows), NOT_FINITE, errors)
+                valid = valid & ~failed_rows
         best = pa.array(probabilities.argmax(axis=1), mask=~valid)
         names = pa.array(classes, pa.string()).take(best)
         offsets = np.append(0, np.cumsum(valid * len(classes))).astype(np.int32)
@@ -214,8 +221,6 @@ class Scorer:
         except Exception as error:  # onnxruntime's errors share no other base class
             reason = " ".join(str(error).split())
             raise ScoreError(f"the model fails on a batch of {len(images)} images: {reason}") from error
-        if not np.isfinite(probabilities).all():
-            raise ScoreError("the model computes probabilities that are not finite")
         return probabilities
 
 

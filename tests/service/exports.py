@@ -14,13 +14,21 @@ STALLING = 255
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
-def graph(seed: int = 0, *, loops: int = 0, fails_on: int | None = None, batch: str | int = "batch") -> bytes:
+def graph(
+    seed: int = 0,
+    *,
+    loops: int = 0,
+    fails_on: int | None = None,
+    divides: bool = False,
+    batch: str | int = "batch",
+) -> bytes:
     """A linear classifier with random weights.
 
     Args:
         seed: Seed of the weights; different seeds give different models.
         loops: Number of extra matrix multiplications, 5 to 15 ms each, for a batch whose first byte is 255.
         fails_on: The computation fails for a batch whose first byte is this value. None: it never fails.
+        divides: The outputs of an image are multiplied by its largest value divided by itself: NaN for a black image.
         batch: First dimension of the input; a number fixes the batch size.
     """
     generator = np.random.default_rng(seed)
@@ -97,6 +105,14 @@ def graph(seed: int = 0, *, loops: int = 0, fails_on: int | None = None, batch: 
             helper.make_node("Mul", [last, "factor"], ["checked"]),
         ]
         last = "checked"
+    if divides:
+        initializers += [numpy_helper.from_array(np.array([1]), "second")]
+        nodes += [
+            helper.make_node("ReduceMax", ["rows", "second"], ["largest"], keepdims=1),
+            helper.make_node("Div", ["largest", "largest"], ["quotient"]),
+            helper.make_node("Mul", [last, "quotient"], ["divided"]),
+        ]
+        last = "divided"
     nodes += [
         helper.make_node("Identity", [last], ["logits"]),
         helper.make_node("Softmax", [last], ["probabilities"], axis=1),

@@ -5,7 +5,7 @@ import threading
 import pytest
 
 from service.errors import StartError
-from service.ports import check_free, hold_new_connections, reserve
+from service.ports import check_free, hold_new_connections, listen, reserve
 
 UNASSIGNED = "2001:db8::1"  # reserved for documentation: no machine has it
 
@@ -48,6 +48,14 @@ def test_an_address_that_the_machine_does_not_have_is_skipped_if_another_can_be_
         check_free("localhost", listener.getsockname()[1])
 
 
+def test_an_address_that_a_name_resolves_to_twice_is_reserved_once(monkeypatch):
+    with reserve("127.0.0.1", 0) as port:
+        pass
+    resolve_to(monkeypatch, "127.0.0.1", "127.0.0.1")
+    with reserve("localhost", port) as same:
+        assert same == port
+
+
 def test_a_host_without_any_address_of_the_machine_is_refused():
     with pytest.raises(StartError, match=f"port 50051 of {UNASSIGNED} cannot be used: "):
         check_free(UNASSIGNED, 50051)
@@ -60,6 +68,65 @@ def test_a_reserved_port_is_kept_and_can_be_shared():
         with socket.socket() as worker:
             worker.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             worker.bind(("127.0.0.1", port))
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "both"),
+    [
+        ("127.0.0.1", "127.0.0.1", False),
+        ("127.0.0.1", "localhost", False),
+        ("127.0.0.1", "0.0.0.0", False),  # noqa: S104
+        ("0.0.0.0", "127.0.0.1", False),  # noqa: S104
+        ("0.0.0.0", "::", False),  # noqa: S104 -- gRPC listens on both families
+        ("127.0.0.1", "127.0.0.2", True),
+    ],
+)
+def test_a_reserved_port_cannot_be_reserved_again_where_the_addresses_overlap(first, second, both):
+    with reserve(first, 0) as port:
+        if both:
+            with reserve(second, port) as same:
+                assert same == port
+            return
+        for _ in range(2):  # an attempt does not open it
+            with pytest.raises(StartError, match=f"port {port} of {second} is already in use"), reserve(second, port):
+                pass
+    with reserve(second, port):  # it is free again
+        pass
+
+
+def test_a_reserved_port_is_not_free():
+    with reserve("127.0.0.1", 0) as port:
+        with pytest.raises(StartError, match=f"port {port} of 127.0.0.1 is already in use"):
+            check_free("127.0.0.1", port)
+        for listener in listen("127.0.0.1", port, shares_port=True):
+            listener.close()
+        with pytest.raises(StartError, match="is already in use"), reserve("127.0.0.1", port):
+            pass
+
+
+def test_of_many_that_reserve_a_port_at_once_one_succeeds():
+    together = threading.Barrier(8)
+
+    def attempt(port: int, outcomes: list[str]) -> None:
+        together.wait()
+        try:
+            with reserve("127.0.0.1", port):
+                outcomes.append("reserved")
+                together.wait()
+        except StartError:
+            outcomes.append("in use")
+            together.wait()
+
+    with reserve("127.0.0.1", 0) as free:
+        pass
+    for _ in range(20):
+        outcomes: list[str] = []
+        threads = [threading.Thread(target=attempt, args=(free, outcomes)) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert sorted(outcomes) == ["in use"] * 7 + ["reserved"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs the filters of Linux")

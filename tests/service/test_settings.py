@@ -50,6 +50,11 @@ def test_every_option_has_a_meaning_and_stands_in_the_help():
         (["--metrics-host", "a\nb"], r"--metrics-host a\nb: 'a\nb' is neither a name nor an address"),
         (["--model-name", "a/b"], "--model-name a/b: String should match pattern"),
         (["--model_name", ""], "--model-name : String should match pattern"),
+        (["--model-name", "stats"], "--model-name stats: /v2/models/stats is the path of the statistics"),
+        (["--port", "7", "--http-port", "7"], "--port and --http-port are both 7: give each a port of its own"),
+        (["--http-port", "50051", "--http-host", "localhost"], "--port and --http-port are both 50051"),
+        (["--port", "7", "--metrics-port", "7"], "--port and --metrics-port are both 7"),
+        (["--http-port", "7", "--metrics-port", "7"], "--http-port and --metrics-port are both 7"),
         (["--device", "tpu"], "--device tpu: Input should be 'auto', 'cpu', 'cuda' or 'openvino'"),
         (["--bogus"], "unrecognized arguments: --bogus"),
         (["--port"], "expected one argument"),
@@ -85,6 +90,10 @@ def test_a_wrong_variable_is_named(monkeypatch):
 def test_plaintext_beyond_the_loopback_is_served_when_asked_for_by_name():
     assert parse(["--host", "0.0.0.0", "--insecure"]).insecure  # noqa: S104
     assert parse(["--host", "0.0.0.0", "--tls-cert", "c", "--tls-key", "k"]).tls_cert  # noqa: S104
+
+
+def test_several_ports_may_be_left_to_the_system():
+    assert parse(["--port", "0", "--http-port", "0", "--metrics-port", "0"]).http_port == 0
 
 
 def test_what_is_loopback():

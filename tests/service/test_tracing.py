@@ -171,6 +171,24 @@ def test_a_caller_that_does_not_record_gets_no_spans_and_calls_without_images_ha
     assert collector.spans(ignored) == collector.spans(live) == []
 
 
+def test_malformed_headers_of_tracing_are_ignored_without_a_line_in_the_log(start_server, linear, collector, tmp_path):
+    (tmp_path / "tokens").write_text("secret")
+    options = ("--model", linear, "--http-port", "0", "--token-file", tmp_path / "tokens")
+    server = start_server(*options, environment={"OTEL_EXPORTER_OTLP_ENDPOINT": f"http://{collector.target}"}).ready()
+    parent = {"traceparent": f"00-{'1' * 32}-{CALLER}-01"}
+    for headers in (
+        {"baggage": "=,;," * 2000 + "password=hunter2 x"},
+        {"traceparent": "hunter2" * 1000},
+        {**parent, "tracestate": "hunter2 x,hunter2=,=" * 20},
+        {**parent, "tracestate": "hunter2=1," * 1000},
+    ):
+        for token, status in (("wrong", 401), ("secret", 200)):
+            authorized = {**headers, "Authorization": f"Bearer {token}"}
+            assert http_status(urllib.request.Request(f"{server.http_url}/v1/model", headers=authorized)) == status
+    assert server.stop() == 0
+    assert not [line for line in server.lines if "hunter2" in line or '"WARNING"' in line]
+
+
 def test_the_last_spans_are_sent_before_the_server_ends(start_server, linear):
     with collect() as collector:
         server = start_server(

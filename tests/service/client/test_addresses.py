@@ -20,6 +20,8 @@ from tests.service.exports import pictures
         ("10.0.0.1:1,10.0.0.2:2", "ipv4:10.0.0.1:1,10.0.0.2:2", ("10.0.0.1", "10.0.0.2")),
         ("10.0.0.1:1, 10.0.0.2:2", "ipv4:10.0.0.1:1,10.0.0.2:2", ("10.0.0.1", "10.0.0.2")),
         ("[::1]:1,[::2]:2", "ipv6:[::1]:1,[::2]:2", ("[::1]", "[::2]")),
+        ("127.0.0.1:1", "127.0.0.1:1", ("127.0.0.1",)),
+        ("127.0.0.1:65535", "127.0.0.1:65535", ("127.0.0.1",)),
     ],
 )
 def test_targets_are_one_address_several_addresses_or_a_name(target, grpc_target, hosts):
@@ -40,6 +42,39 @@ def test_targets_are_one_address_several_addresses_or_a_name(target, grpc_target
 def test_a_list_that_is_not_of_ip_addresses_is_refused(target, message):
     with pytest.raises(ValueError, match=message):
         Client(target)
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "localhost", "[::1]", "::1", "fe80::1", "dns:classifier:50051", "dns:classifier", "dns:///classifier",
+        "ipv4:127.0.0.1:50051", "ipv6:[::1]:50051", "ipv6:[::1]", "unix:/run/classifier:1.sock", "unix:///run/a:b",
+        "unix-abstract:classifier:0", "vsock:2:99999", "xds:///classifier:name",
+    ],
+)  # fmt: skip
+def test_other_addresses_of_grpc_are_left_to_it(target):
+    assert Addresses.parse(target).target == target
+
+
+@pytest.mark.parametrize("port", ["0", "-1", "65536", "99999", "1000000000000", "5e4", "٥", "", "http", " 1", "1]"])
+@pytest.mark.parametrize("host", ["127.0.0.1", "classifier.example", "[::1]", "dns:///classifier", "ipv4:127.0.0.1"])
+def test_a_port_that_is_none_is_named_with_its_range(host, port):
+    with pytest.raises(ValueError, match="but must be a number from 1 to 65535") as caught:
+        Client(f"{host}:{port}")
+    assert str(caught.value).startswith(f"the port in {f'{host}:{port}'!r} is {port!r}, ")
+
+
+@pytest.mark.parametrize("port", ["0", "65536", "http"])
+def test_a_port_that_is_none_in_a_list_is_named(port):
+    with pytest.raises(ValueError, match=f"the port in '10.0.0.2:{port}' is '{port}'"):
+        Client(f"10.0.0.1:1, 10.0.0.2:{port}")
+
+
+@pytest.mark.parametrize("target", ["", " "])
+def test_an_empty_address_is_refused_before_grpc_sees_it(target, capfd):
+    with pytest.raises(ValueError, match="the address of the server is empty: write HOST:PORT"):
+        Client(target)
+    assert capfd.readouterr().err == ""
 
 
 def test_a_token_goes_in_plaintext_only_if_every_address_is_this_machine():

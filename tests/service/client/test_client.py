@@ -3,6 +3,7 @@
 import asyncio
 import io
 import os
+import re
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ from PIL import Image as PillowImage
 
 from service.client import AsyncClient, ClassificationError, Client
 from tests.conftest import REPOSITORY
+from tests.service.client.scripted import Scripted, serve
 from tests.service.exports import CLASSES, expected, pictures
 
 SAMPLES = REPOSITORY / "samples"
@@ -136,6 +138,8 @@ def test_a_pil_image_that_cannot_be_encoded_has_an_answer_that_says_so(server, k
         (np.zeros((2, 3, 32, 32), np.uint8), ValueError, r"uint8 \[2, 3, 32, 32\]"),
         ([np.zeros((32, 32), np.uint8)], ValueError, r"must be uint8 \[height, width, 3\]"),
         ([7], TypeError, "an image is int"),
+        (None, TypeError, "images is None; it must be a list of images, or one array of many"),
+        (7, TypeError, "images is 7; it must be a list"),
     ],
 )
 def test_what_is_not_an_image_is_refused_before_anything_is_sent(client, images, error, message):
@@ -146,6 +150,19 @@ def test_what_is_not_an_image_is_refused_before_anything_is_sent(client, images,
 def test_a_negative_number_of_classes_is_refused(client):
     with pytest.raises(ValueError, match="top_k is -1; it must be the number of classes per image, or 0 for all"):
         client.classify(pictures(1), top_k=-1)
+
+
+@pytest.mark.parametrize("top_k", ["3", None, 2.5, float("nan"), np.float32(2)])
+def test_a_number_of_classes_that_is_not_whole_is_refused_before_anything_is_sent(top_k):
+    servicer = Scripted()
+    message = re.escape(f"top_k is {top_k!r}; it must be a whole number")
+    with serve(servicer) as target, Client(target) as client, pytest.raises(TypeError, match=message):
+        client.classify(pictures(1), top_k=top_k)
+    assert not servicer.calls
+
+
+def test_a_number_of_classes_may_be_any_whole_number(client):
+    assert [len(client.classify(pictures(1), top_k=top_k)[0].classes) for top_k in (np.int64(3), 99)] == [3, 10]
 
 
 def test_an_empty_list_has_no_answers(client):

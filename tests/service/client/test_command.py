@@ -243,10 +243,11 @@ def test_a_file_name_cannot_control_the_terminal(server, tmp_path):
         (["--timeout", "inf"], "--timeout is inf, but must be above 0 and at most 2,147,483 seconds"),
         (["--timeout", "0"], "--timeout is 0, but must be above 0"),
         (["--timeout", "-1"], "--timeout is -1, but must be above 0"),
-        (["--server", "127.0.0.1:99999"], "the port in 127.0.0.1:99999 is 99999, but must be at most 65535"),
-        (["--server", "127.0.0.1:1, [::1]:65536"], "the port in [::1]:65536 is 65536"),
-        (["--server", "dns:///localhost:65536"], "the port in dns:///localhost:65536 is 65536"),
-        (["--server="], "the address of the server is empty, but must be HOST:PORT"),
+        (["--server", "127.0.0.1:99999"], "the port in '127.0.0.1:99999' is '99999', but must be a number"),
+        (["--server", "127.0.0.1:-1"], "the port in '127.0.0.1:-1' is '-1', but must be a number from 1 to 65535"),
+        (["--server", "127.0.0.1:1, 127.0.0.2:65536"], "the port in '127.0.0.2:65536' is '65536'"),
+        (["--server", "dns:///localhost:65536"], "the port in 'dns:///localhost:65536' is '65536'"),
+        (["--server="], "the address of the server is empty: write HOST:PORT"),
     ],
 )
 def test_what_went_wrong_is_one_line(arguments, message):

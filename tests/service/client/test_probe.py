@@ -138,7 +138,7 @@ def test_a_server_that_does_not_serve_is_unhealthy():
     ("arguments", "message"),
     [
         (["nowhere"], "the address must be HOST:PORT"),
-        (["127.0.0.1:65536"], "the port in 127.0.0.1:65536 is 65536, but must be at most 65535"),
+        (["127.0.0.1:65536"], "the port in '127.0.0.1:65536' is '65536', but must be a number from 1 to 65535"),
         (["127.0.0.1:1", "--timeout", "inf"], "--timeout is inf, but must be above 0"),
         (["127.0.0.1:1", "--timeout", "nan"], "--timeout is nan, but must be above 0"),
         (["127.0.0.1:1", "--ca", "absent.pem"], "No such file or directory: 'absent.pem'"),

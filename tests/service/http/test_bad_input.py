@@ -97,6 +97,14 @@ def test_a_bad_inference_request_has_its_status(web, kind):
 
 IMAGE = {"name": "images", "datatype": "UINT8", "shape": [1, 32, 32, 3]}
 PIXELS = [0] * 3072
+
+
+def nested(*shape: int) -> list[Any]:
+    """Black pixels in lists of lists."""
+    lists: list[Any] = np.zeros(shape, int).tolist()
+    return lists
+
+
 BAD_JSON: dict[str, tuple[bytes | dict[str, Any], int, str]] = {
     "nothing": (b"", 400, "not JSON"),
     "a text": (b"hello", 400, "not JSON"),
@@ -115,7 +123,22 @@ BAD_JSON: dict[str, tuple[bytes | dict[str, Any], int, str]] = {
     "elements that are null": ({"inputs": [{**IMAGE, "data": [None] * 3072}]}, 400, "not a whole number"),
     "negative elements": ({"inputs": [{**IMAGE, "data": [-1] * 3072}]}, 400, "not a whole number"),
     "too few elements": ({"inputs": [{**IMAGE, "data": PIXELS[1:]}]}, 400, "3071 bytes"),
-    "ragged lists": ({"inputs": [{**IMAGE, "data": [[0], 1, [2]]}]}, 400, "not a whole number"),
+    "ragged lists": ({"inputs": [{**IMAGE, "data": [[0], 1, [2]]}]}, 400, "nested as [3, 1]"),
+    "lists of different lengths": (
+        {"inputs": [{**IMAGE, "data": [[*nested(32, 32, 3)[:-1], [[0] * 3] * 31]]}]}, 400,
+        "nested in lists of different lengths; 'shape' says [1, 32, 32, 3]",
+    ),
+    "a number beside lists": (
+        {"inputs": [{**IMAGE, "data": [[*nested(32, 32, 3)[:-1], 0]]}]}, 400, "nested in lists of different lengths",
+    ),
+    "channels first": (
+        {"inputs": [{**IMAGE, "data": nested(1, 3, 32, 32)}]}, 400,
+        "'data' of input 'images' is nested as [1, 3, 32, 32]; 'shape' says [1, 32, 32, 3]",
+    ),
+    "rows of pixels": ({"inputs": [{**IMAGE, "data": nested(1, 3072)}]}, 400, "is nested as [1, 3072]; 'shape' says"),
+    "lists too deep": ({"inputs": [{**IMAGE, "data": nested(1, 1, 32, 32, 3)}]}, 400, "nested as [1, 1, 32, 32, 3]"),
+    "an empty list in a list": ({"inputs": [{**IMAGE, "data": [[]]}]}, 400, "nested as [1, 0]"),
+    "true as a pixel": ({"inputs": [{**IMAGE, "data": [True, *PIXELS[1:]]}]}, 400, "not a whole number"),
     "deep lists": (b'{"inputs":' + b"[" * 100_000 + b"]" * 100_000 + b"}", 400, "not JSON"),
     "a long number": (b'{"id":' + b"9" * 100_000 + b"}", 400, ""),
     "data and binary data": (

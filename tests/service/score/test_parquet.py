@@ -106,6 +106,11 @@ def test_columns_that_do_not_fit_are_refused(tmp_path, linear):
     ):
         with pytest.raises(ScoreError, match=message):
             score(file, tmp_path / "out", *options, model=linear)
+    twice = pa.Table.from_arrays([packed(IMAGES[:2])] * 2, ["image", "image"])
+    pq.write_table(twice, file)
+    for options in ((), ("--column", "image")):
+        with pytest.raises(ScoreError, match="column 'image' occurs 2 times; the columns are: image, image"):
+            score(file, tmp_path / "out", *options, model=linear)
     pq.write_table(pa.table({"n": [1, 2]}), file)
     with pytest.raises(ScoreError, match=r"no column can hold images.* n \(int64\)"):
         score(file, tmp_path / "out", model=linear)

@@ -104,6 +104,15 @@ def test_signals_are_passed_on_to_the_workers(start_server, tmp_path):
     assert not any(Path(f"/proc/{pid}").exists() for pid in workers.values())
 
 
+def test_two_servers_do_not_share_a_port_even_while_their_workers_load(start_server, linear):
+    first = start_server("--model", linear, "--workers", "2")
+    port = first.wait_for("starting 2 workers")["port"]
+    second = start_server("--model", linear, "--workers", "2", "--port", str(port))
+    assert second.wait() == 2
+    assert second.lines == [f"error: port {port} of 127.0.0.1 is already in use\n"]
+    assert first.ready().stop() == 0
+
+
 def test_workers_end_with_a_supervisor_that_is_killed(start_server, linear):
     server = start_server("--model", linear, "--workers", "2").ready()
     workers = pids(server)
