@@ -1,12 +1,17 @@
-"""Calibration of probabilities: a scale for the logits of each image, and measures of calibration.
+"""Calibration of probabilities: scales for the logits of each image, and measures of calibration.
 
 One temperature multiplies the logits of all images by the same number, which cannot correct a network whose confident
 answers are underconfident and whose doubtful answers are overconfident, as label smoothing leaves them. Here the scale
 of an image is softplus(polynomial of x), where x measures how sure the network is: the gap between the two largest
-logits, or the logarithm of the entropy. The scale is positive, so the class of no image changes. Works on arrays of
-logits and probabilities only.
+logits, or the logarithm of the entropy.
+
+One scale for all classes decides both how far the largest logit is above the second and how much the other classes
+get, and networks that learned from a teacher need different answers. So there are forms with two scales, measured from
+the second largest logit: one for the largest, one for the rest. Scales are positive, so the class of no image changes.
+Works on arrays of logits and probabilities only.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,14 +29,40 @@ SCALE_RANGE = (0.05, 20.0)
 """Limits of the scale. Without them it would grow without limit if all predictions were correct."""
 ENTROPY_FLOOR = 1e-6
 """Added to the entropy, in nats, before the logarithm."""
-FORMS: dict[str, tuple[str, int]] = {
-    "temperature": ("gap", 0),
-    "gap": ("gap", 1),
-    "log-entropy": ("log-entropy", 1),
-    "gap-quadratic": ("gap", 2),
-    "log-entropy-quadratic": ("log-entropy", 2),
+
+
+@dataclass(frozen=True)
+class Form:
+    """A form of calibration.
+
+    Attributes:
+        measure: x, `gap` or `log-entropy`.
+        degree: degree of the polynomial of the scale; with two scales, of that of the largest logit.
+        rest_degree: degree of the polynomial of the scale of the rest; None if there is one scale for all.
+    """
+
+    measure: str
+    degree: int
+    rest_degree: int | None = None
+
+    @property
+    def coefficients(self) -> int:
+        """Number of coefficients."""
+        return self.degree + 1 + (0 if self.rest_degree is None else self.rest_degree + 1)
+
+
+FORMS = {
+    "temperature": Form("gap", 0),
+    "gap": Form("gap", 1),
+    "log-entropy": Form("log-entropy", 1),
+    "gap-quadratic": Form("gap", 2),
+    "log-entropy-quadratic": Form("log-entropy", 2),
+    "two-scales": Form("gap", 1, 0),
+    "two-scales-quadratic": Form("gap", 2, 0),
+    "two-scales-linear-rest": Form("gap", 1, 1),
+    "two-scales-quadratic-linear-rest": Form("gap", 2, 1),
 }
-"""The forms of the scale, simplest first: the measure x, and the degree of the polynomial."""
+"""The forms by name, those with fewer coefficients first."""
 FOLDS = 5
 """Number of parts in the cross-validation that chooses the form."""
 SMALLEST_SAMPLE = 200
@@ -57,37 +88,57 @@ class Bin:
 
 @dataclass(frozen=True)
 class Calibration:
-    """A scale for the logits of each image.
+    """Scales for the logits of each image.
 
     Attributes:
         form: a key of `FORMS`; `temperature` has one coefficient, and its scale is 1 / temperature.
-        coefficients: the coefficients of the polynomial, the constant first.
+        coefficients: the coefficients of the polynomial, the constant first; with two scales, those of the largest
+            logit's and then those of the rest's.
     """
 
     form: str
     coefficients: tuple[float, ...]
 
-    def scales(self, logits: Floats) -> Doubles:
-        """The scale of each image, float64 [N, 1], for logits [N, classes]."""
-        return _scales(np.asarray(self.coefficients), _measure(self.form, logits))
+    def polynomials(self) -> list[tuple[float, ...]]:
+        """The coefficients of each scale."""
+        first = FORMS[self.form].degree + 1
+        return [part for part in (self.coefficients[:first], self.coefficients[first:]) if part]
+
+    def scaled(self, logits: Floats) -> Doubles:
+        """The scaled logits, float64 [N, classes], for logits [N, classes]."""
+        measure = _measure(FORMS[self.form].measure, logits)
+        return _scaled([_scale(polynomial, measure) for polynomial in self.polynomials()], _parts(self.form, logits))
 
     def probabilities(self, logits: Floats) -> Doubles:
-        """softmax(scale * logits), float64 [N, classes]."""
-        return np.asarray(softmax(logits.astype(np.float64) * self.scales(logits), axis=1))
+        """The softmax of the scaled logits, float64 [N, classes]."""
+        return np.asarray(softmax(self.scaled(logits), axis=1))
 
 
-def _measure(form: str, logits: Floats) -> Doubles:
+def _measure(name: str, logits: Floats) -> Doubles:
     """How sure the network is of each image: float64 [N]."""
     logits = logits.astype(np.float64)
-    if FORMS[form][0] == "log-entropy":
+    if name == "log-entropy":
         return np.asarray(np.log(entr(softmax(logits, axis=1)).sum(1) + ENTROPY_FLOOR))
     largest = np.partition(logits, -2, axis=1)
     return np.asarray(largest[:, -1] - largest[:, -2])
 
 
-def _scales(coefficients: Doubles, measure: Doubles) -> Doubles:
-    polynomial = np.polynomial.polynomial.polyval(measure, coefficients)
-    return np.asarray(np.logaddexp(0, polynomial).clip(*SCALE_RANGE))[:, None]
+def _parts(form: str, logits: Floats) -> list[Doubles]:
+    """What each scale multiplies, float64 [N, classes]; the sum is logits that have the same softmax."""
+    values: Doubles = logits.astype(np.float64)
+    if FORMS[form].rest_degree is None:
+        return [values]
+    above_second = values - np.partition(values, -2, axis=1)[:, -2:-1]
+    return [above_second.clip(min=0), above_second.clip(max=0)]
+
+
+def _scale(polynomial: Sequence[float], measure: Doubles) -> Doubles:
+    value = np.polynomial.polynomial.polyval(measure, polynomial)
+    return np.asarray(np.logaddexp(0, value).clip(*SCALE_RANGE))[:, None]
+
+
+def _scaled(scales: Sequence[Doubles], parts: Sequence[Doubles]) -> Doubles:
+    return np.asarray(sum(scale * part for scale, part in zip(scales, parts, strict=True)))
 
 
 # Fitting
@@ -101,22 +152,25 @@ def fit(form: str, logits: Floats, labels: Integers) -> Calibration:
         logits: [N, classes], of images that were not trained on.
         labels: [N].
     """
-    logits = logits.astype(np.float64)
-    measure, rows = _measure(form, logits), np.arange(len(labels))
-    # The search is over a polynomial of the standardised measure, so that all coefficients have a similar size.
+    measure, parts, rows = _measure(FORMS[form].measure, logits), _parts(form, logits), np.arange(len(labels))
+    # The search is over polynomials of the standardised measure, so that all coefficients have a similar size.
     mean, deviation = float(measure.mean()), max(float(measure.std()), 1e-9)
-    standardised, degree = (measure - mean) / deviation, FORMS[form][1]
+    standardised = (measure - mean) / deviation
 
     def loss(coefficients: Doubles) -> float:
-        scaled = logits * _scales(coefficients, standardised)
+        found = Calibration(form, tuple(coefficients)).polynomials()
+        scaled = _scaled([_scale(polynomial, standardised) for polynomial in found], parts)
         return float((logsumexp(scaled, axis=1) - scaled[rows, labels]).mean())
 
-    start = np.asarray([0.5] + [0.0] * degree)
-    best = minimize(loss, start, method="Nelder-Mead", options={"xatol": 1e-5, "fatol": 1e-9, "maxiter": 2000})
+    start = Calibration(form, (0.0,) * FORMS[form].coefficients).polynomials()
+    first = np.concatenate([(0.5, *polynomial[1:]) for polynomial in start])
+    best = minimize(loss, first, method="BFGS", options={"gtol": 1e-6})
     line = np.polynomial.Polynomial([-mean / deviation, 1 / deviation])
-    polynomial = np.polynomial.Polynomial(best.x)(line)
-    coefficients = [float(value) for value in np.atleast_1d(polynomial.coef)]
-    return Calibration(form, tuple(coefficients + [0.0] * (degree + 1 - len(coefficients))))
+    coefficients: list[float] = []
+    for standard in Calibration(form, tuple(best.x)).polynomials():
+        polynomial = np.atleast_1d(np.polynomial.Polynomial(standard)(line).coef)
+        coefficients += [float(value) for value in polynomial] + [0.0] * (len(standard) - len(polynomial))
+    return Calibration(form, tuple(coefficients))
 
 
 def choose_calibration(logits: Floats, labels: Integers) -> Calibration:
@@ -142,15 +196,15 @@ def choose_calibration(logits: Floats, labels: Integers) -> Calibration:
     chosen = "temperature"
     for form, scores in losses.items():
         gain = losses[chosen] - scores
-        error = float(gain.std(ddof=1)) / len(gain) ** 0.5 if FORMS[form][1] > FORMS[chosen][1] else 0.0
+        more = FORMS[form].coefficients > FORMS[chosen].coefficients
+        error = float(gain.std(ddof=1)) / len(gain) ** 0.5 if more else 0.0
         if gain.mean() > error:
             chosen = form
     return fit(chosen, logits, labels)
 
 
 def _losses(calibration: Calibration, logits: Floats, labels: Integers) -> Doubles:
-    scaled = logits.astype(np.float64) * calibration.scales(logits)
-    return np.asarray(-log_softmax(scaled, axis=1)[np.arange(len(labels)), labels])
+    return np.asarray(-log_softmax(calibration.scaled(logits), axis=1)[np.arange(len(labels)), labels])
 
 
 # Measuring

@@ -1,5 +1,6 @@
 """The calibration as operators of an ONNX graph, between the logits and the softmax."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,25 +11,31 @@ from cifar_core.calibration import ENTROPY_FLOOR, FORMS, SCALE_RANGE, Calibratio
 
 
 def add_calibration(graph: bytes, calibration: Calibration) -> bytes:
-    """Adds the output `probabilities` to a graph: softmax(scale * logits).
+    """Adds the output `probabilities` to a graph: the softmax of the scaled logits.
 
     Args:
         graph: the content of an ONNX file with the output `logits`, float32 [batch, classes].
-        calibration: gives the scale of each image.
+        calibration: gives the scales of each image.
 
     Returns:
         The content of a file with the outputs `logits` and `probabilities`.
     """
     model = onnx.load_from_string(graph)
-    constants: dict[str, np.ndarray[tuple[int, ...], np.dtype[np.float32 | np.int64]]] = {
-        f"calibration.{power}": np.asarray(value, np.float32) for power, value in enumerate(calibration.coefficients)
-    }
-    measure = FORMS[calibration.form][0]
     nodes: list[onnx.NodeProto] = []
+    constants: Constants = {}
     if len(calibration.coefficients) > 1:
-        nodes, measured_constants = _gap_nodes() if measure == "gap" else _log_entropy_nodes()
-        constants |= measured_constants
-    nodes += _scale_nodes(len(calibration.coefficients))
+        gap = FORMS[calibration.form].measure == "gap"
+        nodes, constants = _gap_nodes() if gap else _log_entropy_nodes()
+    first, *rest = calibration.polynomials()
+    scales, scale_constants = _scale_nodes("calibration.", first)
+    nodes, constants = nodes + scales, constants | scale_constants
+    if rest:
+        scales, scale_constants = _scale_nodes("calibration.rest.", rest[0])
+        combined, combined_constants = _two_scales_nodes()
+        nodes, constants = nodes + scales + combined, constants | scale_constants | combined_constants
+    else:
+        nodes.append(_node("Mul", ["logits", "calibration.scale"], "calibration.scaled"))
+    nodes.append(_node("Softmax", ["calibration.scaled"], "probabilities", axis=1))
     constants["calibration.least"], constants["calibration.greatest"] = (np.asarray(v, np.float32) for v in SCALE_RANGE)
     model.graph.node.extend(nodes)
     model.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in constants.items())
@@ -63,7 +70,8 @@ def without_calibration(graph: bytes) -> bytes:
     return bytes(model.SerializeToString(deterministic=True))
 
 
-Nodes = tuple[list[onnx.NodeProto], dict[str, np.ndarray[tuple[int, ...], np.dtype[np.float32 | np.int64]]]]
+Constants = dict[str, np.ndarray[tuple[int, ...], np.dtype[np.float32 | np.int64]]]
+Nodes = tuple[list[onnx.NodeProto], Constants]
 
 
 def _node(operator: str, inputs: list[str], output: str, **attributes: int) -> onnx.NodeProto:
@@ -103,18 +111,31 @@ def _log_entropy_nodes() -> Nodes:
     return nodes, constants  # type: ignore[return-value]
 
 
-def _scale_nodes(coefficients: int) -> list[onnx.NodeProto]:
-    """The polynomial of the measure by Horner's method, softplus, the limits, and the softmax."""
-    nodes, value = [], f"calibration.{coefficients - 1}"
-    for power in range(coefficients - 2, -1, -1):
-        product, total = f"calibration.product{power}", f"calibration.total{power}"
+def _scale_nodes(prefix: str, polynomial: Sequence[float]) -> Nodes:
+    """`<prefix>scale`: the polynomial of the measure by Horner's method, softplus and the limits."""
+    nodes, value = [], f"{prefix}{len(polynomial) - 1}"
+    for power in range(len(polynomial) - 2, -1, -1):
+        product, total = f"{prefix}product{power}", f"{prefix}total{power}"
         nodes.append(_node("Mul", [value, "calibration.measure"], product))
-        nodes.append(_node("Add", [product, f"calibration.{power}"], total))
+        nodes.append(_node("Add", [product, f"{prefix}{power}"], total))
         value = total
-    return [
-        *nodes,
-        _node("Softplus", [value], "calibration.softplus"),
-        _node("Clip", ["calibration.softplus", "calibration.least", "calibration.greatest"], "calibration.scale"),
-        _node("Mul", ["logits", "calibration.scale"], "calibration.scaled"),
-        _node("Softmax", ["calibration.scaled"], "probabilities", axis=1),
+    nodes += [
+        _node("Softplus", [value], f"{prefix}softplus"),
+        _node("Clip", [f"{prefix}softplus", "calibration.least", "calibration.greatest"], f"{prefix}scale"),
     ]
+    constants = {f"{prefix}{power}": np.asarray(value, np.float32) for power, value in enumerate(polynomial)}
+    return nodes, constants  # type: ignore[return-value]
+
+
+def _two_scales_nodes() -> Nodes:
+    """`calibration.scaled`: the logits minus the second largest, the largest and the rest each times a scale."""
+    nodes = [
+        _node("MatMul", ["calibration.largest", "calibration.take_second"], "calibration.second"),
+        _node("Sub", ["logits", "calibration.second"], "calibration.above_second"),
+        _node("Relu", ["calibration.above_second"], "calibration.top"),
+        _node("Sub", ["calibration.above_second", "calibration.top"], "calibration.others"),
+        _node("Mul", ["calibration.top", "calibration.scale"], "calibration.scaled_top"),
+        _node("Mul", ["calibration.others", "calibration.rest.scale"], "calibration.scaled_others"),
+        _node("Add", ["calibration.scaled_top", "calibration.scaled_others"], "calibration.scaled"),
+    ]
+    return nodes, {"calibration.take_second": np.asarray([[0], [1]], np.float32)}

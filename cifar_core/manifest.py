@@ -20,6 +20,9 @@ OPENVINO_PREFIX = "openvino-"
 """Begins the names of the variants that were measured with OpenVINO."""
 
 Name = Annotated[str, StringConstraints(min_length=1)]
+# The answer to a request can name every class for every image, so both limits bound its size.
+ClassName = Annotated[str, StringConstraints(min_length=1, max_length=255)]
+MAX_CLASSES = 1000  # those of ImageNet
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 # A name and not a path, so that no manifest can make the server read a file outside its folder.
 PlainFileName = Annotated[str, StringConstraints(pattern=r"^[^./\\\x00][^/\\\x00]*$")]
@@ -49,9 +52,13 @@ class CalibrationScale(_Part):
 
     form: str = Field(
         description="temperature (a constant), or gap, gap-quadratic (the measure is the difference of the two largest "
-        "logits), log-entropy, log-entropy-quadratic (the logarithm of the entropy of the softmax of the logits)"
+        "logits), log-entropy, log-entropy-quadratic (the logarithm of the entropy of the softmax of the logits), or "
+        "two-scales and names that begin so (one scale for the largest logit, one for the rest; the measure is the gap)"
     )
-    coefficients: tuple[float, ...] = Field(min_length=1, description="of the polynomial, the constant first")
+    coefficients: tuple[float, ...] = Field(
+        min_length=1,
+        description="of the polynomial, the constant first; with two scales, the rest's follow the largest logit's",
+    )
     images: Count = Field(description="number of held-out images that the scale was fitted on")
     chose_epoch: bool = Field(description="whether these images also chose the epoch whose weights were exported")
 
@@ -107,7 +114,9 @@ class Manifest(_Part):
 
     schema_version: Literal[1] = Field(description="version of this schema")
     model_version: Name = Field(description="recipe, seed and the first digits of the SHA-256 of the weights")
-    classes: tuple[Name, ...] = Field(min_length=1, description="class names, in the order of the outputs")
+    classes: tuple[ClassName, ...] = Field(
+        min_length=1, max_length=MAX_CLASSES, description="class names, in the order of the outputs"
+    )
     data: Data = Field(default=Data(), description="the data set that the model was trained on")
     libraries: dict[str, str] = Field(default_factory=dict, description="versions of the libraries that exported it")
     variants: dict[Name, Variant] = Field(min_length=1, description="the forms of the model, by name")

@@ -65,9 +65,9 @@ def test_the_probabilities_that_labels_were_drawn_from_are_calibrated(logits, la
 
 @pytest.mark.parametrize("factor", [0.25, 1.0, 3.0])
 def test_the_temperature_is_the_factor_by_which_logits_were_scaled(logits, labels, factor):
-    scales = fit("temperature", factor * logits, labels).scales(logits)
-    assert 1 / scales == pytest.approx(factor, rel=0.03)
-    assert np.ptp(scales) == 0
+    scaled = fit("temperature", factor * logits, labels).scaled(logits)
+    assert logits / scaled == pytest.approx(factor, rel=0.03)
+    assert np.ptp(scaled / logits) == pytest.approx(0, abs=1e-9)
 
 
 def loss(calibration, logits, labels):
@@ -76,10 +76,10 @@ def loss(calibration, logits, labels):
 
 def test_the_fitted_scale_has_the_least_loss_and_changes_no_class(logits, labels):
     sharp = 3 * logits
-    for form, (_, degree) in FORMS.items():
+    for form in FORMS:
         calibration = fit(form, sharp, labels)
         least = loss(calibration, sharp, labels)
-        for power in range(degree + 1):
+        for power in range(len(calibration.coefficients)):
             for change in (-0.1, 0.1):
                 changed = list(calibration.coefficients)
                 changed[power] += change
@@ -99,10 +99,22 @@ def test_a_scale_that_depends_on_the_gap_mends_what_one_temperature_cannot(logit
     chosen = choose_calibration(distorted[::2], labels[::2])
     one_temperature = fit("temperature", distorted[::2], labels[::2])
     others, true = distorted[1::2], labels[1::2]
-    assert FORMS[chosen.form][1] > 0
+    assert FORMS[chosen.form].degree > 0
     before = expected_calibration_error(one_temperature.probabilities(others), true)
     assert expected_calibration_error(chosen.probabilities(others), true) < 0.6 * before
     assert loss(chosen, others, true) < loss(one_temperature, others, true)
+
+
+def test_a_scale_of_their_own_for_the_other_classes_mends_what_one_scale_cannot(logits, labels):
+    above_second = logits - np.sort(logits, axis=1)[:, -2:-1]
+    flat = np.where(above_second > 0, above_second, 0.3 * above_second)
+    chosen = choose_calibration(flat[::2], labels[::2])
+    assert FORMS[chosen.form].rest_degree is not None
+    others, true = flat[1::2], labels[1::2]
+    np.testing.assert_allclose(chosen.probabilities(others), softmax(logits[1::2]), atol=0.05)
+    assert (chosen.probabilities(others).argmax(1) == others.argmax(1)).all()
+    one_scale = min(loss(fit(form, flat[::2], labels[::2]), others, true) for form in ("gap-quadratic", "log-entropy"))
+    assert loss(chosen, others, true) < one_scale - 0.01
 
 
 def test_few_images_get_a_temperature(logits, labels):
@@ -120,8 +132,8 @@ def test_the_scale_stays_within_its_limits_for_any_logits():
     logits = np.array([[1e4, 0.0, -1e4], [0.0, 0.0, 0.0], [30.0, 29.0, 0.0]])
     for coefficients in ((0.0, 5.0, -1.0), (-50.0, -3.0, 0.0)):
         calibration = Calibration("gap-quadratic", coefficients)
-        scales = calibration.scales(logits)
-        assert ((scales >= SCALE_RANGE[0]) & (scales <= SCALE_RANGE[1])).all()
+        scales = calibration.scaled(logits)[logits != 0] / logits[logits != 0]
+        assert ((scales >= SCALE_RANGE[0] - 1e-9) & (scales <= SCALE_RANGE[1] + 1e-9)).all()
         assert np.isfinite(calibration.probabilities(logits)).all()
         assert calibration.probabilities(logits)[2].argmax() == 0
 
@@ -137,7 +149,7 @@ def test_the_operators_of_a_graph_compute_the_calibration(form, classes):
         [onnx.helper.make_tensor_value_info("logits", onnx.TensorProto.FLOAT, shape)],
     )
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=8)
-    calibration = Calibration(form, (0.9, -0.28, 0.1)[: FORMS[form][1] + 1])
+    calibration = Calibration(form, (0.9, -0.28, 0.1, 0.7, -0.2)[: FORMS[form].coefficients])
     content = add_calibration(model.SerializeToString(), calibration)
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     logits = np.random.default_rng(3).normal(0, 4, (200, classes)).astype(np.float32)
@@ -185,4 +197,4 @@ def test_the_loss_is_that_of_scikit_learn(logits, labels):
 def test_the_scale_has_a_limit_if_all_predictions_are_correct():
     logits = np.eye(4) * 9
     for form in FORMS:
-        assert fit(form, logits, np.arange(4)).scales(logits).max() <= SCALE_RANGE[1]
+        assert np.abs(fit(form, logits, np.arange(4)).scaled(logits)).max() <= SCALE_RANGE[1] * np.ptp(logits)

@@ -94,9 +94,9 @@ def test_each_variant_is_calibrated_on_its_own_logits_of_the_held_out_images(exp
     expected = choose_calibration(logits, small.train.labels[held_out].numpy())
     found = calibration_of(manifest, variant)
     assert found.form == expected.form
-    np.testing.assert_allclose(found.scales(logits), expected.scales(logits), rtol=1e-3)
+    np.testing.assert_allclose(found.probabilities(logits), expected.probabilities(logits), atol=1e-3)
     np.testing.assert_allclose(probabilities, found.probabilities(logits), atol=1e-5)
-    assert not np.allclose(found.scales(logits), 1, atol=0.01)
+    assert not np.allclose(found.scaled(logits), logits, rtol=0.01)
     assert manifest.variants[variant].calibration.images == 30
 
 
@@ -326,3 +326,11 @@ def test_the_shipped_models_have_the_test_accuracies_of_their_manifest(real, shi
 
 def test_the_shipped_int8_model_loses_at_most_three_tenths_of_a_point(shipped_accuracies):
     assert shipped_accuracies["fp32"] - shipped_accuracies["int8"] <= 0.003
+
+
+def test_weights_of_another_run_are_refused(small, tmp_path):
+    run, other = (make_run(small, tmp_path / name, "deep", 0.5, seed) for seed, name in enumerate("ab"))
+    run.best.write_bytes(other.best.read_bytes())
+    with pytest.raises(ExportError, match=r"best\.pt: these weights are not those of this run, but of deep, seed 1"):
+        export_run(run, small, tmp_path / "exported")
+    assert not (tmp_path / "exported").exists()
