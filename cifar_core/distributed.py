@@ -209,8 +209,19 @@ ALONE = Ranks()
 
 
 def number_of_ranks() -> int:
-    """How many processes torchrun started; 1 without torchrun."""
-    return int(os.environ["WORLD_SIZE"]) if _RUN_ID in os.environ else 1
+    """How many processes torchrun started; 1 without torchrun.
+
+    Raises:
+        RankError: The environment is not that of torchrun.
+    """
+    if _RUN_ID not in os.environ:
+        return 1
+    size = os.environ.get("WORLD_SIZE", "")
+    if not size.isdecimal():
+        raise RankError(
+            f"{_RUN_ID} is set, but WORLD_SIZE is {size!r}; start the ranks with torchrun, or unset {_RUN_ID}"
+        )
+    return int(size)
 
 
 @contextlib.contextmanager

@@ -19,16 +19,23 @@ class CifarError(Exception):
 def run_command(main: Callable[[], int]) -> None:
     """Runs the main function of a command and exits with its code; a `CifarError` becomes one line and exit code 2.
 
-    If the reader of standard output, such as `head`, ends first, the command ends with exit code 1; if a disk is full,
-    with a line and exit code 2.
+    So does a file or folder that cannot be opened, unless the command has a better message for it. If the reader of
+    standard output, such as `head`, ends first, the command ends with exit code 1; if a disk is full, with a line and
+    exit code 2.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(line_buffering=True)  # a log file shows each line as soon as it is written
+        # A log file shows each line as soon as it is written. An encoding without a character shows its number.
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     try:
         with output_may_fail():
             code = main()
     except CifarError as error:
         _say(f"error: {error}")
+        code = 2
+    except OSError as error:
+        if error.filename is None:
+            raise
+        _say(f"error: {error.filename}: {error.strerror}; check the path and its permissions")
         code = 2
     except KeyboardInterrupt:
         _say("interrupted")

@@ -105,7 +105,6 @@ def evaluate(predictor: Predictor, dataset: Dataset, which: SplitName = "test") 
     logits, float_probabilities = predict_all(predictor, images)
     seconds = time.perf_counter() - started
     probabilities = float_probabilities.astype(np.float64)
-    of_the_label = probabilities[np.arange(len(labels)), labels] / probabilities.sum(1)
     confusion = np.zeros((len(predictor.classes),) * 2, np.int64)
     np.add.at(confusion, (labels, probabilities.argmax(1)), 1)
     correct = int(confusion.trace())
@@ -121,8 +120,7 @@ def evaluate(predictor: Predictor, dataset: Dataset, which: SplitName = "test") 
         "correct": correct,
         "accuracy": correct / len(labels),
         "interval": wilson_interval(correct, len(labels)),
-        # A float32 probability can round to 0.
-        "loss": float(-np.log(of_the_label.clip(np.finfo(np.float64).eps)).mean()),
+        "loss": _loss(probabilities, labels) if predictor.calibrated else negative_log_likelihood(logits, labels),
         "calibration": _calibration(probabilities, logits if predictor.has_logits else None, labels),
         "per_class": {
             name: float(row[number] / row.sum()) if row.sum() else None
@@ -132,6 +130,12 @@ def evaluate(predictor: Predictor, dataset: Dataset, which: SplitName = "test") 
         "confident_mistakes": _confident_mistakes(float_probabilities, labels, indices, predictor.classes),
         "images_per_second": len(labels) / seconds,
     }
+
+
+def _loss(probabilities: Doubles, labels: Int64) -> float:
+    """The mean cross-entropy in nats. A float32 probability that rounded to 0 counts as the smallest one above."""
+    of_the_label = probabilities[np.arange(len(labels)), labels] / probabilities.sum(1)
+    return float(-np.log(of_the_label.clip(np.finfo(np.float32).smallest_subnormal)).mean())
 
 
 def manifest_fields(result: dict[str, Any]) -> dict[str, Any]:
@@ -260,12 +264,13 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="file to write all measurements to, as JSON")
     arguments = parser.parse_args()
     logging.basicConfig(format="%(levelname)s: %(message)s")
+    if arguments.json:  # a folder that cannot be made should not cost an evaluation
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
     dataset = load_dataset(arguments.data)
     model = arguments.model or default_folder(dataset.kind, "exported") / "model.onnx"
     result = evaluate(load_predictor(model, choose_device(arguments.device)), dataset, arguments.split)
     print(report(result))
     if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(arguments.json, to_json(result))
     return 0
 

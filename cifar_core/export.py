@@ -151,7 +151,7 @@ def export_run(run: RunFolder, dataset: Dataset, target: Path) -> Manifest:
         target: the folder of the export.
 
     Raises:
-        ExportError: The run is not finished, or was trained on other data.
+        ExportError: The run is not finished, was trained on other data, or holds the weights of another run.
         ParityError: The graph differs from torch, or int8 is too inaccurate.
         PublishError: The folder cannot be written.
         RunError, PredictorError, EvaluationError: The run is damaged, or its classes are not those of the data.
@@ -161,6 +161,7 @@ def export_run(run: RunFolder, dataset: Dataset, target: Path) -> Manifest:
     recipe = read_recipe(description["recipe"])
     _check_run(run, description, recipe, dataset)
     checkpoint = load_checkpoint(run.best)
+    _check_weights(run, checkpoint, description)
     reference = torch_predictor(checkpoint, CPU)
     check_classes(reference, dataset)
     identity = _identity(checkpoint, description, recipe)
@@ -236,6 +237,16 @@ def _check_run(run: RunFolder, description: dict[str, Any], recipe: Recipe, data
         raise ExportError(
             f"{run.path} was trained on {trained_on['name']} (fingerprint {trained_on['fingerprint'][:12]}), but "
             f"--data is {dataset.name} ({dataset.fingerprint[:12]}); export it with the data that it was trained on"
+        )
+
+
+def _check_weights(run: RunFolder, checkpoint: dict[str, Any], description: dict[str, Any]) -> None:
+    """Raises ExportError if the weights were copied from another run: its held-out images may be others."""
+    same = read_recipe(checkpoint["recipe"]) == read_recipe(description["recipe"])
+    if not same or any(checkpoint[key] != description[key] for key in ("seed", "classes", "data")):
+        raise ExportError(
+            f"{run.best}: these weights are not those of this run, but of {checkpoint['recipe'].get('name')}, seed "
+            f"{checkpoint['seed']}; put back the file that training wrote, or train the run again"
         )
 
 

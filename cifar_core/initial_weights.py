@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from cifar_core.errors import CifarError
+from cifar_core.files import read_regular
 from cifar_core.manifest import read_manifest
 from cifar_core.models import NORMALISED_LAYERS, Network, fuse_batch_norm
 from cifar_core.predictors import BATCH, build_model
@@ -63,12 +64,18 @@ def read_initial_weights(source: Path) -> InitialWeights:
         source: the folder of an export (its fp32 variant), a run folder (its best.pt), an .onnx file or a .pt file.
 
     Raises:
-        InitialWeightsError: The file is missing, no graph of this project, or quantised.
+        InitialWeightsError: The file is missing, no graph of this project, quantised, or damaged.
         ManifestError, RunError, PredictorError: The folder or checkpoint is damaged or not of this project.
     """
     if source.is_dir() and (source / "manifest.json").exists():
-        manifest = read_manifest(source)
-        return _from_graph(source / manifest.variant("fp32").file)
+        variant = read_manifest(source).variant("fp32")
+        weights = _from_graph(source / variant.file)
+        if weights.digest != variant.sha256:
+            raise InitialWeightsError(
+                f"--init {source}: {variant.file} does not have the SHA-256 of manifest.json, so it is damaged or "
+                "belongs to another export; export the model again"
+            )
+        return weights
     if source.suffix == ".onnx":
         return _from_graph(source)
     if not source.exists():
@@ -79,6 +86,7 @@ def read_initial_weights(source: Path) -> InitialWeights:
     model = build_model(checkpoint)
     fused = fuse_batch_norm(model)
     states = [dict(model.state_dict())] + ([dict(fused.state_dict())] if fused is not model else [])
+    _check_finite(source, states[0])
     return InitialWeights(
         f"{checkpoint['recipe']['name']}, seed {checkpoint['seed']}",
         tuple(checkpoint["classes"]),
@@ -90,10 +98,12 @@ def read_initial_weights(source: Path) -> InitialWeights:
 def _from_graph(path: Path) -> InitialWeights:
     """The weights of an exported graph."""
     try:
-        content = path.read_bytes()
+        content = read_regular(path)
         model = onnx.load_from_string(content)
     except FileNotFoundError:
         raise InitialWeightsError(f"--init {path}: this file does not exist") from None
+    except OSError as error:
+        raise InitialWeightsError(f"--init {path}: this file cannot be read ({error.strerror})") from error
     except Exception as error:  # protobuf and onnx raise several kinds for damaged files
         raise InitialWeightsError(f"--init {path}: this file cannot be read as an ONNX graph ({error})") from error
     metadata = {entry.key: entry.value for entry in model.metadata_props}
@@ -102,12 +112,23 @@ def _from_graph(path: Path) -> InitialWeights:
         raise InitialWeightsError(f"--init {path}: not a graph of this project; write one with: make export")
     if any(node.op_type == "DequantizeLinear" for node in model.graph.node):
         raise InitialWeightsError(f"--init {path}: this graph is quantised; use model.onnx of the same export")
+    state = _graph_state(model)
+    _check_finite(path, state)
     return InitialWeights(
         metadata["model_version"],
         tuple(json.loads(metadata["classes"])),
         hashlib.sha256(content).hexdigest(),
-        (_graph_state(model),),
+        (state,),
     )
+
+
+def _check_finite(source: Path, state: Mapping[str, Tensor]) -> None:
+    for name, tensor in state.items():
+        if not bool(tensor.isfinite().all()):
+            raise InitialWeightsError(
+                f"--init {source}: {name} contains a value that is not finite, so the file is damaged or its training "
+                "failed; use other weights"
+            )
 
 
 def _graph_state(model: onnx.ModelProto) -> dict[str, Tensor]:

@@ -44,6 +44,7 @@ class Predictor:
             them; None if the model does not say.
         trained_on: fingerprint of the data that the model was trained on.
         has_logits: whether the logits are the network's own; a server returns only probabilities.
+        calibrated: whether the probabilities are not simply the softmax of the logits; they are for a checkpoint.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Predictor:
     split: tuple[int, int] | None
     trained_on: str
     has_logits: bool = True
+    calibrated: bool = True
 
 
 def load_predictor(address: str | Path, device: torch.device) -> Predictor:
@@ -116,6 +118,7 @@ def torch_predictor(checkpoint: dict[str, Any], device: torch.device) -> Predict
         predict=predict,
         split=(recipe.validation_images, recipe.split_seed),
         trained_on=checkpoint["data"]["fingerprint"],
+        calibrated=False,
     )
 
 

@@ -50,14 +50,15 @@ def publish(target: Path, files: Mapping[str, bytes]) -> None:
     """Replaces an export as a whole. Files in the folder that do not belong to the previous export are kept.
 
     Args:
-        target: the folder; it need not exist.
+        target: the folder, or a link to it; it need not exist.
         files: content by file name.
 
     Raises:
         PublishError: The folder cannot be written, for example because the disk is full. Its content is unchanged.
     """
-    staging = None
+    staging, named = None, target
     try:
+        target = target.resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
         staging.chmod(0o755)
@@ -70,8 +71,8 @@ def publish(target: Path, files: Mapping[str, bytes]) -> None:
             staging.rename(target)
     except OSError as error:
         raise PublishError(
-            f"{target}: this folder cannot be written ({error.strerror}); its content is unchanged; free some space, "
-            "permit writing, or choose another folder"
+            f"{named}: this folder cannot be written ({error.strerror or error}); its content is unchanged; free some "
+            "space, permit writing, or choose another folder"
         ) from error
     finally:
         if staging is not None:
@@ -170,10 +171,10 @@ def _copy_other_files(source: Path, target: Path, names_left_out: set[str]) -> N
     for entry in source.iterdir():
         if entry.name in names_left_out:
             continue
-        if entry.is_dir():
-            shutil.copytree(entry, target / entry.name)
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.copytree(entry, target / entry.name, symlinks=True)
         else:
-            shutil.copy2(entry, target / entry.name)
+            shutil.copy2(entry, target / entry.name, follow_symlinks=False)
 
 
 def _exchange(first: Path, second: Path) -> None:

@@ -14,9 +14,7 @@ from pydantic import (
     ConfigDict,
     Field,
     NonNegativeFloat,
-    NonNegativeInt,
     PositiveFloat,
-    PositiveInt,
     ValidationError,
     model_validator,
 )
@@ -67,10 +65,17 @@ def _parse_widths(value: object) -> object:
         raise ValueError("but must be channels separated by commas, such as 64,256,256") from None
 
 
+MOST = 10**9
+"""The largest number of epochs or images. No run reaches it, and computing with more would overflow."""
+WIDEST = 4096
+"""The largest number of channels of a convolution: such a layer takes 0.6 GB."""
+
 Share = Annotated[float, Field(ge=0, lt=1)]
+Count = Annotated[int, Field(ge=0, le=MOST)]
+CountFromOne = Annotated[int, Field(gt=0, le=MOST)]
 Size = Annotated[int, Field(ge=SMALLEST_SIZE, le=IMAGE_SIZE)]
-Sizes = Annotated[tuple[tuple[Size, PositiveInt], ...], BeforeValidator(_parse_sizes)]
-Widths = Annotated[tuple[PositiveInt, ...], BeforeValidator(_parse_widths)]
+Sizes = Annotated[tuple[tuple[Size, CountFromOne], ...], BeforeValidator(_parse_sizes)]
+Widths = Annotated[tuple[Annotated[int, Field(gt=0, le=WIDEST)], ...], BeforeValidator(_parse_widths)]
 
 
 class Recipe(BaseModel):
@@ -111,8 +116,8 @@ class Recipe(BaseModel):
         warmup: share of all steps, in [0, 1).
         label_smoothing: label smoothing of the training loss, in [0, 1).
         flip: whether training images are mirrored: `none`, `random`, or `alternating` (in every other epoch).
-        translate: largest shift of a training image in pixels; pixels beyond the border are reflected.
-        cutout: side of the square that is set to grey in each training image, in pixels; 0 for none.
+        translate: largest shift of a training image in pixels, at most 31; pixels beyond the border are reflected.
+        cutout: side of the square that is set to grey in each training image, in pixels, at most 32; 0 for none.
         brightness: largest change of the brightness of a training image, as a share of the range of pixels, in [0, 1).
         contrast: largest change of the contrast of a training image, as a share, in [0, 1).
         sizes: pairs (size, epochs): the first epochs train on images of this size in pixels, further pairs follow, and
@@ -133,14 +138,14 @@ class Recipe(BaseModel):
     name: str
     model: Annotated[str, AfterValidator(_check_model)] = "baseline"
     dropout: Share = 0.0
-    epochs: PositiveInt = 20
-    batch_size: PositiveInt = 32
+    epochs: CountFromOne = 20
+    batch_size: CountFromOne = 32
     learning_rate: PositiveFloat = 0.001
     momentum: Share = 0.9
     sampler: Literal["subset", "weighted"] = "subset"
-    validation_images: PositiveInt = 1000
-    split_seed: NonNegativeInt = 0
-    width: NonNegativeInt = 0
+    validation_images: CountFromOne = 1000
+    split_seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    width: Annotated[int, Field(ge=0, le=WIDEST // 8)] = 0
     precision: Precision = "fp32"
     optimizer: Literal["sgd", "muon"] = "sgd"
     output_learning_rate: NonNegativeFloat = 0.0
@@ -149,21 +154,21 @@ class Recipe(BaseModel):
     warmup: Share = 0.0
     label_smoothing: Share = 0.0
     flip: Literal["none", "random", "alternating"] = "none"
-    translate: NonNegativeInt = 0
-    cutout: NonNegativeInt = 0
+    translate: Annotated[int, Field(ge=0, lt=IMAGE_SIZE)] = 0
+    cutout: Annotated[int, Field(ge=0, le=IMAGE_SIZE)] = 0
     sizes: Sizes = ()
     widths: Widths = ()
     depth: Annotated[int, Field(ge=2, le=3)] = 2
     activation: Activation = "relu"
     whiten_size: Annotated[int, Field(ge=2, le=3)] = 2
-    whiten_bias_epochs: NonNegativeInt = 0
+    whiten_bias_epochs: Count = 0
     identity_init: bool = False
     weight_decay: Share = 0.0
     brightness: Share = 0.0
     contrast: Share = 0.0
-    statistics_images: NonNegativeInt = 0
+    statistics_images: Count = 0
     weights: Literal["best", "last"] = "best"
-    validated_epochs: NonNegativeInt = 0
+    validated_epochs: Count = 0
     distillation: Share = 0.0
     hard_share: Annotated[float, Field(gt=0, le=1)] = 1.0
 

@@ -14,6 +14,7 @@ import fcntl
 import hashlib
 import io
 import json
+import os
 import pickle
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor
 
 from cifar_core.errors import CifarError
-from cifar_core.files import atomic_write, to_json
+from cifar_core.files import atomic_write, read_regular, to_json
 
 
 class RunError(CifarError):
@@ -36,6 +37,10 @@ class RunInUse(RunError):
     """Another process is training in the folder."""
 
 
+_ABOUT: dict[str, type] = {"recipe": dict, "seed": int, "classes": list, "data": dict}
+"""What recipe.json and every checkpoint hold about the run, with its type in JSON."""
+
+
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Reads a `.pt` file onto the CPU. Only tensors and plain values are accepted, so that no file can run code.
 
@@ -43,21 +48,38 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         RunError: The file is missing, damaged, or holds something other than a checkpoint of this library.
     """
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        content = read_regular(path)
     except FileNotFoundError:
         raise RunError(
             f"{path}: this checkpoint does not exist; train with: python -m cifar_core.train RECIPE"
         ) from None
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+    except OSError as error:
+        raise RunError(f"{path}: this checkpoint cannot be read ({error.strerror}); use another file") from error
+    try:
+        checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:  # torch's message advises reading the file unsafely
+        raise RunError(
+            f"{path}: not a checkpoint of this library: it holds more than tensors and plain values, or is damaged; "
+            "train again, or use another file"
+        ) from error
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise RunError(
             f"{path}: not a checkpoint of this library, or a damaged one ({reason}); train again, or use another file"
         ) from error
-    if not isinstance(checkpoint, dict) or not {"model", "recipe", "classes", "data"} <= checkpoint.keys():
+    if not isinstance(checkpoint, dict) or not _has_types(checkpoint, _ABOUT | {"model": dict, "epoch": int}):
         raise RunError(
-            f"{path}: not a checkpoint of this library: it must hold model, recipe, classes and data; use another file"
+            f"{path}: not a checkpoint of this library: it must hold model, epoch, recipe, seed, classes and data; use "
+            "another file"
         )
     return checkpoint
+
+
+def _has_types(value: Mapping[str, Any], types: Mapping[str, type]) -> bool:
+    """Whether a dictionary holds values of these types, and `data` a fingerprint."""
+    return all(isinstance(value.get(key), kind) for key, kind in types.items()) and isinstance(
+        value["data"].get("fingerprint"), str
+    )
 
 
 class RunFolder:
@@ -78,8 +100,10 @@ class RunFolder:
 
         Raises:
             RunInUse: Another process is training in it.
-            RunError: It cannot be created.
+            RunError: It cannot be created, or its path is not UTF-8.
         """
+        if str(self.path).encode(errors="replace").decode() != str(self.path):  # TensorBoard cannot write there
+            raise RunError(f"{os.fsencode(self.path)!r}: this path is not UTF-8; choose another with --runs DIR")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             stream = (self.path / ".lock").open("w")
@@ -122,7 +146,7 @@ class RunFolder:
             ) from None
         except ValueError as error:
             raise RunError(f"{file}: this file is damaged ({error}); remove the folder and train again") from error
-        if not isinstance(value, dict) or not {"recipe", "seed", "precision", "data", "classes"} <= value.keys():
+        if not isinstance(value, dict) or not _has_types(value, _ABOUT | {"precision": str}):
             raise RunError(
                 f"{file}: this file is incomplete: it must hold recipe, seed, precision, data and classes; "
                 "remove the folder and train again"
@@ -174,15 +198,17 @@ class RunFolder:
         except FileNotFoundError:
             return []
         try:
-            return [json.loads(line) for line in lines]
+            history = [json.loads(line) for line in lines]
+            fault = None if all(isinstance(line, dict) and "epoch" in line for line in history) else "not of epochs"
         except ValueError as error:
-            raise RunError(
-                f"{file}: this file is damaged ({error}); resuming the run with --resume rewrites it"
-            ) from error
+            fault = str(error)
+        if fault is not None:
+            raise RunError(f"{file}: this file is damaged ({fault}); resuming the run with --resume rewrites it")
+        return history
 
     def is_started(self) -> bool:
-        """Whether the folder holds a run."""
-        return (self.path / "recipe.json").exists()
+        """Whether the folder holds a run, or a part of one."""
+        return any((self.path / name).exists() for name in ("recipe.json", "history.jsonl", "best.pt", "last.pt"))
 
     def is_finished(self) -> bool:
         """Whether all epochs of the recipe were trained."""

@@ -23,7 +23,7 @@ from cifar_core.distributed import Ranks, join_ranks
 from cifar_core.errors import program_name, run_command
 from cifar_core.initial_weights import InitialWeights, read_initial_weights
 from cifar_core.recipe import Precision, Recipe
-from cifar_core.recipes import KEYS, RECIPES, batch_size_note, get_recipe, overrides_key
+from cifar_core.recipes import KEYS, RECIPES, asked_precision, batch_size_note, get_recipe
 from cifar_core.run_folder import RunFolder, best_epoch, default_folder
 from cifar_core.stop_signal import Interrupted, StopSignal
 from cifar_core.teacher import read_teacher
@@ -87,6 +87,19 @@ def _best_text(history: list[dict[str, Any]], weights: str) -> str:
     return f"{which} {chosen['validation_accuracy']:.2%} at epoch {chosen['epoch']}"
 
 
+def _untrained_note(trainer: Trainer) -> str | None:
+    """Names classes of which all images were held out, which happens to classes of a few images."""
+    labels, classes = trainer.dataset.train.labels[trainer.train_indices], trainer.dataset.classes
+    counts = torch.bincount(labels, minlength=len(classes))
+    none = [name for name, count in zip(classes, counts.tolist(), strict=True) if count == 0]
+    if not none:
+        return None
+    return (
+        f"no image is left to train on for {len(none):,} of the {len(classes):,} classes, because all of theirs are "
+        f"held out for validation: {', '.join(none[:_NAMED])}{', …' if len(none) > _NAMED else ''}; add images"
+    )
+
+
 def _print_start(dataset: Dataset, initial: InitialWeights | None, notes: Sequence[str | None]) -> None:
     """Prints what a user should know before the run: what a folder holds, and what is kept of the initial weights."""
     if dataset.kind == "folder":
@@ -103,6 +116,8 @@ def _print_start(dataset: Dataset, initial: InitialWeights | None, notes: Sequen
         print(f"note: {note}")
 
 
+_NAMED = 5
+"""Number of classes that a note names."""
 _SLOW_BF16 = (
     "the run continues in bf16, in which it was started, but this processor does not compute in bf16: it takes more "
     "than ten times as long as fp32"
@@ -121,13 +136,13 @@ def _choose_precision(
     It is what the user asked for; otherwise that of the run to continue; otherwise that of the recipe where the devices
     of all ranks compute in it.
     """
-    asked = arguments.precision is not None or overrides_key(arguments.set, "precision")
+    asked = asked_precision(arguments.precision, arguments.set, recipe)
     # All ranks decide together, also if they were started with different options; `start` refuses those.
     fast = ranks.all(computes_in_bf16(device))
     continued = ranks.from_first(arguments.resume and folder.is_started())
     in_bf16 = continued and ranks.from_first(ranks.is_first and folder.description()["precision"] == "bf16")
-    if asked:
-        return arguments.precision or recipe.precision, None
+    if asked is not None:
+        return asked, None
     if continued:
         return ("bf16", None if fast or folder.is_finished() else _SLOW_BF16) if in_bf16 else ("fp32", None)
     if fast or recipe.precision == "fp32":
@@ -219,7 +234,8 @@ def _train(arguments: argparse.Namespace, recipe: Recipe, ranks: Ranks, device: 
     precision, precision_note = _choose_precision(arguments, recipe, folder, device, ranks)
     trainer = Trainer(recipe, dataset, folder, arguments.seed, device, precision, initial, teacher, ranks)
     if ranks.is_first:
-        _print_start(dataset, initial, (batch_size_note(arguments.recipe, recipe), precision_note))
+        notes = (batch_size_note(arguments.recipe, recipe), precision_note, _untrained_note(trainer))
+        _print_start(dataset, initial, notes)
     try:
         run(trainer, arguments.resume)
     except Interrupted as interrupted:

@@ -178,6 +178,9 @@ class Trainer:
         self.ranks.check_same_run({key: value for key, value in self.description().items() if key != "environment"})
         if not self.ranks.from_first(self.ranks.is_first and self._open_folder(resume)):
             return
+        if self.ranks.from_first(self.ranks.is_first and not self.folder.last.exists()):  # removed after the last epoch
+            self.state.history, self.state.epoch = self.folder.history(), self.recipe.epochs
+            return
         self._restore(load_checkpoint(self.folder.last))
         if self.ranks.is_first:
             self.folder.write_history(self.state.history)
@@ -201,7 +204,7 @@ class Trainer:
             ) from error
 
     def _open_folder(self, resume: bool) -> bool:
-        """Writes recipe.json, or compares it with this run. Returns whether there is a checkpoint to continue from."""
+        """Writes recipe.json, or compares it with this run. Returns whether epochs of this run were saved before."""
         if not self.folder.is_started():
             today = datetime.datetime.now(datetime.UTC).date().isoformat()
             self.folder.write_description(self.description() | {"date": today})
@@ -212,7 +215,12 @@ class Trainer:
                 "removing the folder, or with another --seed or --runs DIR"
             )
         check_same_run(self.folder.path, self.folder.description(), self.description())
-        return self.folder.last.exists()
+        if not self.folder.last.exists() and self.folder.history() and not self.folder.is_finished():
+            raise RunError(
+                f"{self.folder.last}: this file is missing, without which the run cannot be continued; put it back, or "
+                f"remove {self.folder.path} and train anew"
+            )
+        return self.folder.last.exists() or self.folder.is_finished()
 
     # Steps
 

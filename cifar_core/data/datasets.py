@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cifar_core.data.errors import OTHER_DATA, DataError
-from cifar_core.data.image_folder import left_out_lines, read_image_folder
+from cifar_core.data.image_folder import left_out_lines, printable, read_image_folder
 from cifar_core.data.stratify import Labelled
 from cifar_core.data.synthetic import SYNTHETIC_CLASSES, synthetic_images
 
@@ -77,6 +77,8 @@ def load_dataset(data: str | None = None) -> Dataset:
     Raises:
         DataError: The data is missing, cannot be downloaded, is incomplete, corrupt, or not in the expected form.
     """
+    if data == "":
+        raise DataError(f"--data is empty; leave it out, or name the data{OTHER_DATA}")
     data = data or os.environ.get("CIFAR10_DATA") or "cifar10"
     if data == "cifar10":
         return _load_official(Path("data"), download=True)
@@ -84,10 +86,13 @@ def load_dataset(data: str | None = None) -> Dataset:
     if kind == "synthetic":
         return _load_synthetic(_synthetic_size(data, size))
     folder = Path(data)
-    unpacked = (folder / _OFFICIAL_FOLDER).is_dir()
-    if unpacked or (folder / _OFFICIAL_ARCHIVE).is_file():
-        # torchvision unpacks an archive only if it is allowed to download one.
-        return _load_official(folder, download=not unpacked)
+    if (folder / _OFFICIAL_FOLDER).is_dir():
+        return _load_official(folder, download=False)
+    archive = folder / _OFFICIAL_ARCHIVE
+    if archive.is_file():
+        # torchvision unpacks an archive only if it is allowed to download one, and downloads one if this is damaged.
+        _check_archive(archive)
+        return _load_official(folder, download=True)
     return _load_folder(folder)
 
 
@@ -114,9 +119,25 @@ def _dataset(kind: Kind, name: str, train: Labelled, test: Labelled, classes: It
 
 def _load_folder(folder: Path) -> Dataset:
     content = read_image_folder(folder)
-    dataset = _dataset("folder", folder.resolve().name, content.train, content.test, content.classes)
+    dataset = _dataset("folder", printable(folder.resolve().name), content.train, content.test, content.classes)
     left_out = (f"left out: {line}" for line in left_out_lines(content.left_out))
     return dataclasses.replace(dataset, remarks=(*content.notes, *left_out))
+
+
+def _check_archive(file: Path) -> None:
+    """Checks that a file is the official archive.
+
+    Raises:
+        DataError: It has another MD5.
+    """
+    from torchvision.datasets import CIFAR10
+    from torchvision.datasets.utils import check_md5
+
+    if not check_md5(str(file), CIFAR10.tgz_md5):
+        raise DataError(
+            f"{file}: this is not the official archive, or a damaged one (its MD5 is not {CIFAR10.tgz_md5}); replace "
+            f"it{OTHER_DATA}"
+        )
 
 
 def _load_official(root: Path, download: bool) -> Dataset:
@@ -138,7 +159,8 @@ def _load_official(root: Path, download: bool) -> Dataset:
 
 def _synthetic_size(data: str, size: str) -> int:
     lowest, highest = _SYNTHETIC_RANGE
-    if size and not (size.isdecimal() and lowest <= int(size) <= highest):
+    # Python converts no number of more than 4,300 digits.
+    if size and not (size.isdecimal() and len(size) <= len(str(highest)) and lowest <= int(size) <= highest):
         raise DataError(
             f"--data {data}: the number of synthetic images must be {lowest:,} to {highest:,}, as in synthetic:1500"
         )

@@ -10,7 +10,7 @@ import hashlib
 import logging
 import os
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -22,6 +22,7 @@ from tqdm import tqdm
 from cifar_core.data.errors import OTHER_DATA, DataError
 from cifar_core.data.stratify import Labelled, stratified_split
 from cifar_core.images import DECODER_VERSION, decode
+from cifar_core.manifest import MAX_CLASSES
 from cifar_core.pixels import EXTENSIONS, IMAGE_SIZE, ImageRejected
 
 logger = logging.getLogger(__name__)
@@ -123,17 +124,40 @@ def _classes(folder: Path) -> list[str]:
     return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
 
 
-def _files(folder: Path) -> Iterator[str]:
+def _files(root: Path, folder: Path) -> tuple[list[str], list[str]]:
     """The path of every file below a class folder, at any depth, in the order of torchvision's ImageFolder.
 
     Hidden files, which tools write, are ignored.
+
+    Args:
+        root: the folder of the data set.
+        folder: the class folder.
+
+    Returns:
+        The files; and the links to a folder that contains them, which are not followed: they have no end.
     """
 
     def fail(error: OSError) -> NoReturn:  # os.walk leaves out folders that it cannot read
         raise error
 
-    for path, _, names in sorted(os.walk(folder, onerror=fail, followlinks=True)):
-        yield from (f"{path}/{name}" for name in sorted(names) if not name.startswith("."))
+    def identity(path: str | Path) -> tuple[int, int]:
+        status = os.stat(path)  # noqa: PTH116 (three times as fast as pathlib)
+        return status.st_dev, status.st_ino
+
+    above = {str(folder): {identity(place) for place in (root, folder.parent, folder)}}
+    found, loops = [], []
+    for path, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+        containing = above.pop(path)
+        for name in tuple(folders):
+            inner = f"{path}/{name}"
+            if (key := identity(inner)) in containing:
+                folders.remove(name)
+                loops.append(inner)
+            else:
+                above[inner] = containing | {key}
+        found.append((path, names))
+    files = [f"{path}/{name}" for path, names in sorted(found) for name in sorted(names) if not name.startswith(".")]
+    return files, sorted(loops)
 
 
 def _decode_folder(folder: Path, parts: tuple[str, ...]) -> ImageFolder:
@@ -167,9 +191,14 @@ def _outside_classes(folder: Path, parts: tuple[str, ...]) -> list[LeftOut]:
     ]
 
 
+def printable(name: str) -> str:
+    """A file name as text that can be written: bytes that are not UTF-8 become escapes."""
+    return os.fsencode(name).decode(errors="backslashreplace")
+
+
 def _printable(folder: Path, path: str) -> str:
-    """A path below a folder; bytes of a file name that are not UTF-8 are written as escapes."""
-    return os.fsencode(os.path.relpath(path, folder)).decode(errors="backslashreplace")
+    """A path below a folder."""
+    return printable(os.path.relpath(path, folder))
 
 
 def _decode_classes(folder: Path, place: Path, left_out: list[LeftOut]) -> tuple[Labelled, list[str]]:
@@ -178,10 +207,19 @@ def _decode_classes(folder: Path, place: Path, left_out: list[LeftOut]) -> tuple
     if len(classes) < 2:
         found = f"only one class ({classes[0]})" if classes else "no class folder"
         raise DataError(f"{place}: there is {found}; at least 2 classes are needed; add one{OTHER_DATA}")
+    if len(classes) > MAX_CLASSES:
+        raise DataError(
+            f"{place}: there are {len(classes):,} classes; an export has at most {MAX_CLASSES:,}; put classes "
+            f"together{OTHER_DATA}"
+        )
     for name in classes:
         if name.encode(errors="replace").decode() != name:
             raise DataError(f"{_printable(folder, str(place / name))}: the name of this class is not UTF-8; rename it")
-    paths = [(label, path) for label, name in enumerate(classes) for path in _files(place / name)]
+    paths = []
+    for label, name in enumerate(classes):
+        files, loops = _files(folder, place / name)
+        paths += [(label, path) for path in files]
+        left_out += [LeftOut(_printable(folder, path), "a link to a folder that contains it") for path in loops]
     images = np.empty((len(paths), IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
     labels: list[int] = []
     # disable=None: no progress bar unless the output is a terminal
@@ -250,7 +288,8 @@ def _content_key(folder: Path, parts: tuple[str, ...]) -> str:
     for part in parts:
         for name in _classes(folder / part):
             digest.update(f"{part}: {name}\n".encode(errors="surrogateescape"))
-            for path in _files(folder / part / name):
+            files, loops = _files(folder, folder / part / name)
+            for path in (*files, *loops):
                 try:
                     status = os.stat(path)  # noqa: PTH116 (three times as fast as pathlib)
                 except OSError:  # a link to a missing file, or to itself
@@ -260,13 +299,25 @@ def _content_key(folder: Path, parts: tuple[str, ...]) -> str:
     return digest.hexdigest()
 
 
-def _cache_file(folder: Path) -> Path:
-    """The cache of a folder: one file, so that earlier states of the folder do not accumulate."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "cifar-core" / (hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16] + ".npz")
+def _cache_file(folder: Path) -> Path | None:
+    """The cache of a folder: one file, so that earlier states of the folder do not accumulate.
+
+    None if the user has no home folder, as in a container with an arbitrary user.
+    """
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:
+        logger.warning(
+            "this user has no home folder, so the decoded images are not cached, and are decoded at each start; "
+            "set XDG_CACHE_HOME to a folder"
+        )
+        return None
+    return cache / "cifar-core" / (hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16] + ".npz")
 
 
-def _read_cache(file: Path, key: str) -> ImageFolder | None:
+def _read_cache(file: Path | None, key: str) -> ImageFolder | None:
+    if file is None:
+        return None
     try:
         with np.load(file, allow_pickle=False) as arrays:
             if str(arrays["key"]) != key:
@@ -288,7 +339,9 @@ def _read_cache(file: Path, key: str) -> ImageFolder | None:
         return None
 
 
-def _write_cache(file: Path, key: str, content: ImageFolder) -> None:
+def _write_cache(file: Path | None, key: str, content: ImageFolder) -> None:
+    if file is None:
+        return
     left_out = np.asarray([(entry.path, entry.reason) for entry in content.left_out], str).reshape(-1, 2)
     values = (*content.train, *content.test, np.asarray(content.classes), left_out, np.asarray(content.notes, str))
     arrays: dict[str, npt.ArrayLike] = dict(zip(_ARRAYS, values, strict=True))

@@ -68,7 +68,7 @@ class Curve:
 def save(figure: Figure, file: Path) -> None:
     """Writes a PNG whose bytes depend only on the drawing and on library versions."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=150, metadata={"Software": None})
+    figure.savefig(file, format="png", dpi=150, metadata={"Software": None})
     pyplot.close(figure)
 
 

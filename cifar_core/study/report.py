@@ -7,6 +7,7 @@ set; they are written to `reports/`, which git ignores.
 """
 
 import argparse
+import hashlib
 import json
 import logging
 import math
@@ -70,16 +71,17 @@ def evaluate_runs(runs: Iterable[Run], dataset: Dataset) -> None:
 
 
 def measure_calibration(exported: Path, dataset: Dataset, file: Path) -> None:
-    """Writes the calibration of an exported model on the test images, unless the file holds that of this model.
+    """Writes the calibration of an exported graph on the test images, unless the file holds that of this graph.
 
     Does nothing if the model was trained on other data.
     """
     predictor = load_predictor(exported, CPU)
-    measured = json.loads(file.read_bytes())["model"] if file.exists() else None
-    if predictor.trained_on == dataset.fingerprint and measured != predictor.name:
+    digest = hashlib.sha256(exported.read_bytes()).hexdigest()  # a new calibration keeps the version of the model
+    measured = json.loads(file.read_bytes()).get("sha256") if file.exists() else None
+    if predictor.trained_on == dataset.fingerprint and measured != digest:
         result = evaluate(predictor, dataset, "test")
         keys = ("model", "data", "images", "accuracy", "loss", "calibration")
-        atomic_write(file, to_json({key: result[key] for key in keys}))
+        atomic_write(file, to_json({"sha256": digest} | {key: result[key] for key in keys}))
 
 
 def copy_histories(runs: Iterable[Run], target: Path) -> None:

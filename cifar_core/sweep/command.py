@@ -16,12 +16,12 @@ from cifar_core.data import Dataset, add_data_argument, load_dataset
 from cifar_core.device import DEVICES, available_cores
 from cifar_core.distributed import number_of_ranks
 from cifar_core.errors import CifarError
-from cifar_core.recipes import KEYS, RECIPES, Recipe, get_recipe, overrides_key, read_recipe
+from cifar_core.recipes import KEYS, RECIPES, Recipe, asked_precision, get_recipe, read_recipe
 from cifar_core.run_folder import RunFolder, best_epoch, default_folder
 from cifar_core.sweep.processes import LOG, Command, last_line, train_here
 
 # The values of these keys contain commas themselves.
-_WHOLE_VALUES = ("sizes",)
+_WHOLE_VALUES = ("sizes", "widths")
 _LOCAL = "local"
 
 
@@ -115,7 +115,7 @@ def _runs(chosen: argparse.Namespace, dataset: Dataset) -> Iterator[SweepRun]:
         arguments += [argument for override in overrides for argument in ("--set", override)]
         arguments += ["--data", chosen.data] if chosen.data else []
         arguments += ["--precision", chosen.precision] if chosen.precision else []
-        precision = chosen.precision or (recipe.precision if overrides_key(overrides, "precision") else None)
+        precision = asked_precision(chosen.precision, overrides, recipe)
         command = Command(tuple(arguments), folder, Path.cwd(), chosen.threads)
         yield SweepRun(recipe, seed, RunFolder(folder), command, precision)
 
@@ -124,8 +124,8 @@ def combinations(values: Sequence[str]) -> list[tuple[str, ...]]:
     """Every combination of the values of `--set`, as overrides for `get_recipe`.
 
     Args:
-        values: Such as `dropout=0.2,0.5`. A key that occurs again gets further values. The values of `sizes` contain
-            commas, so each is given by itself.
+        values: Such as `dropout=0.2,0.5`. A key that occurs again gets further values. The values of `sizes` and
+            `widths` contain commas, so each is given by itself.
 
     Raises:
         SweepError: A value has no `=`.
@@ -230,8 +230,8 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="KEY=A,B,C",
-        help="values of the recipe to try; may be repeated, and every combination is trained. Values of sizes contain "
-        f"commas, so give --set sizes=… once for each. Keys: {', '.join(KEYS)}",
+        help="values of the recipe to try; may be repeated, and every combination is trained. Values of sizes and "
+        f"widths contain commas, so give --set sizes=… once for each. Keys: {', '.join(KEYS)}",
     )
     parser.add_argument(
         "--ray",

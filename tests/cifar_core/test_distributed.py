@@ -225,6 +225,14 @@ def test_a_process_that_torchrun_did_not_start_is_alone(monkeypatch):
         assert not torch.distributed.is_initialized()
 
 
+@pytest.mark.parametrize("size", ["", "two"])
+def test_a_number_of_ranks_that_is_no_number_is_refused(monkeypatch, size):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    monkeypatch.setenv("WORLD_SIZE", size)
+    with pytest.raises(RankError, match=r"but WORLD_SIZE is .*start the ranks with torchrun"):
+        number_of_ranks()
+
+
 @pytest.fixture
 def second_of_two(monkeypatch):
     """The environment of the second of two ranks."""

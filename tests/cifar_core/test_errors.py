@@ -74,3 +74,17 @@ def test_a_command_runs_with_a_closed_standard_output():
     done = subprocess.run(closed, stderr=subprocess.PIPE, text=True, check=False)
     assert done.stderr == ""
     assert done.returncode == 3
+
+
+def test_a_file_that_cannot_be_opened_is_one_line_that_names_it(tmp_path):
+    with start(f"open({str(tmp_path / 'missing')!r})") as process:
+        said = process.stderr.read()
+    assert said == f"error: {tmp_path / 'missing'}: No such file or directory; check the path and its permissions\n"
+    assert process.returncode == 2
+
+
+def test_a_character_that_the_terminal_does_not_have_is_written_as_its_number():
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    with start("print('caf\u00e9')", stdout=subprocess.PIPE, env=environment) as process:
+        assert process.stdout.read() == "caf\\xe9\n"
+        assert process.stderr.read() == ""

@@ -4,6 +4,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from scipy.special import softmax
 from scipy.stats import binomtest
 from sklearn.metrics import confusion_matrix, log_loss
 
@@ -152,3 +153,31 @@ def test_a_model_that_does_not_know_its_split_cannot_be_evaluated_on_it(small):
     predictor = dataclasses.replace(answers(small, []), split=None)
     with pytest.raises(EvaluationError, match=r"does not say which images were held out .* use --split test"):
         choose_split(predictor, small, "validation")
+
+
+def test_the_loss_of_a_confident_mistake_is_not_cut_off(small):
+    logits = np.zeros((len(small.test), 10), np.float32)
+    logits[:, 3] = 200  # float32 probabilities of the other classes are 0
+    labels = small.test.labels.numpy()
+    wrong = float((labels != 3).mean())
+    probabilities = softmax(logits, axis=1)
+
+    def predict(images):
+        return logits[: len(images)], probabilities[: len(images)]
+
+    checkpoint = Predictor("fixed", small.classes, predict, None, small.fingerprint, calibrated=False)
+    result = evaluate(checkpoint, small)
+    assert result["loss"] == pytest.approx(200 * wrong)
+    assert "without the calibration" not in report(result)
+    graph = dataclasses.replace(checkpoint, calibrated=True)
+    assert evaluate(graph, small)["loss"] == pytest.approx(-np.log(np.finfo(np.float32).smallest_subnormal) * wrong)
+
+
+def test_a_file_that_cannot_be_written_is_an_error_before_the_evaluation(command, tmp_path):
+    (tmp_path / "file").write_text("")
+    done = command(
+        "cifar_core.evaluate", "--model", tmp_path / "missing.onnx", "--data", "synthetic:60",
+        "--json", tmp_path / "file/x/result.json",
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr == f"error: {tmp_path / 'file/x'}: Not a directory; check the path and its permissions\n"

@@ -1,3 +1,4 @@
+import os
 import shutil
 
 import numpy as np
@@ -115,3 +116,29 @@ def test_the_command_says_what_is_new_and_writes_to_a_folder_of_its_own(command,
     assert "note: batch_size is 30 and not 500, but learning_rate" in done.stdout
     (folder,) = (tmp_path / "synthetic/runs").iterdir()
     assert folder.name.startswith("deep-fast+batch_size=30+epochs=1+init=")
+
+
+def test_an_export_whose_graph_is_not_that_of_the_manifest_is_refused(tmp_path):
+    shutil.copytree(REPOSITORY / "exported", tmp_path / "exported")
+    graph = onnx.load(tmp_path / "exported/model.onnx")
+    graph.doc_string = "changed"
+    onnx.save(graph, tmp_path / "exported/model.onnx")
+    with pytest.raises(InitialWeightsError, match=r"model\.onnx does not have the SHA-256 of manifest\.json"):
+        read_initial_weights(tmp_path / "exported")
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    graph = onnx.load(REPOSITORY / "exported/model.onnx")
+    weights = next(tensor for tensor in graph.graph.initializer if tensor.name == "network.1.weight")
+    values = onnx.numpy_helper.to_array(weights).copy()
+    values[0, 0, 0, 0] = np.nan
+    weights.CopyFrom(onnx.numpy_helper.from_array(values, weights.name))
+    onnx.save(graph, tmp_path / "model.onnx")
+    with pytest.raises(InitialWeightsError, match=r"contains a value that is not finite"):
+        read_initial_weights(tmp_path / "model.onnx")
+
+
+def test_a_named_pipe_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "model.onnx")
+    with pytest.raises(InitialWeightsError, match="not a regular file"):
+        read_initial_weights(tmp_path / "model.onnx")

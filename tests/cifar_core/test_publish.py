@@ -3,12 +3,13 @@ import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 
 from cifar_core import publish as publish_module
 from cifar_core.manifest import Manifest, read_manifest
-from cifar_core.publish import is_intact, publish
+from cifar_core.publish import PublishError, is_intact, publish
 from tests.cifar_core.runs import contents
 from tests.conftest import environment, prepared
 
@@ -118,3 +119,34 @@ def test_an_export_with_a_changed_or_missing_file_is_not_intact(existing, damage
     else:
         (existing / "model.onnx").unlink()
     assert not is_intact(existing, manifest)
+
+
+def test_a_link_to_the_folder_stays_a_link(existing):
+    link = existing.with_name("link")
+    link.symlink_to(existing.name)
+    publish(link, {"model.onnx": b"3", "manifest.json": b"{}"})
+    assert link.is_symlink()
+    assert (existing / "model.onnx").read_bytes() == b"3"
+    assert {path.name for path in existing.parent.iterdir()} == {"exported", "link"}
+
+
+def test_links_of_the_user_stay_links(existing):
+    (existing / "folder").symlink_to("..")
+    (existing / "nothing").symlink_to("missing")
+    publish(existing, {"model.onnx": b"3", "manifest.json": b"{}"})
+    assert (existing / "folder").readlink() == Path("..")
+    assert (existing / "nothing").readlink() == Path("missing")
+
+
+def test_a_file_that_cannot_be_kept_is_named(existing):
+    os.mkfifo(existing / "pipe")
+    kept = (existing / "manifest.json").read_bytes()
+    with pytest.raises(PublishError, match=r"pipe.*its content is unchanged"):
+        publish(existing, {"model.onnx": b"3", "manifest.json": b"{}"})
+    assert (existing / "manifest.json").read_bytes() == kept
+
+
+def test_the_working_folder_can_be_the_folder_of_the_export(existing, monkeypatch):
+    monkeypatch.chdir(existing)
+    publish(Path(), {"model.onnx": b"3", "manifest.json": b"{}"})
+    assert (existing / "model.onnx").read_bytes() == b"3"

@@ -4,7 +4,7 @@ import pytest
 from pydantic import ValidationError
 
 from cifar_core.recipe import RecipeError, read_recipe
-from cifar_core.recipes import RECIPES, batch_size_note, get_recipe
+from cifar_core.recipes import RECIPES, asked_precision, batch_size_note, get_recipe
 from tests.conftest import REPOSITORY
 
 
@@ -86,6 +86,12 @@ def test_a_recipe_cannot_be_changed():
         ("sprint", "hard_share=1.5", "hard_share is 1.5, but should be less than or equal to 1"),
         ("deep", "hard_share=0.5", "hard_share below 1 requires optimizer muon"),
         ("sprint", "translate=-1", "should be greater than or equal to 0"),
+        ("sprint", "translate=32", "translate is 32, but should be less than 32"),
+        ("sprint", "cutout=33", "cutout is 33, but should be less than or equal to 32"),
+        ("deep", f"split_seed={2**32}", "but should be less than 4294967296"),
+        ("deep", f"batch_size={10**10}", "but should be less than or equal to 1000000000"),
+        ("best", "widths=64,256,1000000", "widths contains 1000000, but should be less than or equal to 4096"),
+        ("sprint", "width=513", "width is 513, but should be less than or equal to 512"),
     ],
 )
 def test_an_impossible_recipe_is_refused_and_the_message_says_what_is_possible(name, override, message):
@@ -167,3 +173,17 @@ def test_a_saved_recipe_with_an_unknown_value_is_refused_with_advice():
         read_recipe(RECIPES["deep"].values() | {"layers": 3})
     with pytest.raises(RecipeError, match="epochs is None, but should be a valid integer"):
         read_recipe(RECIPES["deep"].values() | {"epochs": None})
+
+
+def test_a_key_is_set_once():
+    with pytest.raises(RecipeError, match="--set epochs=2: epochs is 1 already; set it once"):
+        get_recipe("deep", ["epochs=1", "epochs=2"])
+
+
+def test_the_precision_is_asked_for_once():
+    recipe = get_recipe("sprint", ["precision=fp32"])
+    assert asked_precision(None, [], recipe) is None
+    assert asked_precision("bf16", ["epochs=2"], recipe) == "bf16"
+    assert asked_precision(None, ["precision=fp32"], recipe) == "fp32"
+    with pytest.raises(RecipeError, match="--precision and --set precision are both given"):
+        asked_precision("bf16", ["precision=fp32"], recipe)

@@ -144,3 +144,32 @@ def test_a_checkpoint_from_before_layers_had_names_is_resumed_with_the_same_bits
         assert torch.equal(tensor, whole.model.state_dict()[key]), key
     histories = [[{**line, "seconds": 0} for line in trainer.state.history] for trainer in (whole, resumed)]
     assert histories[0] == histories[1]
+
+
+def test_a_finished_run_without_its_last_state_stays_finished(small, tmp_path):
+    history = run(make_trainer(small, tmp_path), resume=False)
+    RunFolder(tmp_path).last.unlink()
+    best = RunFolder(tmp_path).best.read_bytes()
+    assert run(make_trainer(small, tmp_path), resume=True) == history
+    assert RunFolder(tmp_path).best.read_bytes() == best
+
+
+def test_an_unfinished_run_without_its_last_state_is_not_trained_from_the_start(small, tmp_path):
+    trainer = make_trainer(small, tmp_path)
+    with trainer.folder.lock(), StopSignal() as stop:
+        trainer.start(resume=False)
+        next(trainer.epochs(stop))
+    trainer.folder.last.unlink()
+    with pytest.raises(RunError, match=r"last\.pt: this file is missing"):
+        run(make_trainer(small, tmp_path), resume=True)
+    assert len(trainer.folder.history()) == 1
+
+
+def test_a_folder_that_lost_its_description_is_not_trained_in(small, tmp_path):
+    run(make_trainer(small, tmp_path), resume=False)
+    (tmp_path / "recipe.json").unlink()
+    best = RunFolder(tmp_path).best.read_bytes()
+    for resume in (False, True):
+        with pytest.raises(RunError, match=r"holds a run already|has no recipe"):
+            run(make_trainer(small, tmp_path), resume=resume)
+    assert RunFolder(tmp_path).best.read_bytes() == best

@@ -10,7 +10,8 @@ import torch
 from cifar_core.files import FileWriteError
 from cifar_core.run_folder import RunError, RunFolder, best_epoch, default_folder, finished_runs, load_checkpoint
 
-ABOUT = {"recipe": {"name": "r", "epochs": 2}, "seed": 0, "precision": "fp32", "classes": ["a", "b"], "data": {}}
+ABOUT = {"recipe": {"name": "r", "epochs": 2}, "seed": 0, "precision": "fp32", "classes": ["a", "b"]}
+ABOUT["data"] = {"fingerprint": "f"}
 
 
 def line(epoch, accuracy):
@@ -48,7 +49,7 @@ def test_a_damaged_checkpoint_is_refused(tmp_path, content):
 
 def test_a_file_with_other_tensors_is_refused(tmp_path):
     torch.save({"weights": torch.zeros(3)}, tmp_path / "x.pt")
-    with pytest.raises(RunError, match="must hold model, recipe, classes and data"):
+    with pytest.raises(RunError, match="must hold model, epoch, recipe, seed, classes and data"):
         load_checkpoint(tmp_path / "x.pt")
     torch.save(torch.zeros(3), tmp_path / "x.pt")
     with pytest.raises(RunError, match="must hold"):
@@ -88,7 +89,10 @@ def test_the_first_of_several_equally_good_epochs_is_the_best():
     assert best_epoch([line(1, 0.4), line(2, 0.6), line(3, 0.6)], "best")["epoch"] == 2
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", json.dumps({"recipe": {}})])
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", json.dumps({"recipe": {}}), json.dumps(ABOUT | {"recipe": 1}), json.dumps(ABOUT | {"data": {}})],
+)
 def test_a_damaged_description_is_refused(folder, content):
     (folder.path / "recipe.json").write_text(content)
     with pytest.raises(RunError, match=r"recipe\.json: this file is (damaged|incomplete)"):
@@ -98,9 +102,10 @@ def test_a_damaged_description_is_refused(folder, content):
 def test_a_missing_description_and_a_damaged_history_are_named(folder, tmp_path):
     with pytest.raises(RunError, match="not a run folder, because it has no recipe"):
         RunFolder(tmp_path).description()
-    (folder.path / "history.jsonl").write_text('{"epoch": 1}\n{"ep')
-    with pytest.raises(RunError, match=r"history\.jsonl: this file is damaged .* --resume rewrites it"):
-        folder.history()
+    for content in ('{"epoch": 1}\n{"ep', "1\n2\n"):
+        (folder.path / "history.jsonl").write_text(content)
+        with pytest.raises(RunError, match=r"history\.jsonl: this file is damaged .* --resume rewrites it"):
+            folder.history()
 
 
 def test_a_folder_that_cannot_be_created_is_named(tmp_path):
@@ -119,3 +124,37 @@ def test_a_history_that_cannot_be_written_is_an_error_without_advice_for_other_c
 def test_runs_and_exports_of_synthetic_data_have_folders_of_their_own():
     assert str(default_folder("synthetic", "runs")) == "synthetic/runs"
     assert str(default_folder("folder", "runs")) == str(default_folder("cifar10", "runs")) == "runs"
+
+
+@pytest.mark.parametrize(("key", "value"), [("seed", None), ("epoch", "2"), ("data", "cifar10"), ("data", {})])
+def test_a_checkpoint_with_values_of_other_types_is_refused(tmp_path, key, value):
+    torch.save(ABOUT | {"model": {}, "epoch": 2} | {key: value}, tmp_path / "x.pt")
+    with pytest.raises(RunError, match="must hold model, epoch, recipe"):
+        load_checkpoint(tmp_path / "x.pt")
+
+
+def test_a_checkpoint_that_is_a_named_pipe_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "x.pt")
+    with pytest.raises(RunError, match=r"cannot be read .*not a regular file"):
+        load_checkpoint(tmp_path / "x.pt")
+
+
+def test_the_error_for_a_foreign_file_does_not_advise_to_read_it_unsafely(tmp_path):
+    (tmp_path / "manifest.json").write_text("{}")
+    with pytest.raises(RunError) as caught:
+        load_checkpoint(tmp_path / "manifest.json")
+    assert "weights_only" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["recipe.json", "history.jsonl", "best.pt", "last.pt"])
+def test_a_folder_with_any_file_of_a_run_is_not_free_for_another(tmp_path, name):
+    folder = RunFolder(tmp_path)
+    assert not folder.is_started()
+    (tmp_path / name).write_text("{}")
+    assert folder.is_started()
+
+
+def test_a_path_that_is_not_utf8_is_refused(tmp_path):
+    folder = RunFolder(tmp_path / os.fsdecode(b"r\xff") / "0")
+    with pytest.raises(RunError, match="is not UTF-8; choose another with --runs DIR"), folder.lock():
+        pass

@@ -140,6 +140,7 @@ def test_a_precision_among_the_values_is_asked_for(small, tmp_path, monkeypatch)
 
 def test_values_are_combined_and_sizes_keep_their_commas():
     assert combinations([]) == [()]
+    assert combinations(["widths=8,16,16"]) == [("widths=8,16,16",)]
     assert combinations(["dropout=0.1,0.2", "sizes=20:1,24:1", "epochs=3", "sizes=20:2"]) == [
         (dropout, sizes, "epochs=3")
         for dropout in ("dropout=0.1", "dropout=0.2")

@@ -7,7 +7,9 @@ import time
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from cifar_core.data import split
 from cifar_core.run_folder import RunFolder, load_checkpoint
 from cifar_core.train import main
 from tests.cifar_core.training import assert_same_run
@@ -207,3 +209,21 @@ def test_the_command_refuses_an_unknown_recipe_and_an_impossible_seed(command):
     seed = command("cifar_core.train", "deep", "--seed", "-1")
     assert seed.returncode == 2
     assert "the seed must be 0 to 4294967295" in seed.stderr
+
+
+def test_classes_without_an_image_to_train_on_are_named(command, tmp_path):
+    for name, count in (("few", 2), ("many", 200)):
+        for part in ("train", "test"):
+            (tmp_path / "data" / part / name).mkdir(parents=True)
+            for number in range(count):
+                picture = Image.fromarray(np.full((32, 32, 3), number, np.uint8))
+                picture.save(tmp_path / "data" / part / name / f"{number}.png")
+    # Of the 202 images, 20 are held out: with this seed both images of the small class.
+    seed = next(seed for seed in range(2000) if not {0, 1} & set(split(202, 20, seed)[0].tolist()))
+    done = command(
+        "cifar_core.train", "baseline", "--data", tmp_path / "data", "--runs", tmp_path / "runs",
+        "--set", "epochs=1", "--set", "validation_images=20", "--set", f"split_seed={seed}",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "note: no image is left to train on for 1 of the 2 classes" in done.stdout
+    assert "validation: few; add images" in done.stdout

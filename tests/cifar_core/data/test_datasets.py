@@ -18,7 +18,7 @@ def test_the_synthetic_set_is_the_same_on_every_machine_and_has_the_requested_si
     assert len(load_dataset("synthetic:77").train) == 77
 
 
-@pytest.mark.parametrize("size", ["0", "49", "-5", "many", "1000001"])
+@pytest.mark.parametrize("size", ["0", "49", "-5", "many", "1000001", "9" * 5000])
 def test_an_impossible_number_of_synthetic_images_is_refused(size):
     with pytest.raises(DataError, match="50 to 1,000,000"):
         load_dataset(f"synthetic:{size}")
@@ -102,3 +102,19 @@ def test_the_error_for_a_failed_download_names_the_alternatives(tmp_path, monkey
         load_dataset()
     for expected in ("data:", "could not be downloaded", "cifar-10-python.tar.gz", "--data FOLDER", "--data synthetic"):
         assert expected in str(caught.value)
+
+
+def test_an_archive_of_the_user_that_is_not_the_official_one_is_refused_and_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "torchvision.datasets.cifar.download_and_extract_archive", lambda *_, **__: pytest.fail("tried")
+    )
+    archive = tmp_path / "cifar-10-python.tar.gz"
+    archive.write_bytes(bytes(1000))
+    with pytest.raises(DataError, match="this is not the official archive, or a damaged one"):
+        load_dataset(str(tmp_path))
+    assert archive.read_bytes() == bytes(1000)
+
+
+def test_data_that_is_empty_is_not_the_default():
+    with pytest.raises(DataError, match="--data is empty"):
+        load_dataset("")

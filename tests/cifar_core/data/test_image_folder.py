@@ -314,3 +314,41 @@ def test_the_error_for_an_unreadable_folder_names_the_file_and_the_alternatives(
     assert str(image_folder) in message
     assert "--data cifar10" in message
     assert "--data synthetic" in message
+
+
+def test_links_to_a_folder_that_contains_them_are_not_followed(tmp_path):
+    write_classes(tmp_path / "f", {"ramp.png": encode(GREY_RAMP, "PNG")})
+    train = tmp_path / "f/train"
+    (train / "a/below").mkdir()
+    for link, target in (("self", "."), ("again", "."), ("class", ".."), ("all", "../.."), ("below/up", "..")):
+        (train / "a" / link).symlink_to(target)
+    (train / "a/elsewhere").symlink_to("../b")  # any other link is followed
+    content = read_image_folder(tmp_path / "f")
+    assert content.train[1].tolist() == [0, 0, 1]
+    assert [(entry.path, entry.reason) for entry in content.left_out] == [
+        (f"train/a/{link}", "a link to a folder that contains it")
+        for link in ("again", "all", "below/up", "class", "self")
+    ]
+
+
+def test_a_folder_whose_name_is_not_utf8_is_read(tmp_path):
+    folder = write_classes(tmp_path / os.fsdecode(b"f\xff"), {"ramp.png": encode(GREY_RAMP, "PNG")})
+    assert load_dataset(str(folder)).name == r"f\xff"
+
+
+def test_a_user_without_a_home_folder_is_told_that_nothing_is_cached(tmp_path, monkeypatch, caplog):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    folder = write_classes(tmp_path / "f", {"ramp.png": encode(GREY_RAMP, "PNG")})
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", no_home)
+    assert len(read_image_folder(folder).train[1]) == 2
+    assert "this user has no home folder" in caplog.text
+
+
+def test_more_classes_than_an_export_can_have_are_refused(tmp_path):
+    for number in range(1001):
+        (tmp_path / f"{number:04d}").mkdir()
+    with pytest.raises(DataError, match="there are 1,001 classes; an export has at most 1,000"):
+        load_dataset(str(tmp_path))

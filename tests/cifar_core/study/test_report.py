@@ -5,12 +5,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cifar_core.calibration import Calibration
+from cifar_core.calibration_graph import add_calibration, without_calibration
+from cifar_core.export import export_run
 from cifar_core.recipes import RECIPES
 from cifar_core.run_folder import RunError
 from cifar_core.study.markdown import markdown_table, percent
-from cifar_core.study.report import HISTORIES, NEW_DOCUMENT, fill, write_report
+from cifar_core.study.report import CALIBRATION, HISTORIES, NEW_DOCUMENT, fill, measure_calibration, write_report
 from cifar_core.study.runs import ReportError, main_rows, read_runs, rows_of
 from cifar_core.study.tables import claim_table, study_table
+from tests.cifar_core.runs import make_run
 from tests.conftest import REPOSITORY
 
 COMMITTED = REPOSITORY / HISTORIES
@@ -222,3 +226,17 @@ def test_a_run_whose_recipe_cannot_be_read_is_named(tmp_path):
     (folder / "recipe.json").write_text(json.dumps(description))
     with pytest.raises(RunError, match=r"recipe\.json: this version has no recipe value 'layers'; train again"):
         read_runs(tmp_path)
+
+
+def test_the_calibration_is_measured_again_when_the_graph_has_a_new_one(small, tmp_path):
+    export_run(make_run(small, tmp_path, "deep", 0.5), small, tmp_path / "exported")
+    graph, file = tmp_path / "exported/model.onnx", tmp_path / CALIBRATION
+    measure_calibration(graph, small, file)
+    first, modified = json.loads(file.read_bytes()), file.stat().st_mtime_ns
+    measure_calibration(graph, small, file)
+    assert file.stat().st_mtime_ns == modified  # not measured again
+    graph.write_bytes(add_calibration(without_calibration(graph.read_bytes()), Calibration("temperature", (0.5,))))
+    measure_calibration(graph, small, file)
+    second = json.loads(file.read_bytes())
+    assert second["model"] == first["model"]
+    assert second["loss"] != first["loss"]
