@@ -111,7 +111,7 @@ def test_the_command_says_what_is_new_and_writes_to_a_folder_of_its_own(command,
         "--init", REPOSITORY / "exported",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "starting from deep-fast-0-" in done.stdout
+    assert "starting from deep-distilled-0-" in done.stdout
     assert "all layers but the output layer, which is new: the classes were airplane, automobile" in done.stdout
     assert "note: batch_size is 30 and not 500, but learning_rate" in done.stdout
     (folder,) = (tmp_path / "synthetic/runs").iterdir()
@@ -129,12 +129,12 @@ def test_an_export_whose_graph_is_not_that_of_the_manifest_is_refused(tmp_path):
 
 def test_weights_that_are_not_finite_are_refused(tmp_path):
     graph = onnx.load(REPOSITORY / "exported/model.onnx")
-    weights = next(tensor for tensor in graph.graph.initializer if tensor.name == "network.1.weight")
+    weights = next(tensor for tensor in graph.graph.initializer if tensor.name == "network.blocks.0.conv1.weight")
     values = onnx.numpy_helper.to_array(weights).copy()
     values[0, 0, 0, 0] = np.nan
     weights.CopyFrom(onnx.numpy_helper.from_array(values, weights.name))
     onnx.save(graph, tmp_path / "model.onnx")
-    with pytest.raises(InitialWeightsError, match=r"contains a value that is not finite"):
+    with pytest.raises(InitialWeightsError, match=r"blocks\.0\.conv1\.weight contains a value that is not finite"):
         read_initial_weights(tmp_path / "model.onnx")
 
 
