@@ -31,7 +31,7 @@ def test_the_shipped_manifest_is_read_and_written_byte_for_byte():
     manifest = read_manifest(SHIPPED)
     assert manifest.to_json() == (SHIPPED / FILE_NAME).read_bytes()
     assert manifest.classes[3] == "cat"
-    assert manifest.recipe["name"] == "deep-fast"
+    assert manifest.recipe["name"] == "deep-distilled"
     assert manifest.data.fingerprint == json.loads((SHIPPED / FILE_NAME).read_bytes())["data"]["fingerprint"]
     assert manifest.variant("int8").file == "model.int8.onnx"
 
