@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from tabulate import tabulate
 
-from cifar_core.data import add_data_argument, load_dataset, split
+from cifar_core.data import add_data_argument, load_dataset
 from cifar_core.device import CPU
+from cifar_core.evaluate import choose_split
 from cifar_core.images import decode
-from cifar_core.manifest import read_manifest
 from cifar_core.pixels import IMAGE_SIZE
 from cifar_core.predictors import load_predictor, predict_all
 
@@ -49,8 +49,8 @@ def main() -> None:
     arguments = parser.parse_args()
     dataset = load_dataset(arguments.data)
     predictor = load_predictor(EXPORT / "model.onnx", CPU)
-    _, held_out = split(len(dataset.train), read_manifest(EXPORT).recipe["validation_images"], 0)
-    images, labels = dataset.train.images[held_out].numpy(), dataset.train.labels[held_out].numpy()
+    held_out, _ = choose_split(predictor, dataset, "validation")
+    images, labels = held_out.images.numpy(), held_out.labels.numpy()
     rows = []
     for side in map(int, arguments.sides.split(",")):
         for sampling in SAMPLINGS:

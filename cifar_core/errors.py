@@ -10,6 +10,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 _STDERR = 2
+_WRONG_PATH = (
+    errno.ENOENT,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EEXIST,
+    errno.EISDIR,
+    errno.ENOTDIR,
+    errno.ENAMETOOLONG,
+    errno.EROFS,
+)
 
 
 class CifarError(Exception):
@@ -33,7 +43,7 @@ def run_command(main: Callable[[], int]) -> None:
         _say(f"error: {error}")
         code = 2
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None or error.errno not in _WRONG_PATH:
             raise
         _say(f"error: {error.filename}: {error.strerror}; check the path and its permissions")
         code = 2

@@ -46,6 +46,7 @@ from cifar_core.predictors import Floats, Predictor, UInt8, build_model, onnx_pr
 from cifar_core.publish import VARIANT_FILES, is_intact, publish, warn_if_unmeasured
 from cifar_core.quantise import CALIBRATION_IMAGES, to_int8
 from cifar_core.recipe import Recipe, read_recipe
+from cifar_core.resuming import differences
 from cifar_core.run_folder import RunFolder, default_folder, finished_runs, load_checkpoint, weights_digest
 
 logger = logging.getLogger(__name__)
@@ -242,11 +243,12 @@ def _check_run(run: RunFolder, description: dict[str, Any], recipe: Recipe, data
 
 def _check_weights(run: RunFolder, checkpoint: dict[str, Any], description: dict[str, Any]) -> None:
     """Raises ExportError if the weights were copied from another run: its held-out images may be others."""
-    same = read_recipe(checkpoint["recipe"]) == read_recipe(description["recipe"])
-    if not same or any(checkpoint[key] != description[key] for key in ("seed", "classes", "data")):
+    different = differences(checkpoint, description)
+    if different:
         raise ExportError(
             f"{run.best}: these weights are not those of this run, but of {checkpoint['recipe'].get('name')}, seed "
-            f"{checkpoint['seed']}; put back the file that training wrote, or train the run again"
+            f"{checkpoint['seed']} (different: {', '.join(different)}); put back the file that training wrote, or "
+            "train the run again"
         )
 
 

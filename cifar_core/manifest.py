@@ -20,9 +20,8 @@ OPENVINO_PREFIX = "openvino-"
 """Begins the names of the variants that were measured with OpenVINO."""
 
 Name = Annotated[str, StringConstraints(min_length=1)]
-# The answer to a request can name every class for every image, so both limits bound its size.
+# The answer to a request can name every class for every image.
 ClassName = Annotated[str, StringConstraints(min_length=1, max_length=255)]
-MAX_CLASSES = 1000  # those of ImageNet
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 # A name and not a path, so that no manifest can make the server read a file outside its folder.
 PlainFileName = Annotated[str, StringConstraints(pattern=r"^[^./\\\x00][^/\\\x00]*$")]
@@ -114,9 +113,7 @@ class Manifest(_Part):
 
     schema_version: Literal[1] = Field(description="version of this schema")
     model_version: Name = Field(description="recipe, seed and the first digits of the SHA-256 of the weights")
-    classes: tuple[ClassName, ...] = Field(
-        min_length=1, max_length=MAX_CLASSES, description="class names, in the order of the outputs"
-    )
+    classes: tuple[ClassName, ...] = Field(min_length=1, description="class names, in the order of the outputs")
     data: Data = Field(default=Data(), description="the data set that the model was trained on")
     libraries: dict[str, str] = Field(default_factory=dict, description="versions of the libraries that exported it")
     variants: dict[Name, Variant] = Field(min_length=1, description="the forms of the model, by name")

@@ -58,7 +58,7 @@ def publish(target: Path, files: Mapping[str, bytes]) -> None:
     """
     staging, named = None, target
     try:
-        target = target.resolve()
+        target = Path(os.path.realpath(target))
         target.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
         staging.chmod(0o755)

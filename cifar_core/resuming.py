@@ -10,6 +10,21 @@ from cifar_core.run_folder import RunError
 logger = logging.getLogger(__name__)
 
 
+def differences(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
+    """In what two descriptions of runs differ, as in recipe.json and in checkpoints: their keys."""
+    same = {
+        "recipe": read_recipe(first["recipe"]) == read_recipe(second["recipe"]),
+        # The same data may have another name by now; the fingerprint decides.
+        "data": first["data"]["fingerprint"] == second["data"]["fingerprint"],
+        **{key: first[key] == second[key] for key in ("seed", "precision", "classes")},
+        **{
+            key: first.get(key, {}).get("weights") == second.get(key, {}).get("weights")
+            for key in ("initial", "teacher")
+        },
+    }
+    return [key for key, equal in same.items() if not equal]
+
+
 def check_same_run(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
     """Compares two contents of recipe.json; warns if the machine or the number of ranks is another one.
 
@@ -21,22 +36,12 @@ def check_same_run(folder: Path, before: dict[str, Any], now: dict[str, Any]) ->
     Raises:
         RunError: They describe different runs.
     """
-    recipe = read_recipe(before["recipe"])
-    same = {
-        "recipe": recipe == read_recipe(now["recipe"]),
-        # The same data may have another name by now; the fingerprint decides.
-        "data": before["data"]["fingerprint"] == now["data"]["fingerprint"],
-        **{key: before[key] == now[key] for key in ("seed", "precision", "classes")},
-        **{
-            key: before.get(key, {}).get("weights") == now.get(key, {}).get("weights") for key in ("initial", "teacher")
-        },
-    }
-    different = [key for key, equal in same.items() if not equal]
+    different = differences(before, now)
     if different:
         key = different[0]
         was, is_now = before.get(key, "none"), now.get(key, "none")
         if key == "recipe":  # only the values that differ
-            was, is_now = _differences(recipe.values(), is_now)
+            was, is_now = _differing_values(read_recipe(was).values(), is_now)
         raise RunError(
             f"{folder}: this run was started with {key} {was}, not {is_now}; resume it with the same values, or choose "
             "another folder with --runs DIR"
@@ -50,7 +55,7 @@ def check_same_run(folder: Path, before: dict[str, Any], now: dict[str, Any]) ->
         )
 
 
-def _differences(one: dict[str, Any], other: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _differing_values(one: dict[str, Any], other: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The entries of two dictionaries with the same keys that differ."""
     keys = [key for key in one if one[key] != other[key]]
     return {key: one[key] for key in keys}, {key: other[key] for key in keys}

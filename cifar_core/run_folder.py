@@ -203,7 +203,9 @@ class RunFolder:
         except ValueError as error:
             fault = str(error)
         if fault is not None:
-            raise RunError(f"{file}: this file is damaged ({fault}); resuming the run with --resume rewrites it")
+            resumable = "resuming the run with --resume rewrites it"
+            way = resumable if self.last.exists() else f"put it back, or remove {self.path} and train anew"
+            raise RunError(f"{file}: this file is damaged ({fault}); {way}")
         return history
 
     def is_started(self) -> bool:
@@ -212,7 +214,9 @@ class RunFolder:
 
     def is_finished(self) -> bool:
         """Whether all epochs of the recipe were trained."""
-        return self.is_started() and len(self.history()) == self.description()["recipe"]["epochs"]
+        if not (self.path / "recipe.json").exists():
+            return False
+        return len(self.history()) == self.description()["recipe"]["epochs"]
 
 
 def best_epoch(history: list[dict[str, Any]], weights: str) -> dict[str, Any]:

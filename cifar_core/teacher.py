@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cifar_core.data import Dataset
+from cifar_core.data import Dataset, split
 from cifar_core.errors import CifarError
 from cifar_core.files import atomic_write
 from cifar_core.predictors import Predictor, load_predictor, predict_all
@@ -22,7 +22,7 @@ from cifar_core.run_folder import RunFolder
 
 
 class TeacherError(CifarError):
-    """A teacher that is missing, not wanted, or has other classes than the data."""
+    """A teacher that is missing, not wanted, has other classes than the data, or knows images that are held out."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,12 @@ class Teacher:
 
 
 def check_teacher(teacher: Teacher | None, recipe: Recipe, dataset: Dataset) -> None:
-    """Raises TeacherError if the recipe needs a teacher and there is none, or the reverse, or its classes differ."""
+    """Checks that a recipe can be trained with this teacher.
+
+    Raises:
+        TeacherError: The recipe needs a teacher and there is none, or the reverse; the teacher has other classes; or it
+            was trained on images that the run holds out.
+    """
     if recipe.distillation and teacher is None:
         raise TeacherError(f"{recipe.name} has distillation={recipe.distillation:g}; name a teacher with --teacher RUN")
     if teacher is None:
@@ -81,6 +86,22 @@ def check_teacher(teacher: Teacher | None, recipe: Recipe, dataset: Dataset) -> 
             f"the teacher {teacher.predictor.name} has the classes {', '.join(teacher.predictor.classes)}, but "
             f"{dataset.name} has {', '.join(dataset.classes)}; use a teacher that was trained on these classes"
         )
+    seen, held_out = _seen_by(teacher.predictor, recipe, dataset)
+    if seen:
+        raise TeacherError(
+            f"the teacher {teacher.predictor.name} was trained on {seen:,} of the {held_out:,} images that this run "
+            "holds out, so validation accuracy and calibration would be wrong; use a teacher that was trained with "
+            f"--set validation_images={recipe.validation_images} --set split_seed={recipe.split_seed}"
+        )
+
+
+def _seen_by(teacher: Predictor, recipe: Recipe, dataset: Dataset) -> tuple[int, int]:
+    """How many of the images that a run holds out its teacher was trained on, and how many it holds out."""
+    count = len(dataset.train)
+    held_out = set(split(count, recipe.validation_images, recipe.split_seed)[1].tolist())
+    if teacher.trained_on != dataset.fingerprint or teacher.split is None:  # trained on other images
+        return 0, len(held_out)
+    return len(held_out - set(split(count, *teacher.split)[1].tolist())), len(held_out)
 
 
 def read_teacher(source: Path, device: torch.device) -> Teacher:

@@ -9,6 +9,7 @@ import functools
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -74,7 +75,8 @@ class Trainer:
         InitialWeightsError: The initial weights do not fit the recipe.
         RankError: The batches are too small for batch normalisation on so many ranks, or the recipe trains on the
             hardest images only, for which there must be one rank.
-        TeacherError: There is a teacher and no `distillation`, or the reverse; or the teacher has other classes.
+        TeacherError: There is a teacher and no `distillation`, or the reverse; or the teacher has other classes, or
+            was trained on images that the run holds out.
     """
 
     def __init__(
@@ -215,12 +217,19 @@ class Trainer:
                 "removing the folder, or with another --seed or --runs DIR"
             )
         check_same_run(self.folder.path, self.folder.description(), self.description())
-        if not self.folder.last.exists() and self.folder.history() and not self.folder.is_finished():
+        if self.folder.is_finished():
+            self._check_file(self.folder.best)
+            return True
+        # A kill within the first save leaves best.pt alone.
+        if self.folder.history() or (self.folder.best.exists() and load_checkpoint(self.folder.best)["epoch"] > 1):
+            self._check_file(self.folder.last)
+        return self.folder.last.exists()
+
+    def _check_file(self, file: Path) -> None:
+        if not file.exists():
             raise RunError(
-                f"{self.folder.last}: this file is missing, without which the run cannot be continued; put it back, or "
-                f"remove {self.folder.path} and train anew"
+                f"{file}: this file of the run is missing; put it back, or remove {self.folder.path} and train anew"
             )
-        return self.folder.last.exists() or self.folder.is_finished()
 
     # Steps
 

@@ -54,7 +54,7 @@ def check_free(host: str, port: int) -> None:
 
 
 @contextlib.contextmanager
-def reserve(host: str, port: int) -> Iterator[int]:
+def reserve(host: str, port: int, *, for_grpc: bool = False) -> Iterator[int]:
     """Binds a port without listening, for processes of this user that share it by SO_REUSEPORT; yields its number.
 
     Until the end of the `with` block, no other call reserves the port, in any process, and `check_free` refuses it.
@@ -64,7 +64,7 @@ def reserve(host: str, port: int) -> Iterator[int]:
     """
     with contextlib.ExitStack() as stack:
         # gRPC listens on the addresses of both families if it is told to listen on all of one.
-        bound = _bind_all(stack, host, port, both_families=True)
+        bound = _bind_all(stack, host, port, both_families=for_grpc)
         try:
             for holder in bound:
                 _hold(holder, claim=port != 0)

@@ -22,7 +22,6 @@ from tqdm import tqdm
 from cifar_core.data.errors import OTHER_DATA, DataError
 from cifar_core.data.stratify import Labelled, stratified_split
 from cifar_core.images import DECODER_VERSION, decode
-from cifar_core.manifest import MAX_CLASSES
 from cifar_core.pixels import EXTENSIONS, IMAGE_SIZE, ImageRejected
 
 logger = logging.getLogger(__name__)
@@ -120,8 +119,18 @@ def _is_class(folder: Path) -> bool:
 
 
 def _classes(folder: Path) -> list[str]:
-    """Names of the class folders, in order. Hidden folders are no classes."""
-    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    """Names of the class folders, in order. Hidden folders are no classes, nor are links to a folder above them."""
+    above = {_identity(place) for place in (folder, folder.parent)}
+    return sorted(
+        entry.name
+        for entry in os.scandir(folder)
+        if entry.is_dir() and not entry.name.startswith(".") and _identity(entry.path) not in above
+    )
+
+
+def _identity(path: str | Path) -> tuple[int, int]:
+    status = os.stat(path)  # noqa: PTH116 (three times as fast as pathlib)
+    return status.st_dev, status.st_ino
 
 
 def _files(root: Path, folder: Path) -> tuple[list[str], list[str]]:
@@ -140,17 +149,13 @@ def _files(root: Path, folder: Path) -> tuple[list[str], list[str]]:
     def fail(error: OSError) -> NoReturn:  # os.walk leaves out folders that it cannot read
         raise error
 
-    def identity(path: str | Path) -> tuple[int, int]:
-        status = os.stat(path)  # noqa: PTH116 (three times as fast as pathlib)
-        return status.st_dev, status.st_ino
-
-    above = {str(folder): {identity(place) for place in (root, folder.parent, folder)}}
+    above = {str(folder): {_identity(place) for place in (root, folder.parent, folder)}}
     found, loops = [], []
     for path, folders, names in os.walk(folder, onerror=fail, followlinks=True):
         containing = above.pop(path)
         for name in tuple(folders):
             inner = f"{path}/{name}"
-            if (key := identity(inner)) in containing:
+            if (key := _identity(inner)) in containing:
                 folders.remove(name)
                 loops.append(inner)
             else:
@@ -207,11 +212,6 @@ def _decode_classes(folder: Path, place: Path, left_out: list[LeftOut]) -> tuple
     if len(classes) < 2:
         found = f"only one class ({classes[0]})" if classes else "no class folder"
         raise DataError(f"{place}: there is {found}; at least 2 classes are needed; add one{OTHER_DATA}")
-    if len(classes) > MAX_CLASSES:
-        raise DataError(
-            f"{place}: there are {len(classes):,} classes; an export has at most {MAX_CLASSES:,}; put classes "
-            f"together{OTHER_DATA}"
-        )
     for name in classes:
         if name.encode(errors="replace").decode() != name:
             raise DataError(f"{_printable(folder, str(place / name))}: the name of this class is not UTF-8; rename it")

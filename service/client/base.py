@@ -25,7 +25,7 @@ class BaseClient:
     Raises:
         OSError: A file that the options name cannot be read.
         ValueError: A file is not a PEM file, the token would be sent to another machine without TLS, the address is
-            empty or its port none, or several addresses are not IP:PORT each.
+            empty or its port invalid, or several addresses are not IP:PORT each.
     """
 
     def __init__(self, target: str = DEFAULT_TARGET, options: Options | None = None) -> None:

@@ -14,11 +14,11 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from cifar_core.pixels import ImageLimits
+from cifar_core.pixels import ImageLimits, ImageRejected
 from service import tracing
 from service.core.batcher import Admission, Batcher
 from service.core.decoding import Decoded, Decoder
-from service.core.engine import rows_not_finite
+from service.core.engine import NOT_FINITE, rows_not_finite
 from service.core.metrics import Metrics
 from service.core.model_store import Model, ModelStore
 from service.core.statistics import COMPUTE_INPUT, COMPUTE_OUTPUT, FAIL, SUCCESS, Recorder, Statistics
@@ -42,6 +42,10 @@ class Limits:
     max_queued_images: int
 
 
+MAX_RANKED_CLASSES = 2**20
+"""Classes with their names in one answer: 20 MB over gRPC and 60 MB over HTTP for names of usual length."""
+
+
 @dataclass(frozen=True)
 class Answer:
     """The outputs of a model, one row per image; float32 [n, classes] each.
@@ -57,6 +61,10 @@ class Answer:
     logits: NDArray[np.float32]
     probabilities: NDArray[np.float32]
     failed: Sequence[int]
+
+    def rejections(self) -> dict[int, ImageRejected]:
+        """Why the rows of `failed` have no probabilities."""
+        return {row: ImageRejected(NOT_FINITE, internal=True) for row in self.failed}
 
     def check_all(self) -> None:
         """Accepts the outputs if each image has finite probabilities: a tensor has no place for the error of one image.
@@ -194,6 +202,24 @@ class Inference:
         if admitted is not None:
             admitted.computed_at = time.perf_counter()
         return Answer(model, logits, probabilities, rows_not_finite(probabilities))
+
+    def check_ranked(self, images: int, top_k: int, alternative: str) -> None:
+        """Refuses a request whose answer would name too many classes.
+
+        Args:
+            images: Number of images.
+            top_k: Number of classes for each; 0 for all.
+            alternative: What else the caller can do.
+
+        Raises:
+            InvalidRequest: It would name more than `MAX_RANKED_CLASSES`.
+        """
+        each = min(top_k or len(self.model.classes), len(self.model.classes))
+        if images * each > MAX_RANKED_CLASSES:
+            raise InvalidRequest(
+                f"the answer would name {each:,} classes for each of {images:,} images; an answer names at most "
+                f"{MAX_RANKED_CLASSES:,} in all: ask for fewer with top_k, or {alternative}"
+            )
 
     def update_gauges(self) -> None:
         """Shows in the metrics how many images the server holds now."""

@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 
 from cifar_core.pixels import IMAGE_SIZE, ImageRejected
 from service.core.decoding import Decoded
-from service.core.engine import NOT_FINITE
 from service.core.inference import Answer as Outputs
 from service.core.inference import Inference
 from service.core.model_store import Model
@@ -44,6 +43,7 @@ class Classifier:
         top_k, with_pixels = _top_k(request.query), _boolean(request.query, "pixels")
         limits = self._inference.limits
         files = files_of(request.body, request.headers.get("content-type", ""), limits.max_images)
+        self._inference.check_ranked(len(files), top_k or 0, "send fewer images")
         size = len(request.body)
         request.body = b""  # the files hold it once more
         with self._inference.admit(len(files), size):
@@ -125,8 +125,8 @@ def _results(
 def _rows(outputs: Outputs) -> list[list[float] | ImageRejected]:
     """For each image that was computed its probabilities, or why it has none."""
     rows: list[list[float] | ImageRejected] = outputs.probabilities.tolist()
-    for row in outputs.failed:
-        rows[row] = ImageRejected(NOT_FINITE, internal=True)
+    for row, rejection in outputs.rejections().items():
+        rows[row] = rejection
     return rows
 
 

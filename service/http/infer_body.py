@@ -24,7 +24,7 @@ from service.errors import EngineFailed, InvalidRequest, quoted
 from service.http.answers import BINARY, Answer, TooLarge
 
 LENGTH_HEADER = "inference-header-content-length"
-# Parsing JSON blocks the event loop; for about 15 ms at this size.
+# Parsing JSON blocks the event loop: for about 20 ms at this size, and 150 ms if the numbers are nested in lists.
 MAX_JSON_BYTES = 2 * 2**20
 _MAX_INTEGER = 2**63 - 1
 # Depths of lists that the message about a wrong shape shows.
@@ -192,7 +192,8 @@ def _bytes_of(data: list[Any], images: int) -> bytes:
         elements = bytes(flat)
     except (TypeError, ValueError) as error:
         raise _no_pixels() from error
-    if bool in map(type, flat):  # to Python, true is the number 1
+    # To Python, true is the number 1. Few pixels have one of these values, so looking at those alone is faster.
+    if any(type(flat[at]) is bool for at in np.flatnonzero(np.frombuffer(elements, np.uint8) <= 1).tolist()):
         raise _no_pixels()
     return elements
 

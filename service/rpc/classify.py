@@ -8,7 +8,6 @@ from numpy.typing import NDArray
 
 from cifar_core.pixels import IMAGE_SIZE, ImageRejected, packed_images, raw_image
 from service.core.decoding import Decoded
-from service.core.engine import NOT_FINITE
 from service.core.inference import Inference
 from service.core.tensors import MAX_ID_CHARACTERS
 from service.errors import InvalidRequest
@@ -46,6 +45,8 @@ class ImageClassifier:
             )
         request_id, top_k, as_table = request.request_id, request.top_k, request.as_table
         packed = _packed(request.packed_rgb)
+        if not as_table:
+            self._inference.check_ranked(len(request.images) + len(packed), top_k, "for a table with as_table")
         with self._inference.admit(len(request.images) + len(packed), call.message_bytes):
             contents = [_content(image) for image in request.images]
             del request  # it holds all images once more
@@ -61,8 +62,7 @@ class ImageClassifier:
                 model, probabilities = answer.model, answer.probabilities
                 if answer.failed:
                     computed = [index for index in range(len(decoded) + len(packed)) if index not in rejected]
-                    error = _error(ImageRejected(NOT_FINITE, internal=True))
-                    rejected |= {computed[row]: error for row in answer.failed}
+                    rejected |= {computed[row]: _error(reason) for row, reason in answer.rejections().items()}
                     probabilities = np.delete(probabilities, answer.failed, axis=0)
             else:
                 model = self._inference.model

@@ -43,7 +43,7 @@ def supervise(settings: Settings) -> int:
         StartError: A port is taken, a worker cannot start, or there is no folder for temporary files.
     """
     with contextlib.ExitStack() as stack:
-        port = stack.enter_context(ports.reserve(settings.host, settings.port))
+        port = stack.enter_context(ports.reserve(settings.host, settings.port, for_grpc=True))
         http_port = settings.http_port
         if http_port is not None:
             http_port = stack.enter_context(ports.reserve(settings.http_address, http_port))

@@ -6,10 +6,8 @@ from pathlib import Path
 
 import grpc
 import numpy as np
-import onnx
 import pytest
 from numpy.typing import NDArray
-from onnx import TensorProto, helper, numpy_helper
 
 from cifar_core.data import load_dataset
 from cifar_core.images import decode
@@ -18,43 +16,7 @@ from service.generated.cifar.v1 import image_classifier_pb2 as messages
 from service.generated.cifar.v1 import image_classifier_pb2_grpc as rpc
 from tests.cifar_core.image_corpus import ORIENTATIONS, CorpusFile, corpus
 from tests.service.conftest import Server
-from tests.service.exports import write_export
-
-BYTES = 32 * 32 * 3
-
-
-def pixels_as_probabilities() -> bytes:
-    """An ONNX graph whose probabilities tell every byte of the image.
-
-    It has 3,073 classes. Class i of the first 3,072 has weight 1 + byte i, and the last has weight 1, so that the ratio
-    of a probability to the last one is 1 + byte i.
-    """
-    nodes = [
-        helper.make_node("Reshape", ["images", "shape"], ["rows"]),
-        helper.make_node("Cast", ["rows"], ["bytes"], to=TensorProto.FLOAT),
-        helper.make_node("Pad", ["bytes", "one_column"], ["padded"]),
-        helper.make_node("Add", ["padded", "one"], ["weights"]),
-        helper.make_node("ReduceSum", ["weights", "classes"], ["total"]),
-        helper.make_node("Div", ["weights", "total"], ["probabilities"]),
-        helper.make_node("Log", ["weights"], ["logits"]),
-    ]
-    initializers = {
-        "shape": np.array([-1, BYTES]),
-        "one_column": np.array([0, 0, 0, 1]),
-        "one": np.float32(1),
-        "classes": np.array([1]),
-    }
-    outputs = ("logits", "probabilities")
-    graph = helper.make_graph(
-        nodes,
-        "pixels",
-        [helper.make_tensor_value_info("images", TensorProto.UINT8, ["batch", 32, 32, 3])],
-        [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", BYTES + 1]) for name in outputs],
-        [numpy_helper.from_array(value, name) for name, value in initializers.items()],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
-    onnx.checker.check_model(model)
-    return model.SerializeToString()
+from tests.service.exports import BYTES, pixels_as_probabilities, write_export
 
 
 @pytest.fixture(scope="module")

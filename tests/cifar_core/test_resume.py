@@ -160,7 +160,7 @@ def test_an_unfinished_run_without_its_last_state_is_not_trained_from_the_start(
         trainer.start(resume=False)
         next(trainer.epochs(stop))
     trainer.folder.last.unlink()
-    with pytest.raises(RunError, match=r"last\.pt: this file is missing"):
+    with pytest.raises(RunError, match=r"last\.pt: this file of the run is missing"):
         run(make_trainer(small, tmp_path), resume=True)
     assert len(trainer.folder.history()) == 1
 
@@ -173,3 +173,37 @@ def test_a_folder_that_lost_its_description_is_not_trained_in(small, tmp_path):
         with pytest.raises(RunError, match=r"holds a run already|has no recipe"):
             run(make_trainer(small, tmp_path), resume=resume)
     assert RunFolder(tmp_path).best.read_bytes() == best
+
+
+@pytest.mark.parametrize(
+    ("lost", "epochs", "message"),
+    [
+        (("last.pt", "history.jsonl"), 2, r"last\.pt: this file of the run is missing"),
+        (("last.pt", "best.pt"), 3, r"best\.pt: this file of the run is missing"),
+        (("recipe.json",), 2, "not a run folder, because it has no recipe"),
+    ],
+)
+def test_a_run_that_lost_files_is_not_trained_from_the_start(small, tmp_path, lost, epochs, message):
+    trainer = make_trainer(small, tmp_path, overrides=("epochs=3", "weights=last"))
+    with trainer.folder.lock(), StopSignal() as stop:
+        trainer.start(resume=False)
+        for _ in zip(trainer.epochs(stop), range(epochs), strict=False):
+            pass
+    for name in lost:
+        (tmp_path / name).unlink()
+    kept = {file: file.read_bytes() for file in tmp_path.glob("*.pt")}
+    with pytest.raises(RunError, match=message):
+        run(make_trainer(small, tmp_path, overrides=("epochs=3", "weights=last")), resume=True)
+    assert {file: file.read_bytes() for file in tmp_path.glob("*.pt")} == kept
+
+
+def test_a_run_that_was_killed_while_it_first_saved_starts_anew(small, tmp_path):
+    run(make_trainer(small, tmp_path / "whole"), resume=False)
+    trainer = make_trainer(small, tmp_path / "killed")
+    with trainer.folder.lock(), StopSignal() as stop:
+        trainer.start(resume=False)
+        next(trainer.epochs(stop))
+    for name in ("last.pt", "history.jsonl"):
+        (tmp_path / "killed" / name).unlink()
+    run(make_trainer(small, tmp_path / "killed"), resume=True)
+    assert_same_run(RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "killed"))

@@ -104,8 +104,11 @@ def test_a_missing_description_and_a_damaged_history_are_named(folder, tmp_path)
         RunFolder(tmp_path).description()
     for content in ('{"epoch": 1}\n{"ep', "1\n2\n"):
         (folder.path / "history.jsonl").write_text(content)
-        with pytest.raises(RunError, match=r"history\.jsonl: this file is damaged .* --resume rewrites it"):
+        with pytest.raises(RunError, match=r"history\.jsonl: this file is damaged .* put it back, or remove"):
             folder.history()
+    folder.last.touch()
+    with pytest.raises(RunError, match="--resume rewrites it"):
+        folder.history()
 
 
 def test_a_folder_that_cannot_be_created_is_named(tmp_path):

@@ -78,3 +78,13 @@ def test_a_teacher_that_is_missing_not_wanted_or_of_other_classes_is_refused(sma
     other = dataclasses.replace(teacher, predictor=dataclasses.replace(teacher.predictor, classes=("cat", "dog")))
     with pytest.raises(TeacherError, match="has the classes cat, dog, but"):
         student(small, tmp_path, other, "distillation=0.5")
+
+
+def test_a_teacher_that_was_trained_on_images_that_the_run_holds_out_is_refused(small, teacher_run, tmp_path):
+    teacher = read_teacher(teacher_run.path, CPU)  # of 300 images, both hold out 30
+    with pytest.raises(TeacherError, match=r"was trained on \d+ of the 30 images .* --set split_seed=1"):
+        student(small, tmp_path, teacher, "distillation=0.9", "split_seed=1")
+    fewer = student(small, tmp_path, teacher, "distillation=0.9", "validation_images=20")
+    assert len(fewer.validation) == 20
+    elsewhere = dataclasses.replace(teacher, predictor=dataclasses.replace(teacher.predictor, trained_on="others"))
+    student(small, tmp_path, elsewhere, "distillation=0.9", "split_seed=1")

@@ -11,6 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 # Some graphs are slow, or fail, on a batch whose first byte is this one.
 STALLING = 255
+BYTES = 32 * 32 * 3
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
@@ -124,6 +125,40 @@ def graph(
     images = helper.make_tensor_value_info("images", TensorProto.UINT8, [batch, 32, 32, 3])
     whole = helper.make_graph(nodes, "linear", [images], outputs, initializers)
     model = helper.make_model(whole, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    onnx.checker.check_model(model)
+    return model.SerializeToString()
+
+
+def pixels_as_probabilities() -> bytes:
+    """An ONNX graph whose probabilities tell every byte of the image.
+
+    It has 3,073 classes. Class i of the first 3,072 has weight 1 + byte i, and the last has weight 1, so that the ratio
+    of a probability to the last one is 1 + byte i.
+    """
+    nodes = [
+        helper.make_node("Reshape", ["images", "shape"], ["rows"]),
+        helper.make_node("Cast", ["rows"], ["bytes"], to=TensorProto.FLOAT),
+        helper.make_node("Pad", ["bytes", "one_column"], ["padded"]),
+        helper.make_node("Add", ["padded", "one"], ["weights"]),
+        helper.make_node("ReduceSum", ["weights", "classes"], ["total"]),
+        helper.make_node("Div", ["weights", "total"], ["probabilities"]),
+        helper.make_node("Log", ["weights"], ["logits"]),
+    ]
+    initializers = {
+        "shape": np.array([-1, BYTES]),
+        "one_column": np.array([0, 0, 0, 1]),
+        "one": np.float32(1),
+        "classes": np.array([1]),
+    }
+    outputs = ("logits", "probabilities")
+    graph = helper.make_graph(
+        nodes,
+        "pixels",
+        [helper.make_tensor_value_info("images", TensorProto.UINT8, ["batch", 32, 32, 3])],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", BYTES + 1]) for name in outputs],
+        [numpy_helper.from_array(value, name) for name, value in initializers.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
     onnx.checker.check_model(model)
     return model.SerializeToString()
 

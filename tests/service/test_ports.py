@@ -1,3 +1,4 @@
+import functools
 import socket
 import sys
 import threading
@@ -82,16 +83,22 @@ def test_a_reserved_port_is_kept_and_can_be_shared():
     ],
 )
 def test_a_reserved_port_cannot_be_reserved_again_where_the_addresses_overlap(first, second, both):
-    with reserve(first, 0) as port:
+    with reserve(first, 0, for_grpc=True) as port:
+        again = functools.partial(reserve, second, port, for_grpc=True)
         if both:
-            with reserve(second, port) as same:
+            with again() as same:
                 assert same == port
             return
         for _ in range(2):  # an attempt does not open it
-            with pytest.raises(StartError, match=f"port {port} of {second} is already in use"), reserve(second, port):
+            with pytest.raises(StartError, match=f"port {port} of {second} is already in use"), again():
                 pass
-    with reserve(second, port):  # it is free again
+    with again():  # it is free again
         pass
+
+
+def test_http_on_all_addresses_of_a_family_does_not_meet_the_other_family():
+    with reserve("0.0.0.0", 0) as port, reserve("::", port) as same:  # noqa: S104
+        assert same == port
 
 
 def test_a_reserved_port_is_not_free():
@@ -105,7 +112,7 @@ def test_a_reserved_port_is_not_free():
 
 
 def test_of_many_that_reserve_a_port_at_once_one_succeeds():
-    together = threading.Barrier(8)
+    together = threading.Barrier(8, timeout=60)
 
     def attempt(port: int, outcomes: list[str]) -> None:
         together.wait()

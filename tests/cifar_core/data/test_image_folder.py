@@ -323,11 +323,17 @@ def test_links_to_a_folder_that_contains_them_are_not_followed(tmp_path):
     for link, target in (("self", "."), ("again", "."), ("class", ".."), ("all", "../.."), ("below/up", "..")):
         (train / "a" / link).symlink_to(target)
     (train / "a/elsewhere").symlink_to("../b")  # any other link is followed
+    for part in ("train", "test"):
+        (tmp_path / "f" / part / "all").symlink_to(".")
     content = read_image_folder(tmp_path / "f")
     assert content.train[1].tolist() == [0, 0, 1]
     assert [(entry.path, entry.reason) for entry in content.left_out] == [
-        (f"train/a/{link}", "a link to a folder that contains it")
-        for link in ("again", "all", "below/up", "class", "self")
+        ("test/all", "not in a class folder"),
+        *(
+            (f"train/a/{link}", "a link to a folder that contains it")
+            for link in ("again", "all", "below/up", "class", "self")
+        ),
+        ("train/all", "not in a class folder"),
     ]
 
 
@@ -345,10 +351,3 @@ def test_a_user_without_a_home_folder_is_told_that_nothing_is_cached(tmp_path, m
     monkeypatch.setattr(Path, "home", no_home)
     assert len(read_image_folder(folder).train[1]) == 2
     assert "this user has no home folder" in caplog.text
-
-
-def test_more_classes_than_an_export_can_have_are_refused(tmp_path):
-    for number in range(1001):
-        (tmp_path / f"{number:04d}").mkdir()
-    with pytest.raises(DataError, match="there are 1,001 classes; an export has at most 1,000"):
-        load_dataset(str(tmp_path))
