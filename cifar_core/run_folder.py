@@ -216,7 +216,7 @@ class RunFolder:
         """Whether all epochs of the recipe were trained."""
         if not (self.path / "recipe.json").exists():
             return False
-        return len(self.history()) == self.description()["recipe"]["epochs"]
+        return bool(len(self.history()) == self.description()["recipe"]["epochs"])
 
 
 def best_epoch(history: list[dict[str, Any]], weights: str) -> dict[str, Any]:
