@@ -1,4 +1,7 @@
-"""Processes that take turns on a machine, so that a change of its speed affects all of them alike."""
+"""Processes that take turns on a machine, so that a change of its speed affects all of them alike.
+
+Needs `setpriv`, which is part of util-linux.
+"""
 
 import contextlib
 import os

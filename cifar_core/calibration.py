@@ -99,10 +99,9 @@ class Calibration:
     form: str
     coefficients: tuple[float, ...]
 
-    def polynomials(self) -> list[tuple[float, ...]]:
+    def polynomials(self) -> list[Doubles]:
         """The coefficients of each scale."""
-        first = FORMS[self.form].degree + 1
-        return [part for part in (self.coefficients[:first], self.coefficients[first:]) if part]
+        return _polynomials(self.form, np.asarray(self.coefficients))
 
     def scaled(self, logits: Floats) -> Doubles:
         """The scaled logits, float64 [N, classes], for logits [N, classes]."""
@@ -132,7 +131,13 @@ def _parts(form: str, logits: Floats) -> list[Doubles]:
     return [above_second.clip(min=0), above_second.clip(max=0)]
 
 
-def _scale(polynomial: Sequence[float], measure: Doubles) -> Doubles:
+def _polynomials(form: str, coefficients: Doubles) -> list[Doubles]:
+    """The coefficients of each scale, of those of all scales."""
+    first = FORMS[form].degree + 1
+    return [part for part in (coefficients[:first], coefficients[first:]) if len(part)]
+
+
+def _scale(polynomial: Doubles, measure: Doubles) -> Doubles:
     value = np.polynomial.polynomial.polyval(measure, polynomial)
     return np.asarray(np.logaddexp(0, value).clip(*SCALE_RANGE))[:, None]
 
@@ -158,18 +163,19 @@ def fit(form: str, logits: Floats, labels: Integers) -> Calibration:
     standardised = (measure - mean) / deviation
 
     def loss(coefficients: Doubles) -> float:
-        found = Calibration(form, tuple(coefficients)).polynomials()
-        scaled = _scaled([_scale(polynomial, standardised) for polynomial in found], parts)
+        scales = [_scale(polynomial, standardised) for polynomial in _polynomials(form, coefficients)]
+        scaled = _scaled(scales, parts)
         return float((logsumexp(scaled, axis=1) - scaled[rows, labels]).mean())
 
-    start = Calibration(form, (0.0,) * FORMS[form].coefficients).polynomials()
-    first = np.concatenate([(0.5, *polynomial[1:]) for polynomial in start])
-    best = minimize(loss, first, method="BFGS", options={"gtol": 1e-6})
+    start = np.zeros(FORMS[form].coefficients)
+    for view in _polynomials(form, start):
+        view[0] = 0.5  # every scale starts as a constant
+    best = minimize(loss, start, method="BFGS", options={"gtol": 1e-6})
     line = np.polynomial.Polynomial([-mean / deviation, 1 / deviation])
     coefficients: list[float] = []
-    for standard in Calibration(form, tuple(best.x)).polynomials():
-        polynomial = np.atleast_1d(np.polynomial.Polynomial(standard)(line).coef)
-        coefficients += [float(value) for value in polynomial] + [0.0] * (len(standard) - len(polynomial))
+    for standard in _polynomials(form, best.x):
+        found = np.atleast_1d(np.polynomial.Polynomial(standard)(line).coef)
+        coefficients += [float(value) for value in found] + [0.0] * (len(standard) - len(found))
     return Calibration(form, tuple(coefficients))
 
 
@@ -177,8 +183,8 @@ def choose_calibration(logits: Floats, labels: Integers) -> Calibration:
     """Chooses the form by cross-validation, and fits it to all images.
 
     Fewer than `SMALLEST_SAMPLE` images get a temperature. Each image is scored by a calibration that was fitted without
-    it. The form with the least cross-entropy is chosen. A form with
-    more coefficients than another must be better by one standard error of the difference.
+    it. The form with the least cross-entropy is chosen. A form with more coefficients than another must be better by
+    one standard error of the difference.
 
     Args:
         logits: [N, classes], of images that neither were trained on nor chose the weights.

@@ -1,13 +1,12 @@
 """The calibration as operators of an ONNX graph, between the logits and the softmax."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from cifar_core.calibration import ENTROPY_FLOOR, FORMS, SCALE_RANGE, Calibration
+from cifar_core.calibration import ENTROPY_FLOOR, FORMS, SCALE_RANGE, Calibration, Doubles
 
 
 def add_calibration(graph: bytes, calibration: Calibration) -> bytes:
@@ -111,7 +110,7 @@ def _log_entropy_nodes() -> Nodes:
     return nodes, constants  # type: ignore[return-value]
 
 
-def _scale_nodes(prefix: str, polynomial: Sequence[float]) -> Nodes:
+def _scale_nodes(prefix: str, polynomial: Doubles) -> Nodes:
     """`<prefix>scale`: the polynomial of the measure by Horner's method, softplus and the limits."""
     nodes, value = [], f"{prefix}{len(polynomial) - 1}"
     for power in range(len(polynomial) - 2, -1, -1):

@@ -56,22 +56,21 @@ def publish(target: Path, files: Mapping[str, bytes]) -> None:
     Raises:
         PublishError: The folder cannot be written, for example because the disk is full. Its content is unchanged.
     """
-    staging, named = None, target
+    folder, staging = Path(os.path.realpath(target)), None
     try:
-        target = Path(os.path.realpath(target))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         staging.chmod(0o755)
         for name, content in files.items():
             _write(staging / name, content)
-        if target.exists():
-            _copy_other_files(target, staging, exported_files(target) | files.keys())
-            _exchange(staging, target)
+        if folder.exists():
+            _copy_other_files(folder, staging, exported_files(folder) | files.keys())
+            _exchange(staging, folder)
         else:
-            staging.rename(target)
+            staging.rename(folder)
     except OSError as error:
         raise PublishError(
-            f"{named}: this folder cannot be written ({error.strerror or error}); its content is unchanged; free some "
+            f"{target}: this folder cannot be written ({error.strerror or error}); its content is unchanged; free some "
             "space, permit writing, or choose another folder"
         ) from error
     finally:

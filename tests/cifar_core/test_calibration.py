@@ -138,6 +138,18 @@ def test_the_scale_stays_within_its_limits_for_any_logits():
         assert calibration.probabilities(logits)[2].argmax() == 0
 
 
+def test_both_of_two_scales_stay_within_their_limits():
+    logits = np.array([[1e4, 0.0, -1e4], [30.0, 29.0, 0.0], [3.0, 1.0, -2.0]])
+    above_second = logits - np.array([[0.0], [29.0], [1.0]])
+    differs = above_second != 0
+    for coefficients in ((0.0, 5.0, -1.0, -50.0, 0.0), (-50.0, -3.0, 0.0, 0.0, 5.0)):
+        calibration = Calibration("two-scales-quadratic-linear-rest", coefficients)
+        scales = calibration.scaled(logits)[differs] / above_second[differs]
+        assert scales.min() == pytest.approx(SCALE_RANGE[0])
+        assert scales.max() <= SCALE_RANGE[1] + 1e-9
+        assert (calibration.probabilities(logits).argmax(1) == 0).all()
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("classes", [2, 5])
 def test_the_operators_of_a_graph_compute_the_calibration(form, classes):

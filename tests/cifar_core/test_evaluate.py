@@ -173,7 +173,7 @@ def test_the_loss_of_a_confident_mistake_is_not_cut_off(small):
     assert evaluate(graph, small)["loss"] == pytest.approx(-np.log(np.finfo(np.float32).smallest_subnormal) * wrong)
 
 
-def test_a_file_that_cannot_be_written_is_an_error_before_the_evaluation(command, tmp_path):
+def test_a_folder_that_cannot_be_made_is_an_error_before_the_evaluation(command, tmp_path):
     (tmp_path / "file").write_text("")
     done = command(
         "cifar_core.evaluate", "--model", tmp_path / "missing.onnx", "--data", "synthetic:60",
