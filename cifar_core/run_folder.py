@@ -141,6 +141,10 @@ class RunFolder:
         try:
             value = json.loads(file.read_bytes())
         except FileNotFoundError:
+            if self.is_started():
+                raise RunError(
+                    f"{file}: this file of the run is missing; put it back, or remove {self.path} and train anew"
+                ) from None
             raise RunError(
                 f"{self.path}: not a run folder, because it has no recipe.json; train a run, or use another folder"
             ) from None
