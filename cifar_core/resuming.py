@@ -16,7 +16,7 @@ def differences(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
         "recipe": read_recipe(first["recipe"]) == read_recipe(second["recipe"]),
         # The same data may have another name by now; the fingerprint decides.
         "data": first["data"]["fingerprint"] == second["data"]["fingerprint"],
-        **{key: first[key] == second[key] for key in ("seed", "precision", "classes")},
+        **{key: first.get(key) == second.get(key) for key in ("seed", "precision", "classes")},
         **{
             key: first.get(key, {}).get("weights") == second.get(key, {}).get("weights")
             for key in ("initial", "teacher")

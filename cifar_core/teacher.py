@@ -86,22 +86,23 @@ def check_teacher(teacher: Teacher | None, recipe: Recipe, dataset: Dataset) -> 
             f"the teacher {teacher.predictor.name} has the classes {', '.join(teacher.predictor.classes)}, but "
             f"{dataset.name} has {', '.join(dataset.classes)}; use a teacher that was trained on these classes"
         )
-    seen, held_out = _seen_by(teacher.predictor, recipe, dataset)
-    if seen:
+    if teacher.predictor.split is not None and teacher.predictor.trained_on == dataset.fingerprint:
+        _check_held_out(teacher.predictor.name, teacher.predictor.split, recipe, len(dataset.train))
+
+
+def _check_held_out(name: str, split_of_teacher: tuple[int, int], recipe: Recipe, count: int) -> None:
+    """Raises TeacherError if the teacher was trained on images that the run holds out."""
+    ours, theirs = (
+        set(split(count, *values)[1].tolist())
+        for values in ((recipe.validation_images, recipe.split_seed), split_of_teacher)
+    )
+    if not ours <= theirs:
         raise TeacherError(
-            f"the teacher {teacher.predictor.name} was trained on {seen:,} of the {held_out:,} images that this run "
-            "holds out, so validation accuracy and calibration would be wrong; use a teacher that was trained with "
-            f"--set validation_images={recipe.validation_images} --set split_seed={recipe.split_seed}"
+            f"the teacher {name} was trained on {len(ours - theirs):,} of the {len(ours):,} images that this run holds "
+            "out, so validation accuracy and calibration would be wrong; the teacher has "
+            f"validation_images={split_of_teacher[0]} and split_seed={split_of_teacher[1]}, and this run "
+            f"{recipe.validation_images} and {recipe.split_seed}: make them equal with --set"
         )
-
-
-def _seen_by(teacher: Predictor, recipe: Recipe, dataset: Dataset) -> tuple[int, int]:
-    """How many of the images that a run holds out its teacher was trained on, and how many it holds out."""
-    count = len(dataset.train)
-    held_out = set(split(count, recipe.validation_images, recipe.split_seed)[1].tolist())
-    if teacher.trained_on != dataset.fingerprint or teacher.split is None:  # trained on other images
-        return 0, len(held_out)
-    return len(held_out - set(split(count, *teacher.split)[1].tolist())), len(held_out)
 
 
 def read_teacher(source: Path, device: torch.device) -> Teacher:

@@ -181,9 +181,12 @@ class Trainer:
         if not self.ranks.from_first(self.ranks.is_first and self._open_folder(resume)):
             return
         if self.ranks.from_first(self.ranks.is_first and not self.folder.last.exists()):  # removed after the last epoch
+            self._check_file(self.folder.best)
             self.state.history, self.state.epoch = self.folder.history(), self.recipe.epochs
             return
         self._restore(load_checkpoint(self.folder.last))
+        if self.state.epoch == self.recipe.epochs:
+            self._check_file(self.folder.best)
         if self.ranks.is_first:
             self.folder.write_history(self.state.history)
         else:  # the checkpoint holds the sums over all ranks, and rank 0 continues them
@@ -217,13 +220,12 @@ class Trainer:
                 "removing the folder, or with another --seed or --runs DIR"
             )
         check_same_run(self.folder.path, self.folder.description(), self.description())
-        if self.folder.is_finished():
-            self._check_file(self.folder.best)
+        if self.folder.last.exists() or self.folder.is_finished():
             return True
         # A kill within the first save leaves best.pt alone.
         if self.folder.history() or (self.folder.best.exists() and load_checkpoint(self.folder.best)["epoch"] > 1):
             self._check_file(self.folder.last)
-        return self.folder.last.exists()
+        return False
 
     def _check_file(self, file: Path) -> None:
         if not file.exists():

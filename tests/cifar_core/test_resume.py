@@ -180,6 +180,7 @@ def test_a_folder_that_lost_its_description_is_not_trained_in(small, tmp_path):
     [
         (("last.pt", "history.jsonl"), 2, r"last\.pt: this file of the run is missing"),
         (("last.pt", "best.pt"), 3, r"best\.pt: this file of the run is missing"),
+        (("best.pt",), 3, r"best\.pt: this file of the run is missing"),
         (("recipe.json",), 2, r"recipe\.json: this file of the run is missing"),
     ],
 )
@@ -207,3 +208,16 @@ def test_a_run_that_was_killed_while_it_first_saved_starts_anew(small, tmp_path)
         (tmp_path / "killed" / name).unlink()
     run(make_trainer(small, tmp_path / "killed"), resume=True)
     assert_same_run(RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "killed"))
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_a_damaged_history_is_written_again_from_the_last_state(small, tmp_path, epochs):
+    trainer = make_trainer(small, tmp_path)
+    with trainer.folder.lock(), StopSignal() as stop:
+        trainer.start(resume=False)
+        for _ in zip(range(epochs), trainer.epochs(stop), strict=False):
+            pass
+    before = trainer.folder.history()
+    (tmp_path / "history.jsonl").write_text("damaged")
+    assert run(make_trainer(small, tmp_path), resume=True)[:epochs] == before
+    assert RunFolder(tmp_path).history()[:epochs] == before

@@ -31,6 +31,17 @@ class Server(ServerProcess):
 StartServer = Callable[..., Server]
 
 
+@contextlib.contextmanager
+def serving(*arguments: str | Path, **options: dict[str, str]) -> Iterator[Server]:
+    """A server for the `with` block, which must leave it in order: it ends with exit code 0."""
+    server = Server(*arguments, **options).ready()
+    try:
+        yield server
+        assert server.stop() == 0, server.log
+    finally:
+        server.kill()
+
+
 @pytest.fixture
 def start_server() -> Iterator[StartServer]:
     """A function that starts servers; they end with the test."""
@@ -59,12 +70,8 @@ def slow(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def server(linear: Path) -> Iterator[Server]:
     """One server for all tests that leave it unchanged."""
-    shared = Server("--model", linear, "--metrics-port", "0", "--log-level", "debug", "--max-images", "400").ready()
-    try:
+    with serving("--model", linear, "--metrics-port", "0", "--log-level", "debug", "--max-images", "400") as shared:
         yield shared
-        assert shared.stop() == 0, shared.log
-    finally:
-        shared.kill()
 
 
 @pytest.fixture

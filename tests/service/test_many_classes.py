@@ -9,7 +9,7 @@ from service.client import Client
 from service.core.inference import MAX_RANKED_CLASSES
 from service.generated.cifar.v1 import image_classifier_pb2 as messages
 from service.generated.cifar.v1 import image_classifier_pb2_grpc as rpc
-from tests.service.conftest import Server
+from tests.service.conftest import Server, serving
 from tests.service.exports import pictures, pixels_as_probabilities, write_export
 from tests.service.http.test_classify import classify, png
 from tests.service.http.web import Web
@@ -23,12 +23,8 @@ MESSAGE = f"the answer would name 3,073 classes for each of {IMAGES} images; an 
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     classes = [str(number) for number in range(CLASSES)]
     export = write_export(tmp_path_factory.mktemp("export"), pixels_as_probabilities(), classes=classes)
-    running = Server("--model", export, "--http-port", "0").ready()
-    try:
+    with serving("--model", export, "--http-port", "0") as running:
         yield running
-        assert running.stop() == 0, running.log
-    finally:
-        running.kill()
 
 
 def test_over_grpc_fewer_classes_fewer_images_or_a_table_are_the_way_out(server):

@@ -19,7 +19,7 @@ from service.generated.inference import open_inference_pb2 as inference
 from service.generated.inference import open_inference_pb2_grpc as inference_rpc
 from service.http import infer_body
 from tests.service import exports
-from tests.service.conftest import Server
+from tests.service.conftest import Server, serving
 from tests.service.exports import expected, pictures
 from tests.service.http.test_classify import BROKEN, classify, png, probabilities
 from tests.service.http.test_open_inference import infer, infer_binary
@@ -38,12 +38,8 @@ def dividing(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(dividing: Path) -> Iterator[Server]:
-    running = Server("--model", dividing, "--http-port", "0", "--metrics-port", "0").ready()
-    try:
+    with serving("--model", dividing, "--http-port", "0", "--metrics-port", "0") as running:
         yield running
-        assert running.stop() == 0, running.log
-    finally:
-        running.kill()
 
 
 @pytest.fixture

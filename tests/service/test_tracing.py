@@ -23,7 +23,7 @@ from service.generated.inference import open_inference_pb2 as messages
 from service.generated.inference import open_inference_pb2_grpc as rpc
 from tests.conftest import REPOSITORY
 from tests.service.collector import Collector, Span, collect
-from tests.service.conftest import DIRECTLY, Server, until
+from tests.service.conftest import DIRECTLY, Server, serving, until
 from tests.service.exports import pictures, stalling
 
 SERVER_KIND, ERROR = 2, 2  # of OTLP
@@ -44,12 +44,8 @@ def traced(linear: Path, collector: Collector) -> Iterator[Server]:
         "OTEL_BSP_SCHEDULE_DELAY": "100",
         "OTEL_RESOURCE_ATTRIBUTES": "deployment.environment=test",
     }
-    server = Server("--model", linear, "--http-port", "0", environment=environment).ready()
-    try:
+    with serving("--model", linear, "--http-port", "0", environment=environment) as server:
         yield server
-        assert server.stop() == 0, server.log
-    finally:
-        server.kill()
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.service.conftest import Server
+from tests.service.conftest import Server, serving
 from tests.service.http.web import Web
 
 
@@ -19,13 +19,9 @@ def errors(server: Server) -> list[str]:
 def http_server(linear: Path) -> Iterator[Server]:
     """One server for all tests that leave it unchanged."""
     options = ("--http-port", "0", "--metrics-port", "0", "--max-images", "400", "--log-level", "debug")
-    shared = Server("--model", linear, *options).ready()
-    try:
+    with serving("--model", linear, *options) as shared:
         yield shared
-        assert shared.stop() == 0, shared.log
-        assert errors(shared) == []
-    finally:
-        shared.kill()
+    assert errors(shared) == []
 
 
 @pytest.fixture
