@@ -188,7 +188,10 @@ def tables(figures: dict[str, Any]) -> str:
 
 def plan(given: argparse.Namespace) -> None:
     """Prints how many cores and replicas a rate needs, and what a million images cost."""
-    figures = json.loads(given.figures.read_text())
+    try:
+        figures = json.loads(given.figures.read_text())
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {given.figures} has no figures ({error}): measure them first with the command 'measure'")
     rows = []
     for variant, ways in figures["capacities"].items():
         for way, each in ways.items():

@@ -36,7 +36,7 @@ from cifar_core.pixels import IMAGE_SIZE, ImageLimits, ImageRejected, check_size
 _PLUGINS = (PngImagePlugin, JpegImagePlugin, MpoImagePlugin, WebPImagePlugin, GifImagePlugin, BmpImagePlugin)
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 
-DECODER_VERSION = 3
+DECODER_VERSION = 4
 """Part of the key of caches of decoded images: raise it whenever the pixels of any file change."""
 
 # libjpeg can decode a JPEG file at a half, a quarter or an eighth of its size. It decodes at the smallest of these
@@ -51,6 +51,8 @@ _STRIP_PIXELS = 2**18
 Image.MAX_IMAGE_PIXELS = None
 warnings.filterwarnings("ignore", module="PIL")
 
+# What a value of Pillow's encodings of grey with 2 and 4 bits is multiplied by.
+_GREY_SCALES = {"L;2": 85, "L;4": 17}
 _EXIF_ORIENTATION = 0x0112
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -120,6 +122,7 @@ def pixels_of(image: Image.Image, *, scalable: bool) -> NDArray[np.uint8]:
         image: The image.
         scalable: Whether its file is a JPEG file whose header `is_scalable`; see `cifar_core.jpeg`.
     """
+    _scale_transparent_colour(image)  # before the metadata, for which Pillow decodes a PNG file
     orientation = _orientation(image)
     extent: tuple[float, float] = image.size
     if scalable and isinstance(image, JpegImagePlugin.JpegImageFile):
@@ -200,6 +203,19 @@ def _converted(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         return image.convert("RGBA").convert("RGBa")
     return image if image.mode in ("RGB", "L") else image.convert("RGB")
+
+
+def _scale_transparent_colour(image: Image.Image) -> None:
+    """Pillow scales the pixels of PNG files with 2, 4 and 16 bits to 8 bits, but not the colour that is transparent.
+
+    Colours of 16 bits that differ in their low bytes only become one. 16-bit grey is not scaled; see `_from_16_bits`.
+    """
+    colour, tiles = image.info.get("transparency"), getattr(image, "tile", [])
+    encoding = tiles[0][3] if tiles else None
+    if encoding in _GREY_SCALES and isinstance(colour, int):
+        image.info["transparency"] = colour * _GREY_SCALES[encoding]
+    elif encoding == "RGB;16B" and isinstance(colour, tuple):
+        image.info["transparency"] = tuple(value >> 8 for value in colour)
 
 
 def _from_16_bits(image: Image.Image) -> Image.Image:

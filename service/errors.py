@@ -39,6 +39,10 @@ class DeadlineExpired(RequestError):
     """The deadline passed before the request was answered."""
 
 
+# A client cancels at its deadline, and its cancellation can arrive shortly before the deadline has passed here.
+DEADLINE_SLACK = 0.05
+
+
 class ShuttingDown(RequestError):
     """The server is stopping and accepts no new requests."""
 

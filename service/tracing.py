@@ -146,28 +146,43 @@ def start(environment: Mapping[str, str], version: str) -> Tracing | None:
         version: Version of the server.
 
     Raises:
-        StartError: The environment asks for tracing, and the packages for it are not installed.
+        StartError: The environment asks for tracing, and the packages for it are not installed, or a variable has a
+            value that they refuse.
     """
     asking = next((name for name in (EXPORTER, *ENDPOINTS) if environment.get(name)), None)
     exporters = [each.strip() for each in environment.get(EXPORTER, "").split(",") if each.strip()] or ["otlp"]
     if asking is None or exporters == ["none"] or environment.get(DISABLED, "").strip().lower() == "true":
         return None
     try:
-        from opentelemetry.sdk.resources import Resource
-        from opentelemetry.sdk.trace import TracerProvider
-        from opentelemetry.sdk.trace.export import BatchSpanProcessor
+        tracing = _start(exporters, environment, version)
+    except StartError:
+        raise
     except ImportError as error:
         raise StartError(
             f"{asking} asks for tracing, which needs the extra '{EXTRA}': pip install 'cifar-classifier[{EXTRA}]', "
             f"or set {DISABLED}=true"
         ) from error
+    except Exception as error:  # of whatever kind the packages raise for a variable that they cannot use
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise StartError(
+            f"tracing, which {asking} asks for, cannot be started: {reason}; check the variables that begin with "
+            f"OTEL_, or set {DISABLED}=true"
+        ) from error
+    logger.info("tracing is on: spans go to %s", ", ".join(exporters))
+    return tracing
+
+
+def _start(exporters: Iterable[str], environment: Mapping[str, str], version: str) -> Tracing:
+    from opentelemetry.sdk.resources import Resource
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor
+
     resource = Resource.create({"service.version": version})
     if str(resource.attributes["service.name"]).startswith("unknown_service"):  # the environment names no service
         resource = resource.merge(Resource({"service.name": SERVICE_NAME}))
     provider = TracerProvider(resource=resource, shutdown_on_exit=False)
     for name in exporters:
         provider.add_span_processor(BatchSpanProcessor(_exporter(name, environment)))
-    logger.info("tracing is on: spans go to %s", ", ".join(exporters))
     return Tracing(provider)
 
 
@@ -182,7 +197,4 @@ def _exporter(name: str, environment: Mapping[str, str]) -> Any:  # noqa: ANN401
         raise StartError(
             f"{EXPORTER}: the exporter '{name}' is not installed: install its package, or for OTLP the extra '{EXTRA}'"
         )
-    try:
-        return found[0].load()()
-    except ValueError as error:
-        raise StartError(f"the exporter '{name}' cannot be started: {error}") from error
+    return found[0].load()()

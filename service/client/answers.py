@@ -2,12 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import grpc
 import numpy as np
 from numpy.typing import NDArray
 
 from service.generated.cifar.v1 import image_classifier_pb2 as messages
+
+_CODES: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,23 @@ class ClassificationError(Exception):
         self.code = code
 
 
+class ImageError(NamedTuple):
+    """Why an image could not be classified.
+
+    Attributes:
+        message: What is wrong with it.
+        code: The gRPC status code of the error: INVALID_ARGUMENT if the file is at fault.
+    """
+
+    message: str
+    code: grpc.StatusCode
+
+    @classmethod
+    def of(cls, error: messages.ImageError) -> "ImageError":
+        """The error in a response."""
+        return cls(error.message, _CODES.get(error.code, grpc.StatusCode.UNKNOWN))
+
+
 @dataclass(frozen=True, slots=True)
 class Results:
     """The server's results for some images of a call, in the order of the images.
@@ -76,7 +96,7 @@ class Results:
 
     probabilities: NDArray[np.float32]
     classes: Sequence[str]
-    errors: Mapping[int, str]
+    errors: Mapping[int, ImageError]
     model_version: str
 
     @classmethod
@@ -102,7 +122,7 @@ class Results:
                 f"the server sent a table of {len(values)} bytes for {images} images and {len(classes)} classes"
             )
         probabilities = np.frombuffer(values, "<f4").reshape(images, len(classes))
-        errors = {index: error.message for index, error in table.errors.items()}
+        errors = {index: ImageError.of(error) for index, error in table.errors.items()}
         if any(index >= images for index in errors):
             raise ValueError(f"the server sent an error for image {max(errors)}, but there are only {images}")
         return cls(probabilities, classes, errors, model_version)
@@ -118,19 +138,22 @@ class Results:
         for row, result in zip(probabilities, results, strict=True):
             for ranked in result.classes:
                 row[ranked.index] = ranked.probability
-        errors = {index: result.error.message for index, result in enumerate(results) if result.HasField("error")}
+        errors = {
+            index: ImageError.of(result.error) for index, result in enumerate(results) if result.HasField("error")
+        }
         return cls(probabilities, [names[index] for index in range(len(names))], errors, model_version)
 
     @classmethod
     def of_error(cls, error: str, classes: Sequence[str], model_version: str) -> "Results":
         """The results for one image that was not sent, because of an error."""
-        return cls(np.zeros((1, len(classes)), np.float32), classes, {0: error}, model_version)
+        errors = {0: ImageError(error, grpc.StatusCode.INVALID_ARGUMENT)}
+        return cls(np.zeros((1, len(classes)), np.float32), classes, errors, model_version)
 
     def part(self, start: int, end: int) -> "Results":
         """The results of the images from `start` to before `end`."""
         errors = self.errors
         if errors:
-            errors = {index - start: text for index, text in errors.items() if start <= index < end}
+            errors = {index - start: error for index, error in errors.items() if start <= index < end}
         return Results(self.probabilities[start:end], self.classes, errors, self.model_version)
 
 
@@ -144,7 +167,7 @@ def classifications(results: Results, top_k: int) -> list[Classification]:
         error = results.errors.get(index)
         order = sorted(range(len(row)), key=row.__getitem__, reverse=True)[: top_k or None] if error is None else ()
         ranked = tuple(RankedClass(results.classes[number], number, row[number]) for number in order)
-        answers.append(Classification(ranked, error, results.model_version))
+        answers.append(Classification(ranked, error.message if error else None, results.model_version))
     return answers
 
 
@@ -156,12 +179,13 @@ def probability_table(parts: Sequence[Results], classes: int = 0) -> NDArray[np.
         classes: Number of classes of the table if there are no parts.
 
     Raises:
-        ClassificationError: An image was not classified, or the parts are of models with different classes.
+        ClassificationError: An image was not classified, whose code is that of its error; or the parts are of models
+            with different classes.
     """
     first = 0
     for part in parts:
         for index, error in part.errors.items():
-            raise ClassificationError(grpc.StatusCode.INTERNAL, f"the image with index {first + index}: {error}")
+            raise ClassificationError(error.code, f"the image with index {first + index}: {error.message}")
         first += len(part.probabilities)
     if not parts:
         return np.empty((0, classes), np.float32)

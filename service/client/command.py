@@ -192,8 +192,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=program_name("service.client"),
         description="Classifies images through a server. Prints a table, lines of JSON, or CSV.",
-        epilog="exit code: 0 if all images were classified, 1 if some of them could not be read, 2 if an option is "
-        "wrong, the server does not answer, or the rows cannot be written",
+        epilog="exit code: 0 if all images were classified, 1 if some of them could not be read or the reader of the "
+        "rows ended first, 2 if an option is wrong, the server does not answer, or the rows cannot be written",
     )
     parser.add_argument(
         "images",

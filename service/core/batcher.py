@@ -20,8 +20,6 @@ from service.errors import DeadlineExpired, EngineFailed, Overloaded
 
 logger = logging.getLogger(__name__)
 
-# A client cancels at its deadline, and its cancellation can arrive shortly before the deadline has passed here.
-DEADLINE_SLACK = 0.05
 # From this number of waiting images on, several batches are computed at once, each on one core: then a core that also
 # reads requests and writes answers does not delay the other cores after every layer. Fewer images are computed in one
 # batch on all cores, which answers them sooner.
@@ -39,11 +37,8 @@ class Observer(Protocol):
     def on_rejected(self, images: int) -> None:
         """A request was not admitted."""
 
-    def on_expired(self, images: int) -> None:
-        """The deadline of a request passed. `images`: how many of its images were not computed."""
-
-    def on_cancelled(self, images: int) -> None:
-        """A request was cancelled. `images`: as for `on_expired`."""
+    def on_dropped(self, images: int) -> None:
+        """A request was cancelled or its deadline passed. `images`: how many of its images were not computed."""
 
 
 @dataclass(slots=True, eq=False)
@@ -186,13 +181,8 @@ class Batcher:
         try:
             return await request.future
         except asyncio.CancelledError:
-            if _expired(request.future):  # already counted, shortly before the caller was cancelled
-                raise
-            unseen = self._drop(request)
-            if deadline is not None and time.monotonic() >= deadline - DEADLINE_SLACK:
-                self._observer.on_expired(unseen)
-            else:
-                self._observer.on_cancelled(unseen)
+            if request.future.cancelled():  # otherwise its deadline passed, or it was computed, a moment before
+                self._observer.on_dropped(self._drop(request))
             raise
         finally:
             if timer is not None:
@@ -214,7 +204,7 @@ class Batcher:
         if request.future.done():
             return
         unseen = self._drop(request)
-        self._observer.on_expired(unseen)
+        self._observer.on_dropped(unseen)
         request.future.set_exception(
             DeadlineExpired(f"the deadline passed with {unseen} of {len(request.images)} images still waiting")
         )
@@ -313,7 +303,3 @@ def _add_phases(trace: tracing.Trace, request: Request) -> None:
     trace.phase("queue", request.queued_at, request.started_at or ended, images)
     if request.started_at:
         trace.phase("engine", request.started_at, ended, images)
-
-
-def _expired(future: "asyncio.Future[Outputs]") -> bool:
-    return future.done() and not future.cancelled() and isinstance(future.exception(), DeadlineExpired)

@@ -54,8 +54,10 @@ class Metrics:
             "admitted_images", "Images in the server: those being decoded, those waiting and those being computed."
         )
         self._rejected = counter("rejected", "Requests refused because the server was full.")
-        self._expired = counter("expired", "Requests whose deadline passed before their answer was ready.")
-        self._cancelled = counter("cancelled", "Requests that their client cancelled.")
+        self._given_up = {
+            "DEADLINE_EXCEEDED": counter("expired", "Requests whose deadline passed before their answer was ready."),
+            "CANCELLED": counter("cancelled", "Requests that their client cancelled."),
+        }
         self._spared = counter(
             "spared_images",
             "Images of expired and cancelled requests that were dropped before the engine computed them.",
@@ -102,10 +104,12 @@ class Metrics:
     # Requests
 
     def on_request(self, method: str, code: str, seconds: float) -> None:
-        """Counts an answered request; `code` is the name of a gRPC status code."""
+        """Counts a request that is over; `code` is the name of a gRPC status code."""
         count, duration = self._series_of_request(method, code)
         count.inc()
         duration.observe(seconds)
+        if code in self._given_up:
+            self._given_up[code].inc()
 
     def on_images(self, classified: int, rejected: int) -> None:
         """Counts the images of a request: those that were classified and those that got an error of their own."""
@@ -140,14 +144,8 @@ class Metrics:
         """See service.core.batcher.Observer."""
         self._rejected.inc()
 
-    def on_expired(self, images: int) -> None:
+    def on_dropped(self, images: int) -> None:
         """See service.core.batcher.Observer."""
-        self._expired.inc()
-        self._spared.inc(images)
-
-    def on_cancelled(self, images: int) -> None:
-        """See service.core.batcher.Observer."""
-        self._cancelled.inc()
         self._spared.inc(images)
 
     # Models

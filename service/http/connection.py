@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import fcntl
 import re
+import socket
 import struct
 import termios
 import time
@@ -130,6 +131,7 @@ class Connection(H11Protocol):
         peer: Address of the client's end.
         task: The task that answers the current request; it is cancelled if the client disconnects.
         last_request: When its last request arrived, on time.monotonic(); 0.0 before the first.
+        is_malformed: Whether what it sent was refused because it is not HTTP. Nothing follows on the connection.
     """
 
     def __init__(self, config: Config, state: ServerState) -> None:
@@ -140,7 +142,9 @@ class Connection(H11Protocol):
         self._opened = self._head_since = self._answered = time.monotonic()
         self._waits_for_head = True
         self._unread, self._unread_since = 0, 0.0
+        self._socket: socket.socket | None = None
         self.last_request = 0.0
+        self.is_malformed = False
 
     # Called by the transport
 
@@ -148,6 +152,7 @@ class Connection(H11Protocol):
         """See asyncio.Protocol."""
         super().connection_made(cast(asyncio.Transport, transport))
         self.peer = "http:" + ":".join(map(str, (transport.get_extra_info("peername") or ("unknown",))[:2]))
+        self._socket = transport.get_extra_info("socket")
 
     def connection_lost(self, exc: Exception | None) -> None:
         """See asyncio.Protocol. Nobody waits for the answer any more, so its task is cancelled."""
@@ -194,6 +199,7 @@ class Connection(H11Protocol):
 
     def send_400_response(self, msg: str) -> None:
         """Answers a request that is not HTTP, and closes the connection."""
+        self.is_malformed = True
         parser = cast(_Parser, self.conn)
         status, detail = parser.status, parser.problem or msg
         answer = problem(status, f"the request cannot be read: {detail}")
@@ -235,7 +241,8 @@ class Connection(H11Protocol):
         TLS hides what waits between the two. As long as it waits, the kernel's part is not empty.
         """
         waiting = self.transport.get_write_buffer_size()
-        descriptor = self.transport.get_extra_info("socket").fileno()
+        # With TLS the transport forgets the socket some time before `connection_lost` is called.
+        descriptor = self._socket.fileno() if self._socket else -1
         if descriptor >= 0:
             (in_kernel,) = struct.unpack("i", fcntl.ioctl(descriptor, termios.TIOCOUTQ, bytes(4)))
             waiting += in_kernel

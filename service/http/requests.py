@@ -17,9 +17,8 @@ from typing import TypeAlias
 
 from starlette.types import Receive, Scope, Send
 
-from service.core.batcher import DEADLINE_SLACK
 from service.core.metrics import Metrics
-from service.errors import DeadlineExpired, InvalidRequest, RequestError, ShuttingDown, quoted
+from service.errors import DEADLINE_SLACK, DeadlineExpired, InvalidRequest, RequestError, ShuttingDown, quoted
 from service.http.answers import STATUSES, Answer, Unauthenticated, problem, problem_of
 from service.http.bodies import check_headers, read_body
 from service.http.connection import Connection
@@ -126,8 +125,8 @@ class Requests:
     # Called by Endpoint and _Exchange
 
     def trace(self, rules: Rules, scope: Scope) -> "contextlib.AbstractContextManager[Trace | None]":
-        """The span of a request."""
-        if self._tracing is None:
+        """The span of a request with images."""
+        if self._tracing is None or not rules.reads_body:
             return contextlib.nullcontext()
         method, _, route = rules.method.partition(" ")
         attributes = {"http.request.method": method, "http.route": route, "url.path": scope["path"]}
@@ -233,14 +232,19 @@ class _Exchange:
                 trace.finish({"http.response.status_code": int(answer.status)}, error)
             await self._send(answer, send)
         except asyncio.CancelledError:
-            expired = self._deadline is not None and time.monotonic() >= self._deadline - DEADLINE_SLACK
-            self._code = "DEADLINE_EXCEEDED" if expired else "CANCELLED"
+            self._code = self._code_if_cancelled()
             raise
         finally:
             if self._accepted:
                 self._requests.leave()
             seconds = time.monotonic() - self._arrived
             self._requests.record(self._rules.method, self._code, seconds, self._connection.peer)
+
+    def _code_if_cancelled(self) -> str:
+        if self._connection.is_malformed:  # the connection has answered that the body cannot be read
+            return "INVALID_ARGUMENT"
+        expired = self._deadline is not None and time.monotonic() >= self._deadline - DEADLINE_SLACK
+        return "DEADLINE_EXCEEDED" if expired else "CANCELLED"
 
     async def _answer(self, handler: Handler, trace: Trace | None) -> Answer:
         try:

@@ -16,9 +16,8 @@ from typing import Any, NoReturn, TypeAlias
 import grpc
 from google.protobuf.message import Message
 
-from service.core.batcher import DEADLINE_SLACK
 from service.core.metrics import Metrics
-from service.errors import InvalidRequest, RequestError, ShuttingDown
+from service.errors import DEADLINE_SLACK, InvalidRequest, RequestError, ShuttingDown
 from service.receiving import Receiver
 from service.rpc.connections import Connections
 from service.rpc.statuses import CODES, Context, Failure, abort

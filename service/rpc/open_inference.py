@@ -218,7 +218,7 @@ def stream_failure(request: messages.ModelInferRequest | None, failure: Failure)
 def _check_size(request: messages.ModelInferRequest, raw: Sequence[bytes], message_bytes: int) -> None:
     """Refuses long texts, which would be held until the request is answered."""
     tensors.check_id(request.id)
-    pixels = sum(map(len, raw)) or MAX_NUMBER_BYTES
+    pixels = sum(map(len, raw)) or sum(each.contents.ByteSize() for each in request.inputs)
     if message_bytes - pixels > MAX_OTHER_BYTES:
         raise InvalidRequest(
             f"the message has {message_bytes - pixels} bytes besides its pixels, in names and parameters; "

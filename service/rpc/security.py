@@ -7,11 +7,14 @@ from typing import Any, TypeAlias
 import grpc
 
 from service.certificates import Certificates
+from service.rpc import health, open_inference
 from service.rpc.statuses import Context
 from service.tokens import Tokens
 
 _UNAUTHENTICATED = "a valid token is needed: send the metadata 'authorization: Bearer TOKEN'"
 _REVOKED = "the token of this call was revoked: call again with a valid one"
+_HEALTH = f"/{health.SERVICE}/"
+_OPEN_INFERENCE_HEALTH = {f"/{open_inference.SERVICE}/{name}" for name in ("ServerLive", "ServerReady", "ModelReady")}
 # A client that reads nothing cannot be sent a status. After this time its call is ended without one.
 _STATUS_SECONDS = 1.0
 
@@ -51,7 +54,7 @@ class TokenInterceptor(grpc.aio.ServerInterceptor):
 
     Args:
         tokens: The valid tokens.
-        health_without_token: Whether health checks need no token.
+        health_without_token: Whether health checks need no token, those of the Open Inference Protocol included.
         on_refused: Called with the method of each refused call.
     """
 
@@ -60,7 +63,7 @@ class TokenInterceptor(grpc.aio.ServerInterceptor):
 
     async def intercept_service(self, continuation: Continuation, details: grpc.HandlerCallDetails) -> Handler:
         """Returns the handler of the method, or one that refuses the call."""
-        if self._health and details.method.startswith("/grpc.health.v1.Health/"):
+        if self._health and (details.method.startswith(_HEALTH) or details.method in _OPEN_INFERENCE_HEALTH):
             return await continuation(details)
         metadata = dict(details.invocation_metadata or ())
         digest = self._tokens.find(metadata.get("authorization"))

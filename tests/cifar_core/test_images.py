@@ -271,6 +271,37 @@ def test_a_transparent_value_of_16_bit_grey_is_white():
     assert decode(file)[0, 0].tolist() == [0, 0, 0]
 
 
+def png(depth: int, colour_type: int, row: bytes, transparent: bytes) -> bytes:
+    """A PNG file of 32 equal rows of 32 pixels with a transparent colour."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 32, 32, depth, colour_type, 0, 0, 0))
+    pixels = chunk(b"IDAT", zlib.compress((b"\0" + row) * 32))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"tRNS", transparent) + pixels + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    ("depth", "colour_type", "pixel", "opaque"),
+    [
+        (1, 0, "00" * 4, b"\0\1"),
+        (2, 0, "55" * 8, b"\0\2"),
+        (4, 0, "33" * 16, b"\0\4"),
+        (8, 0, "33" * 32, b"\0\x34"),
+        (8, 2, "010203" * 32, b"\0\1\0\2\0\4"),
+        (16, 2, "01ff02ff03ff" * 32, b"\1\xff\2\xff\4\xff"),
+    ],
+)
+def test_the_transparent_colour_of_a_png_of_any_depth_is_white(depth, colour_type, pixel, opaque):
+    row = bytes.fromhex(pixel)
+    transparent = {1: b"\0\0", 2: b"\0\1", 4: b"\0\3", 8: b"\0\x33"}.get(depth, row[:6])
+    if (depth, colour_type) == (8, 2):
+        transparent = b"\0\1\0\2\0\3"
+    assert (decode(png(depth, colour_type, row, transparent)) == 255).all()
+    assert (decode(png(depth, colour_type, row, opaque)) < 255).all()
+
+
 def test_of_a_jpeg_of_several_pictures_the_first_is_decoded():
     first, second = gradient(300, 200), gradient(300, 200).rotate(180)
     file = saved(first, "MPO", save_all=True, append_images=[second], quality=90)

@@ -146,6 +146,19 @@ def test_a_request_over_http_is_a_child_of_the_span_in_its_header(collector, tra
         assert span.kind == SERVER_KIND
 
 
+def test_requests_over_http_without_images_have_no_spans(collector, traced):
+    port = traced.wait_for('"http_port"')["http_port"]
+    unseen = []
+    for path in ("/healthz", "/v1/model", "/v2"):
+        trace, metadata = caller()
+        assert http_status(urllib.request.Request(f"http://127.0.0.1:{port}{path}", headers=dict(metadata))) == 200
+        unseen.append(trace)
+    trace, metadata = caller()
+    assert http_status(urllib.request.Request(f"http://127.0.0.1:{port}/v1/classify", png(), dict(metadata))) == 200
+    received(collector, trace)  # spans are sent in their order
+    assert [collector.spans(each) for each in unseen] == [[], [], []]
+
+
 def test_a_failure_of_the_server_is_an_error_and_a_mistake_of_the_client_is_not(collector, channel):
     for pixels, code, is_error in ((stalling(1), 13, True), (pictures(1025), 3, False)):
         trace, metadata = caller()
@@ -279,3 +292,23 @@ def test_tracing_is_off_unless_the_environment_names_an_exporter(environment):
 def test_an_exporter_that_does_not_exist_is_named(environment, message):
     with pytest.raises(StartError, match=message):
         tracing.start(environment, "1")
+
+
+@pytest.mark.parametrize(
+    ("workers", "variable", "value", "reason"),
+    [
+        ("1", "OTEL_PROPAGATORS", "spoken", "Propagator spoken not found"),
+        ("2", "OTEL_PROPAGATORS", "spoken", "Propagator spoken not found"),
+        ("1", "OTEL_EXPORTER_OTLP_COMPRESSION", "hot", 'Invalid value "hot"'),
+        ("1", "OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT", "many", "must be a non-negative integer but got many"),
+    ],
+)
+def test_a_server_whose_variables_of_tracing_cannot_be_used_does_not_start(linear, workers, variable, value, reason):
+    ended = subprocess.run(
+        [sys.executable, "-m", "service", "--port", "0", "--model", linear, "--workers", workers],
+        cwd=REPOSITORY, capture_output=True, text=True, timeout=120,
+        env=os.environ | {"OTEL_TRACES_EXPORTER": "otlp", variable: value},
+    )  # fmt: skip
+    assert ended.returncode == 2
+    assert [line for line in ended.stderr.splitlines() if reason in line and line.startswith("error: ")]
+    assert "Traceback" not in ended.stderr

@@ -138,6 +138,21 @@ def test_a_response_without_classes_or_with_errors_of_other_images_is_refused():
         distribute([content], response)
 
 
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(3, grpc.StatusCode.INVALID_ARGUMENT), (13, grpc.StatusCode.INTERNAL), (99, grpc.StatusCode.UNKNOWN)],
+)
+def test_a_table_of_probabilities_fails_with_the_code_of_the_image_that_has_none(number, code):
+    error = messages.ImageError(code=number, message="bad")
+    for response in (
+        messages.ClassifyResponse(table=messages.ProbabilityTable(errors={0: error})),
+        messages.ClassifyResponse(results=[messages.ImageResult(error=error)]),
+    ):
+        with pytest.raises(ClassificationError, match=f"{code.name}: the image with index 0: bad") as caught:
+            probability_table([Results.of(response, 1)])
+        assert caught.value.code is code
+
+
 def test_a_table_of_two_models_with_different_classes_is_refused():
     one = Results(np.zeros((1, 2), np.float32), ("cat", "dog"), {}, "1")
     two = Results(np.zeros((1, 2), np.float32), ("cat", "ship"), {}, "2")

@@ -15,7 +15,7 @@ class Events:
 
     def __init__(self) -> None:
         self.batches: list[int] = []
-        self.failed = self.rejected = self.expired = self.cancelled = self.spared = 0
+        self.failed = self.rejected = self.dropped = self.spared = 0
 
     def on_batch(self, images: int, queued_seconds: Sequence[float], seconds: float, failed: bool) -> None:
         self.batches.append(images)
@@ -24,12 +24,8 @@ class Events:
     def on_rejected(self, images: int) -> None:
         self.rejected += 1
 
-    def on_expired(self, images: int) -> None:
-        self.expired += 1
-        self.spared += images
-
-    def on_cancelled(self, images: int) -> None:
-        self.cancelled += 1
+    def on_dropped(self, images: int) -> None:
+        self.dropped += 1
         self.spared += images
 
 

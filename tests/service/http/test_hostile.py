@@ -135,6 +135,20 @@ def test_a_body_that_arrives_byte_by_byte_is_a_timeout(attacked, chunked):
         assert raw.reply().status == 408
 
 
+def test_a_body_whose_chunks_are_malformed_is_counted_as_a_mistake_of_the_client(attacked):
+    def counted() -> dict[str, float]:
+        prefix, suffix = "cifar_service_requests_total", 'method="POST /v1/classify"}'
+        seen = attacked.metrics()
+        return {code: seen.get(f'{prefix}{{code="{code}",{suffix}', 0) for code in ("INVALID_ARGUMENT", "CANCELLED")}
+
+    before = counted()
+    with Raw(attacked.http_url) as raw:
+        raw.send(HEAD + b"Transfer-Encoding: chunked\r\n\r\nno number\r\n")
+        assert raw.reply().status == 400
+    until(lambda: counted()["INVALID_ARGUMENT"] == before["INVALID_ARGUMENT"] + 1)
+    assert counted()["CANCELLED"] == before["CANCELLED"]
+
+
 def test_a_client_that_closes_its_half_of_the_connection_is_not_kept(attacked):
     with Raw(attacked.http_url) as raw:
         raw.send(HEAD + b"Content-Length: 1000\r\n\r\nhalf")

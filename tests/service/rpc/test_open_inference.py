@@ -157,6 +157,25 @@ def test_elements_in_a_field_of_another_type_are_refused(inference):
         inference.ModelInfer(request)
 
 
+def test_the_limit_of_names_and_parameters_leaves_out_the_elements_in_any_form(inference):
+    for images, text, status in (
+        (1, 60_000, None),
+        (1, 66_000, grpc.StatusCode.INVALID_ARGUMENT),
+        (100, 60_000, None),
+    ):
+        raw = infer_request(pictures(images))
+        typed = infer_request(pictures(images), raw_input_contents=[])
+        typed.inputs[0].contents.uint_contents.extend(pictures(images).ravel().tolist())
+        for request in (raw, typed):
+            request.parameters["note"].string_param = "x" * text
+            if status is None:
+                assert inference.ModelInfer(request).outputs
+                continue
+            with pytest.raises(grpc.RpcError, match="besides its pixels") as caught:
+                inference.ModelInfer(request)
+            assert caught.value.code() is status
+
+
 def test_a_timeout_of_zero_means_no_limit_and_a_short_one_is_a_deadline(inference, start_server, slow):
     request = infer_request(pictures(1))
     request.parameters["timeout"].int64_param = 0

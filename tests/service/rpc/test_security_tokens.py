@@ -91,6 +91,13 @@ def test_health_checks_need_no_token_if_the_option_says_so(start_server, linear,
     with grpc.insecure_channel(server.target) as channel:
         status = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest()).status
         assert status == health_pb2.HealthCheckResponse.SERVING
+        protocol = inference_rpc.GRPCInferenceServiceStub(channel)
+        assert protocol.ServerLive(inference.ServerLiveRequest()).live
+        assert protocol.ServerReady(inference.ServerReadyRequest()).ready
+        assert protocol.ModelReady(inference.ModelReadyRequest(name="cifar10")).ready
+        with pytest.raises(grpc.RpcError) as caught:
+            protocol.ServerMetadata(inference.ServerMetadataRequest())
+        assert caught.value.code() is UNAUTHENTICATED
     assert outcome(server.target) == "UNAUTHENTICATED"
 
 
