@@ -13,8 +13,11 @@ IMAGE_SIZE = 32
 """Height and width of a decoded image, in pixels."""
 IMAGE_BYTES = IMAGE_SIZE * IMAGE_SIZE * 3
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
-"""File names that the folder loader takes for images, in lower case."""
+EXTENSIONS = (".apng", ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".webp")
+"""Ends of the names of image files, in lower case: those that Pillow knows for the formats of `cifar_core.images`.
+
+Training folders, `cifar-classify` and `service.score` leave out other files. The server looks at the content only.
+"""
 
 
 class ImageRejected(ValueError):

@@ -30,6 +30,7 @@ _CACHE_VERSION = 3
 """Version of the layout of the cache; the decoder has a version of its own."""
 _SPLITS = ("train", "test")
 _ARRAYS = ("train_images", "train_labels", "test_images", "test_labels", "classes", "left_out", "notes")
+_UNREADABLE = "cannot be read"
 _NAMED = 5
 """Number of files that a warning names for each reason."""
 
@@ -88,7 +89,9 @@ def read_image_folder(folder: Path) -> ImageFolder:
     content = _read_cache(file, key)
     if content is None:
         content = _decode_folder(folder, parts)
-        _write_cache(file, key, content)
+        # A file that cannot be read now may be readable later without having changed.
+        if not any(entry.reason.startswith(_UNREADABLE) for entry in content.left_out):
+            _write_cache(file, key, content)
     _warn(folder, content.left_out)
     return content
 
@@ -244,6 +247,7 @@ def _decode_file(path: str) -> npt.NDArray[np.uint8]:
 
     Raises:
         ImageRejected: The file is no image, or a damaged one.
+        DataError: The memory does not suffice for it.
     """
     name = Path(path).name
     if not _is_image(name):
@@ -254,7 +258,14 @@ def _decode_file(path: str) -> npt.NDArray[np.uint8]:
     try:
         return decode(Path(path).read_bytes())
     except OSError as error:
-        raise ImageRejected(f"cannot be read ({error.strerror})") from error
+        raise ImageRejected(f"{_UNREADABLE} ({error.strerror})") from error
+    except (ImageRejected, MemoryError) as error:
+        if not isinstance(error, MemoryError) and not isinstance(error.__cause__, MemoryError):
+            raise
+        # The fault of the machine at this moment: the file is not left out because of it.
+        raise DataError(
+            f"{printable(path)}: there is not enough memory to decode this image; free some, or remove the file"
+        ) from error
 
 
 def _warn(folder: Path, left_out: Sequence[LeftOut]) -> None:

@@ -33,12 +33,12 @@ def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, 
 
 
 def class_lines(dataset: Dataset) -> list[str]:
-    """The classes, with the number of images if the numbers differ; and the remarks on a folder."""
+    """The classes, with the numbers of their training and test images; and the remarks on a folder."""
     train, test = (
         torch.bincount(part.labels, minlength=len(dataset.classes)) for part in (dataset.train, dataset.test)
     )
     if len(set(train.tolist())) == len(set(test.tolist())) == 1:
-        lines = [f"  classes: {', '.join(dataset.classes)}"]
+        lines = [f"  classes: {', '.join(dataset.classes)} ({train[0]:,} + {test[0]:,} images each)"]
     else:
         counts = zip(dataset.classes, train.tolist(), test.tolist(), strict=True)
         lines = ["  classes: " + ", ".join(f"{name} ({first:,} + {second:,})" for name, first, second in counts)]

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cifar_core.errors import program_name
+from cifar_core.pixels import EXTENSIONS
 from service.client.aio import AsyncClient
 from service.client.answers import ClassificationError
 from service.client.base import check_top_k
-from service.client.files import SUFFIXES, Found, Selection
+from service.client.files import Found, Selection
 from service.client.options import DEFAULT_TARGET, Options, can_be_sent, read_token
 from service.client.output import CsvWriter, JsonWriter, TableWriter, Writer, standard_output
 from service.client.streaming import Row, classify_files
@@ -200,7 +201,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         metavar="IMAGE",
         help="image file, folder, or pattern in quotes such as 'pictures/**/*.jpg'. Of a folder, all files with one of "
-        f"these suffixes are classified, also in its subfolders: {' '.join(sorted(SUFFIXES))}; links to other folders "
+        f"these suffixes are classified, also in its subfolders: {' '.join(EXTENSIONS)}; links to other folders "
         "are not followed, neither there nor by ** in a pattern",
     )
     parser.add_argument(

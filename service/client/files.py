@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cifar_core.files import open_without_waiting
+from cifar_core.pixels import EXTENSIONS
 
-# The suffixes that Pillow knows for cifar_core.images.FORMATS. The server itself looks at the content of a file only.
-SUFFIXES = frozenset({".apng", ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".webp"})
 # The part `**` of a pattern, which stands for a folder and all folders below it.
 _ANY_FOLDERS = re.compile(r"(?<![^/])\*\*(?![^/])")
 
@@ -69,7 +68,7 @@ class Selection:
             folders.sort()  # os.walk visits the folders in this order
             for file in sorted(files):
                 path = Path(parent, file)
-                if path.suffix.lower() not in SUFFIXES:
+                if path.suffix.lower() not in EXTENSIONS:
                     self.ignored += 1
                     continue
                 empty = False

@@ -21,9 +21,9 @@ from ray.data import ActorPoolStrategy, DataContext
 
 from service.score.errors import ScoreError
 from service.score.output import OutputFolder
-from service.score.parquet_rows import Content
 from service.score.progress import ScoreProgress
-from service.score.scorer import ScoreOptions, Scorer
+from service.score.rows import Content
+from service.score.scorer import Scored, ScoreOptions, Scorer
 from service.score.sources import open_source
 
 Input = tuple[Path, str | None, Content, str | None]
@@ -57,15 +57,19 @@ class ScorerActor:
             self._error = str(failure)
 
     def __call__(self, batch: Batch) -> Batch:
-        """Scores the part whose number a batch holds; returns its number of rows, or why it cannot be scored."""
+        """Scores the part whose number a batch holds; returns its numbers of rows, or why it cannot be scored."""
         (part,) = batch["part"]
-        rows, error = 0, self._error
+        scored, error = Scored(0, 0), self._error
         if self._scorer is not None:
             try:
-                rows = self._runner.run(self._scorer.score(int(part)))
+                scored = self._runner.run(self._scorer.score(int(part)))
             except ScoreError as failure:  # and only after Ray's attempts to repeat
                 error = str(failure)
-        return {"rows": np.array([rows]), "error": np.array([error])}
+        return {
+            "rows": np.array([scored.rows]),
+            "failed": np.array([scored.failed]),
+            "error": np.array([error]),
+        }
 
 
 async def _scorer(where: Input, root: Path, output: Path, options: ScoreOptions, sha256: str) -> Scorer:
@@ -84,7 +88,7 @@ def score_on_cluster(
     sha256: str,
     parts: Sequence[int],
     progress: ScoreProgress,
-) -> None:
+) -> int:
     """Scores parts on a cluster.
 
     Args:
@@ -96,19 +100,22 @@ def score_on_cluster(
         parts: Numbers of the parts.
         progress: Counts the rows of each part that was written.
 
+    Returns:
+        Number of rows that have an error.
+
     Raises:
         ScoreError: The cluster cannot be reached, or a part cannot be scored.
     """
     _connect(address)
     try:
-        _score((where, Path.cwd(), output.path.resolve(), options, sha256), parts, progress)
+        return _score((where, Path.cwd(), output.path.resolve(), options, sha256), parts, progress)
     finally:
         ray.shutdown()
 
 
 def _score(
     arguments: tuple[Input, Path, Path, ScoreOptions, str], parts: Sequence[int], progress: ScoreProgress
-) -> None:
+) -> int:
     """Scores parts on the cluster that this process is connected to, with these arguments of the actors."""
     DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.WARNING)
@@ -123,10 +130,13 @@ def _score(
         compute=ActorPoolStrategy(min_size=1, initial_size=actors, max_size=actors),
         num_cpus=1,
     )
+    failed = 0
     for result in results.iter_rows():
         if result["error"]:
             raise ScoreError(str(result["error"]))
         progress.add(int(result["rows"]))
+        failed += int(result["failed"])
+    return failed
 
 
 def _connect(address: str) -> None:

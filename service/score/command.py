@@ -12,12 +12,14 @@ from pydantic import TypeAdapter, ValidationError
 from cifar_core.pixels import ImageLimits
 from service.core.model_store import Model
 from service.cpu_quota import usable_cpus
+from service.score.description import Input
 from service.score.errors import ScoreError
-from service.score.output import FORMAT, Description, OutputFolder
+from service.score.output import OutputFolder
 from service.score.progress import ScoreProgress
 from service.score.rows import Source
-from service.score.scorer import ScoreOptions, Scorer, load_model
+from service.score.scorer import Scored, ScoreOptions, Scorer, load_model
 from service.score.sources import open_source
+from service.score.start import run_of, start
 from service.settings import Int32, Settings, shipped_model
 
 _PARTS_AT_ONCE = 2
@@ -37,29 +39,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _options(chosen)
     output = OutputFolder(chosen.output)
     with output.lock():
-        output.remove_partial_files()
         kind, source = open_source(chosen.input, chosen.column, chosen.content, chosen.key)
         if chosen.input.is_dir() and chosen.output.resolve().is_relative_to(chosen.input.resolve()):
             raise ScoreError(f"{chosen.output}: the output must not lie in the input, {chosen.input}")
         model = load_model(options)
-        description = _description(kind, chosen, options, model)
-        _start(output, source, description, resume=chosen.resume)
+        named = Input(kind=kind, column=chosen.column, content=chosen.content, key=chosen.key)
+        description = start(output, source, run_of(named, options, model), resume=chosen.resume)
         sizes = source.part_sizes(output.inventory)
-        remaining = [part for part, rows in enumerate(sizes) if not output.is_written(part, rows)]
-        done = sum(sizes) - sum(sizes[part] for part in remaining)
+        written = output.written_parts(sizes)
+        remaining = [part for part in range(len(sizes)) if part not in written]
+        done = sum(sizes[part] for part in written)
         print(f"model {model.version} ({model.variant}), {sum(sizes):,} images in {len(sizes):,} parts")
+        _print_left_out(source)
         if done:
             print(f"{done:,} images are scored already")
+        if damaged := [output.part(part).name for part in remaining if output.part(part).exists()]:
+            print(f"{len(damaged):,} parts are damaged and are computed again: {_some(damaged)}")
+        failed = sum(written.values())
         with ScoreProgress(sum(sizes), done) as progress:
             if remaining and chosen.ray:
                 from service.score.cluster import score_on_cluster
 
                 where = (chosen.input.resolve(), chosen.column, chosen.content, chosen.key)
-                score_on_cluster(chosen.ray, where, output, options, model.sha256, remaining, progress)
+                failed += score_on_cluster(chosen.ray, where, output, options, model.sha256, remaining, progress)
             elif remaining:
-                asyncio.run(_score_here(options, source, output, model, remaining, progress))
-        failed = sum(output.failed_rows(part) for part in range(len(sizes)))
-        output.write_description(description | {"rows": sum(sizes), "failed_rows": failed})
+                failed += asyncio.run(_score_here(options, source, output, model, remaining, progress))
+        finished = description.model_copy(update={"rows": sum(sizes), "failed_rows": failed})
+        if finished != description:  # a finished run is not changed
+            output.write_description(finished)
     print(
         f"{output.path}: finished, {progress.images_per_second:,.0f} images/s"
         + (f"; {failed:,} images could not be classified, see column 'error'" if failed else "")
@@ -74,12 +81,13 @@ async def _score_here(
     model: Model,
     parts: Sequence[int],
     progress: ScoreProgress,
-) -> None:
-    """Scores parts in this process."""
+) -> int:
+    """Scores parts in this process; returns the number of rows that have an error."""
     scorer = Scorer(options, source, output, model, progress.add)
     waiting = iter(parts)
-    running: set[asyncio.Task[int]] = set()
+    running: set[asyncio.Task[Scored]] = set()
     errors: list[BaseException] = []
+    failed = 0
     try:
         while True:
             while len(running) < _PARTS_AT_ONCE and not errors and (part := next(waiting, None)) is not None:
@@ -89,6 +97,7 @@ async def _score_here(
             # If one part fails, the others that were begun are finished.
             finished, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
             errors += [error for task in finished if (error := task.exception())]
+            failed += sum(task.result().failed for task in finished if not task.exception())
     finally:
         for task in running:
             task.cancel()
@@ -96,60 +105,17 @@ async def _score_here(
         scorer.close()
     if errors:
         raise errors[0]
+    return failed
 
 
-def _start(output: OutputFolder, source: Source, description: Description, *, resume: bool) -> None:
-    """Writes the inventory and the description of a new run, or checks that the started run is the same."""
-
-    def write(file: Path) -> None:
-        source.write_inventory(file, description["options"]["rows_per_part"])
-
-    if not output.is_started():
-        output.check_empty()
-        output.write_inventory(write)
-        output.write_description(description)
-        return
-    if not resume:
-        raise ScoreError(
-            f"{output.path}: the folder holds the output of a run; continue it with --resume, or choose another folder"
-        )
-    before = output.description()
-    for part in ("input", "model", "options"):
-        for name, value in description[part].items():
-            then = before[part].get(name)
-            if then != value:
-                raise ScoreError(
-                    f"{output.path}: this run was started with {part} {name} {then!r}, not {value!r}; continue it with "
-                    "the same, or choose another folder"
-                )
-    with output.other_inventory(write) as now:
-        difference = source.difference(output.inventory, now)
-    if difference:
-        raise ScoreError(
-            f"{output.path}: the input is not what this run was started with: {difference}; restore it, or score the "
-            "present input into another folder"
-        )
+def _print_left_out(source: Source) -> None:
+    if count := source.left_out.count:
+        print(f"{count:,} files are left out because of their extensions: {_some(source.left_out.examples, count)}")
 
 
-def _description(kind: str, chosen: argparse.Namespace, options: ScoreOptions, model: Model) -> Description:
-    return {
-        "format": FORMAT,
-        "input": {"kind": kind, "column": chosen.column, "content": chosen.content, "key": chosen.key},
-        "model": {
-            "version": model.version,
-            "variant": model.variant,
-            "sha256": model.sha256,
-            "classes": list(model.classes),
-            "device": model.device,
-        },
-        "options": {
-            "rows_per_part": options.rows_per_part,
-            "batch_size": options.batch_size,
-            "max_image_bytes": options.image_limits.max_bytes,
-            "max_image_pixels": options.image_limits.max_pixels,
-            "max_decode_seconds": options.max_decode_seconds,
-        },
-    }
+def _some(names: Sequence[str], count: int = 0) -> str:
+    """The first three of some names; `count` is how many there are if the list is shorter."""
+    return ", ".join(names[:3]) + (", …" if max(count, len(names)) > 3 else "")
 
 
 def _options(chosen: argparse.Namespace) -> ScoreOptions:

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from cifar_core.files import open_without_waiting
 from cifar_core.pixels import EXTENSIONS, ImageRejected
 from service.score.errors import ScoreError
-from service.score.rows import KIND_FOLDER, FileName, Rows
+from service.score.rows import FileName, Kind, LeftOut, Rows, reading, shown
 
 _INVENTORY = pa.schema([("path", pa.binary()), ("size", pa.int64()), ("changed_ns", pa.int64())])
 """Path as bytes, because names need not be UTF-8; size in bytes and time of the last change, null if unknown."""
@@ -25,7 +25,7 @@ class ImageFiles:
     """A folder, or a list of files.
 
     A folder is searched with its subfolders, in the order of the names, for files with an extension in
-    `pixels.EXTENSIONS`; links to folders are not followed. A list is a text file with one path per line; a byte order
+    `EXTENSIONS`; links to folders are not followed. A list is a text file with one path per line; a byte order
     mark at its beginning is no part of the first path.
 
     Args:
@@ -36,13 +36,13 @@ class ImageFiles:
 
     key = pa.field("path", pa.string())
 
-    def __init__(self, kind: str, path: Path, root: Path) -> None:
+    def __init__(self, kind: Kind, path: Path, root: Path) -> None:
         self._kind, self._path, self._root = kind, path, os.fspath(root)
+        self.left_out = LeftOut()
 
     def write_inventory(self, file: Path, rows_per_part: int) -> None:
         """Writes one row per file; a row group is a part. Only one folder's names are in memory at a time."""
-        names = self._walk("") if self._kind == KIND_FOLDER else self._lines()
-        entries = map(self._entry, names)
+        entries = map(self._entry, self._names())
         empty = True
         with pq.ParquetWriter(file, _INVENTORY) as writer:
             while rows := list(islice(entries, rows_per_part)):
@@ -55,19 +55,21 @@ class ImageFiles:
         if empty:
             looked_for = (
                 f"no file with an extension {', '.join(EXTENSIONS)}, and no .parquet file directly in it"
-                if self._kind == KIND_FOLDER
+                if self._kind == "folder"
                 else "no path; write one per line"
             )
             raise ScoreError(f"{self._path}: the {self._kind} holds {looked_for}")
 
     def part_sizes(self, inventory: Path) -> list[int]:
         """Number of files of each part."""
-        metadata = pq.read_metadata(inventory)
+        with reading(inventory):
+            metadata = pq.read_metadata(inventory)
         return [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
 
     def rows(self, inventory: Path, part: int, batch_size: int) -> Iterator[Rows]:
         """The files of a part. They are named here and read later, by `read`."""
-        table = pq.ParquetFile(inventory).read_row_group(part)
+        with reading(inventory):
+            table = pq.ParquetFile(inventory).read_row_group(part)
         for batch in table.to_batches(batch_size):
             paths = [os.fsdecode(path) for path in batch["path"].to_pylist()]
             sizes = [size or 0 for size in batch["size"].to_pylist()]
@@ -75,19 +77,27 @@ class ImageFiles:
                 FileName(os.path.join(self._root, path), size)  # noqa: PTH118 -- Path would change what a list says
                 for path, size in zip(paths, sizes, strict=True)
             ]
-            yield Rows(pa.array([_text(path) for path in paths], pa.string()), files=files)
+            yield Rows(pa.array([shown(path) for path in paths], pa.string()), files=files)
 
-    def difference(self, before: Path, now: Path) -> str | None:
+    def difference(self, inventory: Path) -> str | None:
         """The first file that was added, removed or changed."""
-        for old, new in zip_longest(_entries(before), _entries(now)):
-            if old == new:
-                continue
-            if old and new and old[0] == new[0]:
-                return f"{_text(os.fsdecode(new[0]))} was changed"
-            counts = f"{pq.read_metadata(now).num_rows:,} files now, {pq.read_metadata(before).num_rows:,} then"
-            names = [_text(os.fsdecode(entry[0])) if entry else "the end" for entry in (old, new)]
-            return f"{counts}; where {names[0]} was, there is {names[1]} now"
+        names = self._names()
+        with reading(inventory):
+            count = pq.read_metadata(inventory).num_rows
+            for number, (old, new) in enumerate(zip_longest(_entries(inventory), map(self._entry, names))):
+                if old == new:
+                    continue
+                if old and new and old[0] == new[0]:
+                    return f"{shown(os.fsdecode(new[0]))} was changed"
+                found = number + (new is not None) + sum(1 for _ in names)
+                at = [shown(os.fsdecode(entry[0])) if entry else "the end" for entry in (old, new)]
+                return f"{found:,} files now, {count:,} then; where {at[0]} was, there is {at[1]} now"
         return None
+
+    def _names(self) -> Iterator[str]:
+        """Paths of all files, in their order."""
+        self.left_out = LeftOut()
+        return self._walk("") if self._kind == "folder" else self._lines()
 
     def _walk(self, folder: str) -> Iterator[str]:
         """Paths of the image files below a folder, relative to the root."""
@@ -102,6 +112,8 @@ class ImageFiles:
                 yield from self._walk(path)
             elif name.lower().endswith(EXTENSIONS):
                 yield path
+            else:
+                self.left_out.add(shown(path))
 
     def _lines(self) -> Iterator[str]:
         try:
@@ -147,8 +159,3 @@ def read(path: str, max_bytes: int) -> bytes | ImageRejected:
 def _entries(inventory: Path) -> Iterator[Entry]:
     for batch in pq.ParquetFile(inventory).iter_batches(4096):
         yield from zip(*(batch[name].to_pylist() for name in _INVENTORY.names), strict=True)
-
-
-def _text(path: str) -> str:
-    """A path as valid UTF-8; bytes that are not UTF-8 are escaped."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")

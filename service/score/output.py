@@ -1,31 +1,33 @@
 """The output folder: the parts, and what a later run needs to continue.
 
     part-000000.parquet   rows of the first part, and so on
-    _score.json           input, model and options; written after _inputs.parquet
+    _score.json           input, model and options, SHA-256 of _inputs.parquet; written after _inputs.parquet
     _inputs.parquet       the inventory: the order of the rows and the parts
+    .lock                 locked by the run that writes to the folder; empty
 
-Every file is written under another name and then renamed, so a part that exists is complete. Programs that read a
-folder of Parquet files leave out names that begin with `_` or `.`.
+Every file is written under another name and then renamed, so a part that exists is complete. No Parquet file of the
+folder is parsed before a checksum of all of its bytes is compared. Programs that read a folder of Parquet files leave
+out names that begin with `_` or `.`.
 """
 
 import contextlib
 import fcntl
-import json
+import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from cifar_core.files import open_without_waiting, read_regular, to_json
+from service.score.description import Description, read_description
 from service.score.errors import ScoreError
+from service.score.part_checksum import is_whole, with_checksum
 
-FORMAT = 1
-"""Version of the layout of the folder."""
-
-Description = dict[str, Any]
-"""Content of _score.json: `format`, `input`, `model`, `options`; and at the end of the run `rows` and `failed_rows`."""
+# Longer than the names of all classes that an answer of the server can hold.
+_MAX_DESCRIPTION_BYTES = 2**29
+_WAY_OUT = "restore it from a copy, or score into another folder"
 
 
 class OutputFolder:
@@ -49,7 +51,7 @@ class OutputFolder:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            stream = (self.path / ".lock").open("w")
+            stream = (self.path / ".lock").open("a")  # "w" would change the file of a finished run
         except OSError as error:
             raise ScoreError(f"{self.path}: this folder cannot be written to ({error.strerror})") from error
         with stream:
@@ -59,6 +61,11 @@ class OutputFolder:
                 raise ScoreError(
                     f"{self.path}: another run writes to this folder; wait for it, or choose another"
                 ) from None
+            except OSError as error:
+                raise ScoreError(
+                    f"{self.path}/.lock: this file cannot be locked ({error.strerror}); choose a folder on a file "
+                    "system with locks"
+                ) from error
             yield
 
     def is_started(self) -> bool:
@@ -73,6 +80,10 @@ class OutputFolder:
         """
         ours = {self.inventory.name, ".lock"}
         others = sorted(file.name for file in self.path.iterdir() if file.name not in ours and not is_partial(file))
+        if self.part(0).name in others and self.inventory.exists():
+            raise ScoreError(
+                f"{self._description}: this file is missing, but there are parts of a run beside it; {_WAY_OUT}"
+            )
         if others:
             raise ScoreError(f"{self.path}: the folder is not empty ({others[0]}); choose a new folder for the output")
 
@@ -80,17 +91,15 @@ class OutputFolder:
         """The content of _score.json.
 
         Raises:
-            ScoreError: The file is damaged or of another version.
+            ScoreError: The file cannot be read, is damaged or of another version.
         """
         try:
-            value = json.loads(self._description.read_bytes())
-        except (OSError, ValueError) as error:
-            raise ScoreError(f"{self._description}: this file is damaged ({error}); score anew, elsewhere") from error
-        if not isinstance(value, dict) or value.get("format") != FORMAT:
-            raise ScoreError(
-                f"{self._description}: another version of this program wrote this file; score anew, elsewhere"
-            )
-        return value
+            return read_description(_limited(self._description))
+        except OSError as error:
+            reason = f"this file cannot be read ({error.strerror}); permit reading it,"
+        except ValueError as error:
+            reason = f"this file is damaged, or another version of this program wrote it ({error});"
+        raise ScoreError(f"{self._description}: {reason} {_WAY_OUT}")
 
     def write_description(self, description: Description) -> None:
         """Writes _score.json.
@@ -98,11 +107,11 @@ class OutputFolder:
         Raises:
             ScoreError: The file cannot be written.
         """
-        content = (json.dumps(description, indent=2, ensure_ascii=False) + "\n").encode()
+        content = to_json(description.model_dump(mode="json"))
         self._replace(self._description, lambda partial: partial.write_bytes(content))
 
-    def write_inventory(self, write: Callable[[Path], object]) -> None:
-        """Writes _inputs.parquet.
+    def write_inventory(self, write: Callable[[Path], object]) -> str:
+        """Writes _inputs.parquet and returns its SHA-256.
 
         Args:
             write: Writes the inventory to the path that it is given.
@@ -111,23 +120,21 @@ class OutputFolder:
             ScoreError: The file cannot be written, or `write` raises it.
         """
         self._replace(self.inventory, write)
+        return _sha256(self.inventory)
 
-    @contextlib.contextmanager
-    def other_inventory(self, write: Callable[[Path], object]) -> Iterator[Path]:
-        """A second inventory, to compare with that of the run, until the end of a `with`.
+    def check_inventory(self, sha256: str) -> None:
+        """Compares _inputs.parquet with the SHA-256 in _score.json.
 
         Raises:
-            ScoreError: The file cannot be written, or `write` raises it.
+            ScoreError: It cannot be read, or it is not the file that the run wrote.
         """
-        file = partial_of(self.inventory)
         try:
-            try:
-                write(file)
-            except OSError as error:
-                raise ScoreError(f"{file}: cannot be written: {error.strerror or error}") from error
-            yield file
-        finally:
-            file.unlink(missing_ok=True)
+            if _sha256(self.inventory) == sha256:
+                return
+            reason = f"this file is damaged: its SHA-256 is not the one in {self._description.name};"
+        except OSError as error:
+            reason = f"this file cannot be read ({error.strerror}); permit reading it,"
+        raise ScoreError(f"{self.inventory}: {reason} {_WAY_OUT}")
 
     def part(self, number: int) -> Path:
         """The file of a part."""
@@ -139,31 +146,43 @@ class OutputFolder:
         Raises:
             ScoreError: The file cannot be written.
         """
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink, compression="zstd")
+        content = with_checksum(sink.getvalue().to_pybytes())
+        self._replace(self.part(number), lambda partial: partial.write_bytes(content))
 
-        def write(partial: Path) -> None:
-            pq.write_table(table, partial, compression="zstd", write_page_checksum=True)
+    def written_parts(self, sizes: Sequence[int]) -> dict[int, int]:
+        """The parts that need not be computed. Reads them to compare their checksums.
 
-        self._replace(self.part(number), write)
+        Args:
+            sizes: Number of rows of each part.
 
-    def is_written(self, number: int, rows: int) -> bool:
-        """Whether a part has been written and has this many rows. A damaged file counts as not written.
+        Returns:
+            By number of the part, how many of its rows have an error. Parts that are damaged are left out.
 
-        Reads the whole file to compare the checksums of its pages.
+        Raises:
+            ScoreError: There is no permission to read a part.
         """
-        try:
-            with pq.ParquetFile(self.part(number), page_checksum_verification=True) as file:
-                return bool(sum(batch.num_rows for batch in file.iter_batches()) == rows)
-        except FileNotFoundError:
-            return False
-        except (OSError, pa.ArrowException):
-            return False  # the part is computed again and replaces this file
+        found = ((number, self._failed_rows(number, rows)) for number, rows in enumerate(sizes))
+        return {number: failed for number, failed in found if failed is not None}
 
-    def failed_rows(self, number: int) -> int:
-        """Number of rows of a part that have an error, from the statistics in its file."""
-        metadata = pq.read_metadata(self.part(number))
+    def _failed_rows(self, number: int, rows: int) -> int | None:
+        """Number of rows of a part that have an error; None if the part must be computed."""
+        part = self.part(number)
+        try:
+            with open(part, "rb", opener=open_without_waiting) as stream:
+                if not is_whole(stream):
+                    return None
+                metadata = pq.read_metadata(stream)
+        except PermissionError as error:
+            raise ScoreError(f"{part}: this file cannot be read ({error.strerror}); permit reading it") from error
+        except OSError:
+            return None
+        if metadata.num_rows != rows:
+            return None
         column = metadata.schema.names.index("error")
         groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
-        return sum(group.num_rows - group.column(column).statistics.null_count for group in groups)
+        return int(sum(group.num_rows - group.column(column).statistics.null_count for group in groups))
 
     def remove_partial_files(self) -> None:
         """Removes what a killed run left."""
@@ -178,6 +197,7 @@ class OutputFolder:
             with partial.open("rb") as stream:
                 os.fsync(stream.fileno())
             partial.replace(file)
+            _sync_folder(self.path)
         except OSError as error:
             with contextlib.suppress(OSError):
                 partial.unlink(missing_ok=True)
@@ -185,6 +205,27 @@ class OutputFolder:
                 f"{file}: this file cannot be written ({error.strerror or error}); free some space or permit writing, "
                 "then continue with --resume"
             ) from error
+
+
+def _limited(file: Path) -> bytes:
+    """The content of _score.json. Raises OSError, or ValueError if it is too long."""
+    if (size := file.stat().st_size) > _MAX_DESCRIPTION_BYTES:
+        raise ValueError(f"it has {size:,} bytes; at most {_MAX_DESCRIPTION_BYTES:,} are allowed")
+    return read_regular(file)
+
+
+def _sha256(file: Path) -> str:
+    with open(file, "rb", opener=open_without_waiting) as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _sync_folder(folder: Path) -> None:
+    """After a power cut, a file that was renamed is there before those that are renamed later."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def partial_of(file: Path) -> Path:

@@ -1,21 +1,16 @@
 """Parquet files as input: a column of image files, or a column of raw pixels."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
-from cifar_core.pixels import IMAGE_BYTES, IMAGE_SIZE, ImageRejected
-from service.core.fair_queue import Decoded
 from service.score.errors import ScoreError
-from service.score.rows import Rows
-
-Content = Literal["auto", "files", "pixels"]
+from service.score.parquet_columns import files_of, holds_pixels, image_column, pixels_of
+from service.score.rows import Content, LeftOut, Rows, reading, shown
 
 _INVENTORY = pa.schema(
     [
@@ -32,7 +27,6 @@ _INVENTORY = pa.schema(
 # Bytes of a column that are read at a time; larger images are read in smaller batches.
 _READ_BYTES = 16 * 2**20
 _BUFFER_BYTES = 2**20
-_NO_VALUE = "the value is null"
 
 
 @dataclass
@@ -53,8 +47,7 @@ class ParquetRows:
         path: The file or folder.
         column: Column with the images; None if there is only one that can hold them. A struct with a field `bytes`, as
             Hugging Face's data sets have, is a column of image files.
-        content: What the column holds. "auto": pixels if each value has a fixed size or is a list of numbers, otherwise
-            image files.
+        content: What the column holds; "auto": what its type says.
         key: Column whose values identify the rows in the output; None: FILE:ROW, with rows counted from 0.
 
     Raises:
@@ -65,8 +58,9 @@ class ParquetRows:
         self._path = path
         self._folder = path if path.is_dir() else path.parent
         self._names = parquet_names(path) if path.is_dir() else [path.name]
+        self.left_out = _left_out(path) if path.is_dir() else LeftOut()
         schema = self._open(self._names[0]).schema_arrow
-        self._column = column if column is not None else _image_column(schema, path)
+        self._column = column if column is not None else image_column(schema, path)
         self._key = key
         self._types: dict[str, pa.DataType] = {}
         for name in (self._column, *([key] if key is not None else [])):
@@ -75,7 +69,7 @@ class ParquetRows:
                 raise ScoreError(f"{path}: {found}; the columns are: {', '.join(schema.names)}")
             self._types[name] = schema.field(name).type
         self.key = pa.field("key", pa.string() if key is None else self._types[key])
-        self._pixels = _holds_pixels(self._column, self._types[self._column], content)
+        self._pixels = holds_pixels(self._column, self._types[self._column], content)
         self._position: _Position | None = None
         self._parts: pa.Table | None = None
 
@@ -107,13 +101,15 @@ class ParquetRows:
 
     def part_sizes(self, inventory: Path) -> list[int]:
         """Number of rows of each part."""
-        sizes: list[int] = pq.read_table(inventory, columns=["rows"])["rows"].to_pylist()
+        with reading(inventory):
+            sizes: list[int] = pq.read_table(inventory, columns=["rows"])["rows"].to_pylist()
         return sizes
 
     def rows(self, inventory: Path, part: int, batch_size: int) -> Iterator[Rows]:
         """The rows of a part. Reading parts in ascending order reads each row group only once."""
         if self._parts is None:
-            self._parts = pq.read_table(inventory)
+            with reading(inventory):
+                self._parts = pq.read_table(inventory)
         entry = self._parts.slice(part, 1).to_pylist()[0]
         first_in_file: int = entry["first_in_file"]
         done = 0
@@ -123,12 +119,18 @@ class ParquetRows:
             yield self._batch(table, entry["file"], first_in_file + done)
             done += wanted
 
-    def difference(self, before: Path, now: Path) -> str | None:
+    def difference(self, inventory: Path) -> str | None:
         """The first file that was added, removed or changed."""
-        columns = ["file", "size", "changed_ns", "rows"]
-        old, new = (
-            {row["file"]: row for row in pq.read_table(file, columns=columns).to_pylist()} for file in (before, now)
-        )
+        old: dict[str, tuple[int, int, int]] = {}
+        with reading(inventory):
+            for part in pq.read_table(inventory).to_pylist():
+                rows = old[part["file"]][2] if part["file"] in old else 0
+                old[part["file"]] = (part["size"], part["changed_ns"], rows + part["rows"])
+        new = {}
+        for name in self._names:
+            found, rows = (self._folder / name).stat(), self._open(name).metadata.num_rows
+            if rows:  # a file without rows has no part in the inventory
+                new[name] = (found.st_size, found.st_mtime_ns, rows)
         for name in sorted(old.keys() | new.keys()):
             if name not in new:
                 return f"{name} is missing"
@@ -199,7 +201,7 @@ class ParquetRows:
             keys = pa.array([f"{file}:{row}" for row in range(first, first + len(column))], pa.string())
         if self._pixels:
             return Rows(keys, pixels=pixels_of(column))
-        return Rows(keys, files=_files_of(column))
+        return Rows(keys, files=files_of(column))
 
 
 def parquet_names(folder: Path) -> list[str]:
@@ -207,102 +209,13 @@ def parquet_names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.glob("*.parquet") if not path.name.startswith(("_", ".")))
 
 
-def pixels_of(column: pa.Array) -> NDArray[np.uint8] | list[Decoded]:
-    """The images of a column of raw pixels: uint8 [n, 32, 32, 3], or per row the image or why there is none."""
-    buffer = _contiguous(column)
-    if buffer is not None:
-        return buffer.reshape(-1, IMAGE_SIZE, IMAGE_SIZE, 3)
-    return [_image(value) for value in column]
-
-
-def _contiguous(column: pa.Array) -> NDArray[np.uint8] | None:
-    """All bytes of a column, without a copy; None unless each row holds an image."""
-    if column.null_count:
-        return None
-    kind, count = column.type, len(column)
-    if pa.types.is_fixed_size_binary(kind) and kind.byte_width == IMAGE_BYTES:
-        values = np.frombuffer(column.buffers()[1], np.uint8)
-        return values[column.offset * IMAGE_BYTES : (column.offset + count) * IMAGE_BYTES]
-    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
-        width = np.int32 if pa.types.is_binary(kind) else np.int64
-        offsets = np.frombuffer(column.buffers()[1], width)[column.offset : column.offset + count + 1]
-        values = np.frombuffer(column.buffers()[2] or b"", np.uint8)
-    elif pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        offsets = column.offsets.to_numpy()
-        if column.values.null_count:
-            return None
-        values = column.values.to_numpy()
-    elif pa.types.is_fixed_size_list(kind) and kind.list_size == IMAGE_BYTES:
-        values = column.flatten()
-        return None if values.null_count else values.to_numpy()
-    else:
-        return None
-    return values[offsets[0] : offsets[-1]] if (np.diff(offsets) == IMAGE_BYTES).all() else None
-
-
-def _image(value: pa.Scalar) -> Decoded:
-    if not value.is_valid:
-        return ImageRejected(_NO_VALUE)
-    if isinstance(value, (pa.ListScalar, pa.LargeListScalar, pa.FixedSizeListScalar)):
-        if value.values.null_count:
-            return ImageRejected("a pixel is null")
-        pixels = value.values.to_numpy()
-    else:
-        pixels = np.frombuffer(value.as_py(), np.uint8)
-    if len(pixels) != IMAGE_BYTES:
-        return ImageRejected(
-            f"the value has {len(pixels)} bytes; it must have {IMAGE_BYTES}: {IMAGE_SIZE} rows of {IMAGE_SIZE} pixels "
-            "of 3 bytes"
-        )
-    image: NDArray[np.uint8] = pixels.reshape(IMAGE_SIZE, IMAGE_SIZE, 3)
-    return image
-
-
-def _files_of(column: pa.Array) -> Sequence[bytes | ImageRejected]:
-    if pa.types.is_struct(column.type):
-        values = [value and value["bytes"] for value in column.to_pylist()]
-    else:
-        values = column.to_pylist()
-    return [ImageRejected(_NO_VALUE) if value is None else value for value in values]
-
-
-def _is_pixels(kind: pa.DataType) -> bool:
-    if pa.types.is_fixed_size_binary(kind):
-        return bool(kind.byte_width == IMAGE_BYTES)
-    lists = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
-    return any(is_list(kind) for is_list in lists) and bool(pa.types.is_uint8(kind.value_type))
-
-
-def _is_bytes(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
-
-
-def _is_files(kind: pa.DataType) -> bool:
-    if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
-        return _is_bytes(kind.field("bytes").type)
-    return _is_bytes(kind)
-
-
-def _image_column(schema: pa.Schema, path: Path) -> str:
-    columns = [field.name for field in schema if _is_files(field.type) or _is_pixels(field.type)]
-    if len(set(columns)) == 1:
-        return str(columns[0])
-    if not columns:
-        described = ", ".join(f"{field.name} ({field.type})" for field in schema)
-        raise ScoreError(
-            f"{path}: no column can hold images, which are binary, uint8 lists of {IMAGE_BYTES}, or structs with a "
-            f"field 'bytes'; the columns are: {described}"
-        )
-    raise ScoreError(f"{path}: choose the column with the images with --column: {', '.join(columns)}")
-
-
-def _holds_pixels(name: str, kind: pa.DataType, content: Content) -> bool:
-    if content != "files" and (_is_pixels(kind) or (content == "pixels" and _is_bytes(kind))):
-        return True
-    if content != "pixels" and _is_files(kind):
-        return False
-    wanted = "images" if content == "auto" else content
-    raise ScoreError(f"column '{name}' is of type {kind}, which cannot hold {wanted}")
+def _left_out(folder: Path) -> LeftOut:
+    """The other files of a folder, without those whose names say that they are metadata."""
+    left_out = LeftOut()
+    for file in sorted(folder.iterdir()):
+        if not file.name.startswith(("_", ".")) and not file.name.endswith(".parquet") and file.is_file():
+            left_out.add(shown(file.name))
+    return left_out
 
 
 def _reason(error: Exception) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -64,6 +64,13 @@ class ScoreOptions:
     max_decode_seconds: float
 
 
+class Scored(NamedTuple):
+    """A part that was written: its number of rows, and how many of them have an error."""
+
+    rows: int
+    failed: int
+
+
 class Scorer:
     """Scores parts and writes them. Must be created and used in one event loop; close it at the end.
 
@@ -112,8 +119,8 @@ class Scorer:
         for executor in (self._engine, self._reader, self._files):
             executor.shutdown(wait=True, cancel_futures=True)
 
-    async def score(self, part: int) -> int:
-        """Scores a part, writes it, and returns its number of rows. Several parts may be scored at the same time.
+    async def score(self, part: int) -> Scored:
+        """Scores a part and writes it. Several parts may be scored at the same time.
 
         Raises:
             ScoreError: The input cannot be read, the model fails, or the part cannot be written.
@@ -132,7 +139,7 @@ class Scorer:
             raise ours.exceptions[0] from ours.exceptions[0].__cause__
         table = pa.Table.from_batches([task.result() for task in tables], self.schema)
         await asyncio.to_thread(self._output.write_part, part, table)
-        return int(table.num_rows)
+        return Scored(table.num_rows, table.num_rows - table["error"].null_count)
 
     async def _next(self, batches: Iterator[Rows]) -> Rows | None:
         return await asyncio.get_running_loop().run_in_executor(self._reader, next, batches, None)

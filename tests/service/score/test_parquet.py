@@ -17,6 +17,21 @@ PIXEL_COLUMNS = {
     "list": pa.ListArray.from_arrays(pa.array(np.arange(51, dtype=np.int32) * 3072), NUMBERS),
     "large list": pa.LargeListArray.from_arrays(pa.array(np.arange(51) * 3072), NUMBERS),
     "fixed size list": pa.FixedSizeListArray.from_arrays(NUMBERS, 3072),
+    "binary view": pa.array([image.tobytes() for image in IMAGES], pa.binary_view()),
+    "list view": pa.ListViewArray.from_arrays(
+        pa.array(np.arange(50, dtype=np.int32) * 3072), pa.array(np.full(50, 3072, np.int32)), NUMBERS
+    ),
+    "large list view": pa.LargeListViewArray.from_arrays(
+        pa.array(np.arange(50) * 3072), pa.array(np.full(50, 3072)), NUMBERS
+    ),
+}
+SIZE = 3000
+FILE_TYPES = {
+    "binary": pa.binary(),
+    "large binary": pa.large_binary(),
+    "binary view": pa.binary_view(),
+    "fixed size binary": pa.binary(SIZE),
+    "fixed size binary, as large as an image": pa.binary(3072),
 }
 
 
@@ -65,18 +80,43 @@ def test_a_null_within_a_list_of_pixels_costs_its_own_row_only(tmp_path, linear)
 
 
 @pytest.mark.parametrize("struct", [False, True])
-def test_a_column_of_image_files_is_decoded(tmp_path, linear, struct):
+@pytest.mark.parametrize("name", FILE_TYPES)
+def test_a_column_of_image_files_is_decoded_whatever_the_type_of_bytes(tmp_path, linear, struct, name):
+    kind = FILE_TYPES[name]
     small, large = gradient(32, 32), gradient(200, 300)
     files = [saved(small), b"", None, saved(large, "JPEG"), saved(small, "BMP")]
+    if "fixed" in name:
+        files = [
+            file and file.ljust(kind.byte_width, b"\0") for file in (files[0], bytes(1), None, saved(small, "JPEG"))
+        ]
+        files.append(saved(small, "WEBP").ljust(kind.byte_width, b"\0"))
     values = [None if file is None else {"bytes": file, "path": None} for file in files] if struct else files
-    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())]) if struct else pa.binary()
-    pq.write_table(pa.table({"label": [1, 2, 3, 4, 5], "img": pa.array(values, kind)}), tmp_path / "in.parquet")
-    assert score(tmp_path / "in.parquet", tmp_path / "out", "--key", "label", model=linear) == 1
+    column = pa.array(values, pa.struct([("bytes", kind), ("path", pa.string())]) if struct else kind)
+    pq.write_table(pa.table({"label": [1, 2, 3, 4, 5], "img": column}), tmp_path / "in.parquet")
+    options = ("--content", "files") if "as large" in name else ()
+    assert score(tmp_path / "in.parquet", tmp_path / "out", "--key", "label", *options, model=linear) == 1
     table = rows(tmp_path / "out")
     assert table["key"].to_pylist() == [1, 2, 3, 4, 5]
     assert [bool(error) for error in table["error"].to_pylist()] == [False, True, True, False, False]
-    found = table.filter(pa.compute.is_null(table["error"]))
-    assert_classified(found.take([0, 2]), np.stack([np.asarray(small)] * 2))
+    assert_classified(table.slice(0, 1), np.asarray(small)[None])
+
+
+def test_a_binary_of_another_fixed_size_is_no_image_column_beside_another_one(tmp_path, linear):
+    hashes = pa.array([bytes([row] * 20) for row in range(50)], pa.binary(20))
+    pq.write_table(pa.table({"sha1": hashes, "image": PIXEL_COLUMNS["list"]}), tmp_path / "in.parquet")
+    assert score(tmp_path / "in.parquet", tmp_path / "out", "--key", "sha1", model=linear) == 0
+    assert_classified(rows(tmp_path / "out"), IMAGES)
+    with pytest.raises(ScoreError, match=r"'sha1' is of type fixed_size_binary\[20\], which cannot hold pixels"):
+        score(tmp_path / "in.parquet", tmp_path / "out2", "--column", "sha1", "--content", "pixels", model=linear)
+
+
+def test_other_files_beside_the_parquet_files_are_counted(tmp_path, linear, capsys):
+    (tmp_path / "in").mkdir()
+    pq.write_table(pa.table({"image": PIXEL_COLUMNS["list"]}), tmp_path / "in/a.parquet")
+    for name in ("_SUCCESS", ".a.parquet.crc", "b.PARQUET", "c.parquet.gz"):
+        (tmp_path / "in" / name).write_bytes(b"")
+    assert score(tmp_path / "in", tmp_path / "out", model=linear) == 0
+    assert "2 files are left out because of their extensions: b.PARQUET, c.parquet.gz" in capsys.readouterr().out
 
 
 def test_a_folder_of_parquet_files_is_read_in_the_order_of_the_names(tmp_path, linear):
