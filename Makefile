@@ -27,7 +27,7 @@ OLDEST    := .venv-oldest
 # Takes precedence over the onnxruntime in .venv.
 OPENVINO  := $(VENV)/openvino
 
-DATA_OPTION  = $(if $(DATA),--data $(DATA))
+DATA_OPTION  = $(if $(DATA),--data '$(DATA)')
 TRAIN_OPTIONS = --seed $(SEED) --device $(DEVICE) $(if $(PRECISION),--precision $(PRECISION)) --resume $(DATA_OPTION)
 
 OLDEST_TESTS := tests/service/client tests/service/core/test_metrics.py tests/service/core/test_model_store.py \
@@ -92,10 +92,10 @@ export: $(READY) ## export the finished run with the best validation accuracy to
 	$(PY) -m cifar_core.export $(DATA_OPTION)
 
 evaluate: $(READY) ## measure the test accuracy of the exported model, or of MODEL
-	$(PY) -m cifar_core.evaluate $(if $(MODEL),--model $(MODEL)) $(DATA_OPTION)
+	$(PY) -m cifar_core.evaluate $(if $(MODEL),--model '$(MODEL)') $(DATA_OPTION)
 
 report: $(READY) ## write docs/results.md from the committed histories; with RUNS=runs, write reports/ from your own runs
-	$(PY) -m cifar_core.report $(if $(RUNS),--runs $(RUNS)) $(DATA_OPTION)
+	$(PY) -m cifar_core.report $(if $(RUNS),--runs '$(RUNS)') $(DATA_OPTION)
 
 # Many tests wait for a server, so two files at a time take less time. More than one thread each would make both slower.
 test: $(READY) ## run all tests except the slow ones

@@ -1,6 +1,6 @@
-"""Measures the accuracy and calibration of an ONNX file, a run folder, a checkpoint or a running server.
+"""Measures the accuracy and calibration of an export, an ONNX file, a run, a checkpoint or a running server.
 
-python -m cifar_core.evaluate [--model exported/model.onnx | grpc://HOST:PORT] [--split test]
+python -m cifar_core.evaluate [--model exported | grpc://HOST:PORT] [--split test]
 
 Prints a summary; `--json` writes every measurement to a file.
 """
@@ -10,7 +10,6 @@ import dataclasses
 import logging
 import math
 import time
-from pathlib import Path
 from statistics import NormalDist
 from typing import Any, Literal
 
@@ -27,7 +26,7 @@ from cifar_core.calibration import (
 from cifar_core.data import Dataset, Images, add_data_argument, load_dataset, split
 from cifar_core.device import DEVICES, choose_device
 from cifar_core.errors import CifarError, program_name, run_command
-from cifar_core.files import atomic_write, to_json
+from cifar_core.files import check_output, not_empty, path_option, to_json, write_output
 from cifar_core.predictors import BATCH, Floats, Predictor, load_predictor, predict_all
 from cifar_core.run_folder import default_folder
 
@@ -244,9 +243,10 @@ def main() -> int:
     )
     parser.add_argument(
         "--model",
+        type=not_empty,
         metavar="PATH|grpc://HOST:PORT",
-        help="model to evaluate: an .onnx file, a run folder, a .pt file or a running server; default: "
-        "exported/model.onnx (synthetic/exported/model.onnx for synthetic data)",
+        help="model to evaluate: an export (its fp32 variant), a run folder, an .onnx file, a .pt file or a running "
+        "server; default: exported/model.onnx (synthetic/exported/model.onnx for synthetic data)",
     )
     add_data_argument(parser)
     parser.add_argument(
@@ -261,17 +261,17 @@ def main() -> int:
         default="cpu",
         help="device to compute on; auto is CUDA if available; a server ignores it; default: %(default)s",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="file to write all measurements to, as JSON")
+    parser.add_argument("--json", type=path_option, metavar="FILE", help="file to write all measurements to, as JSON")
     arguments = parser.parse_args()
     logging.basicConfig(format="%(levelname)s: %(message)s")
-    if arguments.json:  # a folder that cannot be made should not cost an evaluation
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+    if arguments.json:  # a file that cannot be written should not cost an evaluation
+        check_output(arguments.json)
     dataset = load_dataset(arguments.data)
     model = arguments.model or default_folder(dataset.kind, "exported") / "model.onnx"
     result = evaluate(load_predictor(model, choose_device(arguments.device)), dataset, arguments.split)
     print(report(result))
     if arguments.json:
-        atomic_write(arguments.json, to_json(result))
+        write_output(arguments.json, to_json(result))
     return 0
 
 

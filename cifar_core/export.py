@@ -22,12 +22,14 @@ import onnx
 import onnxruntime
 import torch
 
-from cifar_core.calibration import Calibration, choose_calibration
+from cifar_core.calibration import SMALLEST_FIT, UNCALIBRATED, Calibration, caution, choose_calibration
 from cifar_core.calibration_graph import add_calibration
-from cifar_core.data import Dataset, add_data_argument, load_dataset, split
+from cifar_core.data import Dataset, add_data_argument, load_dataset
 from cifar_core.device import CPU
-from cifar_core.errors import CifarError, program_name, run_command
+from cifar_core.errors import program_name, run_command
 from cifar_core.evaluate import check_classes, choose_split, evaluate, manifest_fields
+from cifar_core.export_source import ExportError, check_run, check_weights, pick_run
+from cifar_core.files import path_option
 from cifar_core.int8 import WEIGHT_BITS
 from cifar_core.manifest import (
     FILE_NAME,
@@ -42,18 +44,14 @@ from cifar_core.manifest import (
 from cifar_core.models import Network, fuse_batch_norm
 from cifar_core.parity import Comparison, check_int8, compare_on, measure_parity
 from cifar_core.pixels import IMAGE_SIZE
-from cifar_core.predictors import Floats, Predictor, UInt8, build_model, onnx_predictor, predict_all, torch_predictor
-from cifar_core.publish import VARIANT_FILES, is_intact, publish, warn_if_unmeasured
+from cifar_core.predictors import Floats, Predictor, UInt8, build_model, onnx_predictor, torch_predictor
+from cifar_core.publish import VARIANT_FILES, check_target, is_intact, publish, warn_if_unmeasured
 from cifar_core.quantise import CALIBRATION_IMAGES, to_int8
-from cifar_core.recipe import Recipe, read_recipe
-from cifar_core.resuming import differences
-from cifar_core.run_folder import RunFolder, default_folder, finished_runs, load_checkpoint, weights_digest
+from cifar_core.recipe import Recipe
+from cifar_core.resuming import saved_recipe
+from cifar_core.run_folder import RunFolder, default_folder, load_checkpoint, weights_digest
 
 logger = logging.getLogger(__name__)
-
-
-class ExportError(CifarError):
-    """The export failed. The target folder is unchanged."""
 
 
 def to_onnx(network: Network, metadata: Mapping[str, str]) -> bytes:
@@ -110,59 +108,28 @@ def _remove_source_paths(model: onnx.ModelProto) -> None:
     model.graph.ClearField("metadata_props")
 
 
-def pick_run(runs: Path, dataset: Dataset) -> RunFolder:
-    """The finished run with the best accuracy on held-out images that all candidates have in common.
-
-    Recipes hold out different numbers of images, so the accuracies in their histories cannot be compared. Test images
-    play no part. Candidates are the finished runs that were trained on this data.
-
-    Raises:
-        ExportError: There is no candidate, or there are several that have too few held-out images in common.
-    """
-    finished = [run for run in finished_runs(runs) if run.description()["data"]["fingerprint"] == dataset.fingerprint]
-    if not finished:
-        raise ExportError(
-            f"{runs}: there is no finished run on {dataset.name} in this folder; train one with: make train"
-        )
-    if len(finished) == 1:
-        return finished[0]
-    recipes = [read_recipe(run.description()["recipe"]) for run in finished]
-    held_out = [split(len(dataset.train), recipe.validation_images, recipe.split_seed)[1] for recipe in recipes]
-    common = sorted(set.intersection(*(set(indices.tolist()) for indices in held_out)))
-    if len(common) < min(len(indices) for indices in held_out) / 2:
-        raise ExportError(
-            f"{runs}: the {len(finished)} finished runs have only {len(common)} held-out images in common, because "
-            "their split_seed differs; choose one with --run DIR"
-        )
-    images, labels = dataset.train.images[common].numpy(), dataset.train.labels[common].numpy()
-    correct = []
-    for run in finished:
-        logits, _ = predict_all(torch_predictor(load_checkpoint(run.best), CPU), images)
-        correct.append(int((logits.argmax(1) == labels).sum()))
-        print(f"{run.path}: {correct[-1]:,} of {len(common):,} common held-out images correct")
-    return finished[correct.index(max(correct))]
-
-
-def export_run(run: RunFolder, dataset: Dataset, target: Path) -> Manifest:
+def export_run(run: RunFolder, dataset: Dataset, target: Path, data: str | None = None) -> Manifest:
     """Exports the best weights of a finished run, unless the folder holds this export already. Returns the manifest.
 
     Args:
         run: the run.
         dataset: the data that it was trained on.
         target: the folder of the export.
+        data: the value of `--data` that names the data, for messages.
 
     Raises:
         ExportError: The run is not finished, was trained on other data, or holds the weights of another run.
         ParityError: The graph differs from torch, or int8 is too inaccurate.
-        PublishError: The folder cannot be written.
+        PublishError: The folder must not be replaced or cannot be written, see `publish.check_target`.
         RunError, PredictorError, EvaluationError: The run is damaged, or its classes are not those of the data.
             In all cases the target folder is unchanged.
     """
+    check_target(target)
     description = run.description()
-    recipe = read_recipe(description["recipe"])
-    _check_run(run, description, recipe, dataset)
+    recipe = saved_recipe(run, description)
+    check_run(run, description, dataset, data)
     checkpoint = load_checkpoint(run.best)
-    _check_weights(run, checkpoint, description)
+    check_weights(run, checkpoint, description)
     reference = torch_predictor(checkpoint, CPU)
     check_classes(reference, dataset)
     identity = _identity(checkpoint, description, recipe)
@@ -182,6 +149,9 @@ def export_run(run: RunFolder, dataset: Dataset, target: Path) -> Manifest:
             "validation images; for a calibration on images that chose nothing, train with --set weights=last",
             recipe.name,
         )
+    note = caution(len(comparison.labels))
+    if note is not None:
+        logger.warning("%s", note)
     scale = _scale(calibration, comparison, chose_epoch)
     int8_graph, int8 = quantised(network, exported, comparison, fp32_logits, dataset, chose_epoch)
     manifest = Manifest(
@@ -220,36 +190,12 @@ def quantised(
     images = _range_images(fp32, dataset)
     int8_network = to_int8(network, images)
     # Its own calibration needs its logits, which any calibration leaves unchanged.
-    uncalibrated = onnx_predictor(add_calibration(int8_network, Calibration("temperature", (1.0,))), CPU)
+    uncalibrated = onnx_predictor(add_calibration(int8_network, UNCALIBRATED), CPU)
     calibration = choose_calibration(check_int8(comparison, fp32_logits, uncalibrated), comparison.labels)
     graph = add_calibration(int8_network, calibration)
     scale = _scale(calibration, comparison, chose_epoch)
     about = {"calibration": scale, "calibration_images": len(images), "weight_bits": WEIGHT_BITS}
     return graph, _variant("int8", graph, onnx_predictor(graph, CPU), dataset, about)
-
-
-def _check_run(run: RunFolder, description: dict[str, Any], recipe: Recipe, dataset: Dataset) -> None:
-    if not run.is_finished():
-        raise ExportError(
-            f"{run.path}: this run is not finished; continue it with: python -m cifar_core.train {recipe.name} --resume"
-        )
-    trained_on = description["data"]
-    if trained_on["fingerprint"] != dataset.fingerprint:
-        raise ExportError(
-            f"{run.path} was trained on {trained_on['name']} (fingerprint {trained_on['fingerprint'][:12]}), but "
-            f"--data is {dataset.name} ({dataset.fingerprint[:12]}); export it with the data that it was trained on"
-        )
-
-
-def _check_weights(run: RunFolder, checkpoint: dict[str, Any], description: dict[str, Any]) -> None:
-    """Raises ExportError if the weights were copied from another run: its held-out images may be others."""
-    different = differences(checkpoint, description)
-    if different:
-        raise ExportError(
-            f"{run.best}: these weights are not those of this run, but of {checkpoint['recipe'].get('name')}, seed "
-            f"{checkpoint['seed']} (different: {', '.join(different)}); put back the file that training wrote, or "
-            "train the run again"
-        )
 
 
 def _identity(checkpoint: dict[str, Any], description: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
@@ -273,10 +219,18 @@ def _current_export(target: Path, identity: dict[str, Any]) -> Manifest | None:
     except ManifestError:  # missing, damaged or of another version: it will be written
         return None
     same = all(getattr(manifest, field) == value for field, value in identity.items())
-    calibrated = all(variant.calibration is not None for variant in manifest.variants.values())
-    complete = manifest.variants.keys() >= VARIANT_FILES.keys() and calibrated
+    calibrated = all(_is_calibrated(variant) for variant in manifest.variants.values())
+    complete = manifest.variants.keys() >= VARIANT_FILES.keys() and calibrated and manifest.parity is not None
     complete = complete and manifest.variants["int8"].weight_bits == WEIGHT_BITS
     return manifest if same and complete and is_intact(target, manifest) else None
+
+
+def _is_calibrated(variant: Variant) -> bool:
+    """Whether a variant has the calibration of this version. Earlier ones also fitted a scale to a few images."""
+    scale = variant.calibration
+    if scale is None:
+        return False
+    return scale.images >= SMALLEST_FIT or Calibration(scale.form, scale.coefficients) == UNCALIBRATED
 
 
 def _graph_metadata(identity: dict[str, Any], recipe: Recipe) -> dict[str, str]:
@@ -337,20 +291,20 @@ def main() -> int:
     )
     parser.add_argument(
         "--run",
-        type=Path,
+        type=path_option,
         metavar="DIR",
         help="run folder to export; default: the finished run with the best accuracy on held-out images that all runs "
         "have in common",
     )
     parser.add_argument(
         "--runs",
-        type=Path,
+        type=path_option,
         metavar="DIR",
         help="folder of runs to choose from without --run; default: runs (synthetic/runs for synthetic data)",
     )
     parser.add_argument(
         "--output",
-        type=Path,
+        type=path_option,
         metavar="DIR",
         help="folder to write the export to; default: exported (synthetic/exported for synthetic data)",
     )
@@ -358,11 +312,14 @@ def main() -> int:
     arguments = parser.parse_args()
     logging.basicConfig(format="%(levelname)s: %(message)s")
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    if arguments.output:  # before the data is read, which may take minutes
+        check_target(arguments.output)
     dataset = load_dataset(arguments.data)
+    target = arguments.output or default_folder(dataset.kind, "exported")
+    check_target(target)
     runs = arguments.runs or default_folder(dataset.kind, "runs")
     run = RunFolder(arguments.run) if arguments.run else pick_run(runs, dataset)
-    target = arguments.output or default_folder(dataset.kind, "exported")
-    print(_summary(target, export_run(run, dataset, target)))
+    print(_summary(target, export_run(run, dataset, target, arguments.data)))
     return 0
 
 

@@ -16,11 +16,14 @@ import onnx
 import torch
 from torch import Tensor, nn
 
+from cifar_core.data import Dataset
 from cifar_core.errors import CifarError
 from cifar_core.files import read_regular
+from cifar_core.held_out import TrainedOn, reason_against
 from cifar_core.manifest import read_manifest
 from cifar_core.models import NORMALISED_LAYERS, Network, fuse_batch_norm
 from cifar_core.predictors import BATCH, build_model
+from cifar_core.recipe import Recipe, read_recipe
 from cifar_core.run_folder import RunFolder, load_checkpoint, weights_digest
 
 _PREFIX = "network."
@@ -41,12 +44,14 @@ class InitialWeights:
         classes: class names of the outputs.
         digest: SHA-256 of the weights, in hexadecimal.
         states: the tensors by name, in one or two forms: as they were trained, and with fused batch normalisation.
+        trained_on: the images that they were trained on; None if the graph does not say so.
     """
 
     name: str
     classes: tuple[str, ...]
     digest: str
     states: tuple[dict[str, Tensor], ...]
+    trained_on: TrainedOn | None
 
     def description(self) -> dict[str, str]:
         """The entry in recipe.json."""
@@ -84,14 +89,16 @@ def read_initial_weights(source: Path) -> InitialWeights:
         )
     checkpoint = load_checkpoint(RunFolder(source).best if source.is_dir() else source)
     model = build_model(checkpoint)
+    recipe = read_recipe(checkpoint["recipe"])
     fused = fuse_batch_norm(model)
     states = [dict(model.state_dict())] + ([dict(fused.state_dict())] if fused is not model else [])
     _check_finite(source, states[0])
     return InitialWeights(
-        f"{checkpoint['recipe']['name']}, seed {checkpoint['seed']}",
+        f"{recipe.name}, seed {checkpoint['seed']}",
         tuple(checkpoint["classes"]),
         weights_digest(checkpoint["model"]),
         tuple(states),
+        TrainedOn(checkpoint["data"]["fingerprint"], recipe.validation_images, recipe.split_seed),
     )
 
 
@@ -119,7 +126,27 @@ def _from_graph(path: Path) -> InitialWeights:
         tuple(json.loads(metadata["classes"])),
         hashlib.sha256(content).hexdigest(),
         (state,),
+        _trained_on(metadata),
     )
+
+
+def _trained_on(metadata: Mapping[str, str]) -> TrainedOn | None:
+    try:
+        return TrainedOn(metadata["trained_on"], int(metadata["validation_images"]), int(metadata["split_seed"]))
+    except (KeyError, ValueError):
+        return None
+
+
+def check_initial_weights(initial: InitialWeights, recipe: Recipe, dataset: Dataset) -> None:
+    """Checks that a run can start from these weights.
+
+    Raises:
+        InitialWeightsError: They were trained on images that the run holds out.
+    """
+    if not initial.is_for(dataset.classes):  # other classes, and so other images
+        return
+    if reason := reason_against(initial.name, initial.trained_on, recipe, dataset):
+        raise InitialWeightsError(f"--init: {reason}")
 
 
 def _check_finite(source: Path, state: Mapping[str, Tensor]) -> None:

@@ -4,6 +4,7 @@ Must not import torch: the server starts without it. `python -m cifar_core.manif
 docs/manifest.schema.json holds.
 """
 
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -195,6 +196,36 @@ def read_manifest(folder: Path) -> Manifest:
     except OSError as error:
         raise ManifestError(f"{path} cannot be read: {error.strerror}") from error
     return parse_manifest(content, path)
+
+
+def read_variant(folder: Path, name: str = "fp32") -> tuple[Path, bytes]:
+    """The file of a variant of an export, and its content.
+
+    Args:
+        folder: the export.
+        name: name of the variant.
+
+    Raises:
+        ManifestError: There is no export in the folder, it has no such variant, or the file is missing or damaged.
+    """
+    manifest = read_manifest(folder)
+    try:
+        variant = manifest.variant(name)
+    except ManifestError as error:
+        raise ManifestError(f"{folder / FILE_NAME}: {error}") from error
+    path = folder / variant.file
+    try:
+        content = read_regular(path)
+    except OSError as error:
+        raise ManifestError(
+            f"{path}, which {FILE_NAME} names, cannot be read ({error.strerror}); export the model again"
+        ) from error
+    if hashlib.sha256(content).hexdigest() != variant.sha256:
+        raise ManifestError(
+            f"{path} does not have the SHA-256 of {FILE_NAME}, so it is damaged or belongs to another export; export "
+            "the model again"
+        )
+    return path, content
 
 
 def parse_manifest(content: bytes, path: Path) -> Manifest:

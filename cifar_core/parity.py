@@ -1,5 +1,6 @@
 """Comparing the forms of a model: torch with the exported graph, and fp32 with int8."""
 
+import logging
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,8 +14,10 @@ from cifar_core.evaluate import choose_split
 from cifar_core.manifest import Parity
 from cifar_core.predictors import Floats, Predictor, UInt8, predict_all
 
+logger = logging.getLogger(__name__)
+
 PARITY_IMAGES = 1000
-"""Number of images on which the graph is compared with torch."""
+"""Number of images on which the graph is compared with torch; all training images if there are fewer."""
 PARITY_BATCHES = (1, 7, 256)
 PARITY_LIMIT = 1e-5
 """Largest allowed difference of a probability between onnxruntime and torch."""
@@ -33,8 +36,8 @@ class Comparison:
     """Images on which torch and the graphs are compared, with torch's logits.
 
     Attributes:
-        images: uint8 [N, 32, 32, 3]: all validation images, then training images if there are fewer than
-            `PARITY_IMAGES`.
+        images: uint8 [N, 32, 32, 3], each once: all validation images, then images that were trained on if there are
+            fewer than `PARITY_IMAGES`.
         labels: int64 [V], of the validation images, which are the first V images.
         logits: float32 [N, classes], as torch computes them.
     """
@@ -55,9 +58,10 @@ class Comparison:
 
 def compare_on(reference: Predictor, dataset: Dataset) -> Comparison:
     """Chooses the images, and computes the logits of torch once for everything that needs them."""
-    held_out, _ = choose_split(reference, dataset, "validation")
+    held_out, indices = choose_split(reference, dataset, "validation")
     missing = max(0, PARITY_IMAGES - len(held_out))
-    images = np.concatenate([held_out.images.numpy(), dataset.train.images[:missing].numpy()])
+    others = np.setdiff1d(np.arange(len(dataset.train)), indices)[:missing]
+    images = np.concatenate([held_out.images.numpy(), dataset.train.images[others].numpy()])
     logits, _ = predict_all(reference, images)
     return Comparison(images, held_out.labels.numpy(), logits)
 
@@ -119,6 +123,16 @@ def check_int8(comparison: Comparison, fp32_logits: Floats, int8: Predictor) -> 
     if before - after > max(INT8_IMAGES, INT8_LIMIT * count):
         raise ParityError(
             f"int8 classifies {after} of {count} validation images correctly, fp32 {before} (allowed loss: "
-            f"{INT8_LIMIT:.0%}); nothing was exported; train the run longer, or export another run"
+            f"{INT8_LIMIT:.0%}, or {INT8_IMAGES} images); nothing was exported; train the run longer, or export "
+            "another run"
+        )
+    if before - after > INT8_LIMIT * count:
+        logger.warning(
+            "int8 classifies %d of %d validation images correctly, fp32 %d: it loses more than %.0f %%, which is "
+            "allowed because so few images cannot tell a loss from chance; compare both on more images",
+            after,
+            count,
+            before,
+            100 * INT8_LIMIT,
         )
     return int8_logits

@@ -12,6 +12,7 @@ import torch
 
 from cifar_core.errors import CifarError
 from cifar_core.int8 import EXACT_INT8
+from cifar_core.manifest import FILE_NAME, read_variant
 from cifar_core.models import Network
 from cifar_core.openvino import Precision, open_session
 from cifar_core.pixels import IMAGE_SIZE
@@ -57,22 +58,47 @@ class Predictor:
 
 
 def load_predictor(address: str | Path, device: torch.device) -> Predictor:
-    """Reads an .onnx file, a run folder (its best weights) or a .pt file, or connects to a server.
+    """Reads an export (its fp32 variant), a run folder (its best weights), an .onnx or a .pt file, or asks a server.
 
     Args:
         address: a path, or grpc://HOST:PORT.
         device: the device to compute on; a server ignores it.
 
     Raises:
-        PredictorError: The ONNX file or server is missing, damaged or not of this project.
+        PredictorError: The path, ONNX file or server is missing, damaged or not of this project.
+        ManifestError: The export is damaged.
         RunError: The run folder or checkpoint is missing, damaged or not of this project.
     """
     if str(address).startswith(SERVER_SCHEME):
         return server_predictor(str(address).removeprefix(SERVER_SCHEME))
-    path = Path(address)
-    if path.suffix == ".onnx":
-        return onnx_predictor(path, device)
-    return torch_predictor(load_checkpoint(RunFolder(path).best if path.is_dir() else path), device)
+    file = model_file(Path(address))
+    if file.suffix == ".onnx":
+        return onnx_predictor(file, device)
+    checkpoint = load_checkpoint(file)
+    try:
+        return torch_predictor(checkpoint, device)
+    except PredictorError as error:
+        raise PredictorError(f"{file}: {error}") from error
+
+
+def model_file(source: Path) -> Path:
+    """The file of a model: model.onnx of an export, best.pt of a run folder, or the path itself if it is no folder.
+
+    Raises:
+        PredictorError: The folder is neither.
+        ManifestError: The export is damaged.
+    """
+    if not source.is_dir():
+        return source
+    if (source / FILE_NAME).exists():
+        return read_variant(source)[0]
+    run = RunFolder(source)
+    if run.best.exists() or run.is_started():
+        return run.best
+    raise PredictorError(
+        f"{source}: this folder holds no model, neither {FILE_NAME} of an export nor {run.best.name} of a run; name "
+        "an export, a run folder, an .onnx or a .pt file"
+    )
 
 
 def predict_all(predictor: Predictor, images: UInt8, batch_size: int = BATCH) -> tuple[Floats, Floats]:
@@ -209,14 +235,18 @@ def server_predictor(target: str) -> Predictor:
         target: HOST:PORT.
 
     Raises:
-        PredictorError: The server does not answer.
+        PredictorError: The address is not one, or the server does not answer.
     """
     from service.client import ClassificationError, Client, Options
 
     address = f"{SERVER_SCHEME}{target}"
     try:
-        with Client(target, Options(attempts=_CONNECT_ATTEMPTS)) as client:  # a wrong address should fail soon
-            model = client.model()
+        asking = Client(target, Options(attempts=_CONNECT_ATTEMPTS))  # a server that does not run should fail soon
+    except ValueError as error:
+        raise PredictorError(f"{address} is not the address of a server: {error}") from error
+    try:
+        with asking:
+            model = asking.model()
     except ClassificationError as error:
         raise PredictorError(f"{address} does not answer ({error}); start a server with: make serve") from error
 

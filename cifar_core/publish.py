@@ -1,19 +1,22 @@
 """Replacing the folder of an export as a whole, so that a reader finds the previous export or the new one."""
 
 import argparse
-import ctypes
+import contextlib
 import errno
 import hashlib
+import json
 import logging
 import os
-import shutil
-import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import onnx
+
 from cifar_core.data import Dataset
 from cifar_core.errors import CifarError
+from cifar_core.files import path_option, read_regular
 from cifar_core.manifest import FILE_NAME, Manifest, ManifestError, Variant, parse_manifest, read_manifest
+from cifar_core.replacement import check_movable, leftovers, mount_points, replace_files
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +32,7 @@ def add_export_argument(parser: argparse.ArgumentParser) -> None:
     """Adds the option --export, which is the same in every command that changes an export."""
     parser.add_argument(
         "--export",
-        type=Path,
+        type=path_option,
         metavar="DIR",
         help="folder of the export; default: exported (synthetic/exported for synthetic data)",
     )
@@ -46,36 +49,137 @@ def warn_if_unmeasured(before: Iterable[Variant], after: Iterable[Variant], fold
         )
 
 
+def check_target(target: Path) -> None:
+    """Checks, before anything is computed for it, that `publish` may replace a folder.
+
+    Args:
+        target: the folder, or a link to it; it need not exist.
+
+    Raises:
+        PublishError: It is the current folder or contains it, is a mount point, cannot be written, holds something that
+            could not be kept, or a file with the name of a file of an export that is not part of one.
+    """
+    folder = Path(os.path.realpath(target))
+    if not os.path.lexists(folder):
+        parent = next(each for each in folder.parents if os.path.lexists(each))
+        if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+            raise PublishError(f"{target}: no folder can be made in {parent}; choose another folder")
+        return
+    if not folder.is_dir():
+        raise PublishError(f"{target}: this is not a folder; choose another folder")
+    if _contains_current_folder(folder):
+        raise PublishError(
+            f"{target}: this is the current folder, or contains it; an export replaces its folder as a whole, and "
+            "programs that run here would lose their files; choose another folder, or start the command in another one"
+        )
+    if str(folder) in mount_points():
+        raise PublishError(
+            f"{target}: this is a mount point, which cannot be replaced; choose a folder in it, such as "
+            f"{target / 'exported'}"
+        )
+    for each in (folder, folder.parent):
+        if not os.access(each, os.W_OK | os.X_OK):
+            raise PublishError(f"{target}: {each} is not writable; permit writing, or choose another folder")
+    try:
+        check_movable(folder)
+    except OSError as error:
+        raise PublishError(f"{target} cannot be replaced: {error.strerror}; choose another folder") from error
+    foreign = _foreign_file(folder)
+    if foreign is not None:
+        raise PublishError(
+            f"{target / foreign}: this file is not part of an export of this project, and an export would replace it; "
+            "choose another folder (--output), or move the file away"
+        )
+
+
+def _contains_current_folder(folder: Path) -> bool:
+    with contextlib.suppress(OSError):  # the current folder has been removed
+        here = Path.cwd()
+        return any(each.samefile(folder) for each in (here, *here.parents))
+    return False
+
+
+def _foreign_file(folder: Path) -> str | None:
+    """The name of a file that an export would replace although it does not belong to one; None if there is none."""
+    try:
+        known = {variant.file for variant in read_manifest(folder).variants.values()} | {FILE_NAME}
+    except ManifestError:
+        known = set()
+    names = [*VARIANT_FILES.values(), *sorted(known - {FILE_NAME, *VARIANT_FILES.values()}), FILE_NAME]
+    for name in names:
+        path = folder / name
+        if path.is_dir() and not path.is_symlink():
+            return name
+        if name in known or not os.path.lexists(path):
+            continue
+        if name == FILE_NAME:
+            graphs = any(os.path.lexists(folder / each) for each in VARIANT_FILES.values())
+            ours = _is_damaged_manifest(path, graphs)
+        else:
+            ours = _is_graph_of_export(path)
+        if not ours:
+            return name
+    return None
+
+
+def _is_graph_of_export(path: Path) -> bool:
+    """Whether a file is a graph that `export` wrote."""
+    try:
+        properties = onnx.load_from_string(read_regular(path)).metadata_props
+    except Exception:  # noqa: BLE001 (protobuf and onnx raise several kinds for other files)
+        return False
+    return {"model_version", "classes"} <= {entry.key for entry in properties}
+
+
+def _is_damaged_manifest(path: Path, beside_graphs: bool) -> bool:
+    """Whether a manifest that cannot be read is one of an export: of another version, say, or cut off."""
+    try:
+        value = json.loads(read_regular(path))
+    except OSError:  # no regular file
+        return False
+    except (ValueError, RecursionError):  # nothing in it says what it was
+        return beside_graphs
+    return isinstance(value, dict) and {"schema_version", "model_version"} <= value.keys()
+
+
 def publish(target: Path, files: Mapping[str, bytes]) -> None:
     """Replaces an export as a whole. Files in the folder that do not belong to the previous export are kept.
+
+    The folder and its files keep their owner and mode. New ones get those that the system gives to new files (umask).
 
     Args:
         target: the folder, or a link to it; it need not exist.
         files: content by file name.
 
     Raises:
-        PublishError: The folder cannot be written, for example because the disk is full. Its content is unchanged.
+        PublishError: The folder must not be replaced, see `check_target`, or cannot be written, for example because the
+            disk is full. Its content is unchanged.
+        LeftBehind: The export was written, but another file of the folder could not be moved back into it.
     """
-    folder, staging = Path(os.path.realpath(target)), None
+    check_target(target)
+    folder = Path(os.path.realpath(target))
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        staging.chmod(0o755)
-        for name, content in files.items():
-            _write(staging / name, content)
-        if folder.exists():
-            _copy_other_files(folder, staging, exported_files(folder) | files.keys())
-            _exchange(staging, folder)
-        else:
-            staging.rename(folder)
+        for left in leftovers(folder):
+            logger.warning(
+                "%s is left from an export to %s that was killed; unless one is running, move back what you miss in "
+                "%s, and remove it",
+                left,
+                target,
+                target,
+            )
+        replace_files(folder, files, exported_files(folder))
     except OSError as error:
         raise PublishError(
-            f"{target}: this folder cannot be written ({error.strerror or error}); its content is unchanged; free some "
-            "space, permit writing, or choose another folder"
+            f"{target}: this folder cannot be written ({_reason(error)}); its content is unchanged; free some space, "
+            "permit writing, or choose another folder"
         ) from error
-    finally:
-        if staging is not None:
-            shutil.rmtree(staging, ignore_errors=True)  # the previous export, or an incomplete new one
+
+
+def _reason(error: OSError) -> str:
+    if error.errno == errno.EXDEV:
+        return "its file system cannot rename it: it may be part of a container image"
+    return error.strerror or str(error)
 
 
 def exported_files(folder: Path) -> set[str]:
@@ -105,7 +209,7 @@ def read_export(folder: Path, dataset: Dataset) -> tuple[Manifest, dict[str, byt
 
     Raises:
         ManifestError: There is no export in the folder.
-        PublishError: A file is damaged, or the export was trained on other data.
+        PublishError: A file is damaged, the export was trained on other data, or `publish` must not replace the folder.
     """
     try:
         # Each file is read once, and the digests are those of the bytes that were read: another export may replace this
@@ -129,6 +233,7 @@ def read_export(folder: Path, dataset: Dataset) -> tuple[Manifest, dict[str, byt
             f"{manifest.data.fingerprint[:12] or 'unknown'}), but --data is {dataset.name} "
             f"({dataset.fingerprint[:12]}); use the data that it was trained on"
         )
+    check_target(folder)
     return manifest, {FILE_NAME: content, **files}
 
 
@@ -157,43 +262,3 @@ def replace(folder: Path, read: Mapping[str, bytes], changed: Mapping[str, bytes
     if now != read[FILE_NAME]:
         raise PublishError(f"{folder} was replaced by another export meanwhile and is unchanged; start again")
     publish(folder, {**read, **changed})
-
-
-def _write(path: Path, content: bytes) -> None:
-    with path.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def _copy_other_files(source: Path, target: Path, names_left_out: set[str]) -> None:
-    for entry in source.iterdir():
-        if entry.name in names_left_out:
-            continue
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.copytree(entry, target / entry.name, symlinks=True)
-        else:
-            shutil.copy2(entry, target / entry.name, follow_symlinks=False)
-
-
-def _exchange(first: Path, second: Path) -> None:
-    """Swaps two folders in one step, so that a reader always finds one of them, complete.
-
-    Linux can do this on all common file systems. Elsewhere it takes two renames, undone if the second one fails.
-    """
-    libc = ctypes.CDLL(None, use_errno=True)
-    at_fdcwd, rename_exchange = -100, 2
-    if hasattr(libc, "renameat2"):
-        if libc.renameat2(at_fdcwd, os.fsencode(first), at_fdcwd, os.fsencode(second), rename_exchange) == 0:
-            return
-        number = ctypes.get_errno()
-        if number not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
-            raise OSError(number, os.strerror(number))
-    aside = first.with_name(first.name + ".aside")
-    second.rename(aside)
-    try:
-        first.rename(second)
-    except OSError:
-        aside.rename(second)
-        raise
-    aside.rename(first)

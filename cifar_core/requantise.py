@@ -11,6 +11,7 @@ import argparse
 import logging
 from pathlib import Path
 
+from cifar_core.calibration import caution
 from cifar_core.calibration_graph import without_calibration
 from cifar_core.data import Dataset, add_data_argument, load_dataset
 from cifar_core.device import CPU
@@ -22,6 +23,8 @@ from cifar_core.parity import compare_on
 from cifar_core.predictors import onnx_predictor
 from cifar_core.publish import VARIANT_FILES, add_export_argument, read_export, replace, warn_if_unmeasured
 from cifar_core.run_folder import default_folder
+
+logger = logging.getLogger(__name__)
 
 
 def requantise(folder: Path, dataset: Dataset) -> Manifest:
@@ -44,6 +47,9 @@ def requantise(folder: Path, dataset: Dataset) -> Manifest:
     fp32 = onnx_predictor(graph, CPU)
     check_classes(fp32, dataset)
     comparison = compare_on(fp32, dataset)
+    note = caution(len(comparison.labels))
+    if note is not None:
+        logger.warning("%s", note)
     network = without_calibration(graph)
     int8_graph, int8 = quantised(network, fp32, comparison, comparison.validation_logits, dataset, manifest.chose_epoch)
     previous = manifest.variants.get("int8")

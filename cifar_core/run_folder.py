@@ -1,4 +1,4 @@
-"""The run folder, `runs/<recipe>/<seed>/`: all files that a training run writes and that other code reads.
+"""The run folder, `runs/<name>/<seed>/`: all files that a training run writes and that other code reads.
 
     recipe.json     values of the recipe, seed, precision, data and machine
     history.jsonl   one line per epoch
@@ -14,8 +14,10 @@ import fcntl
 import hashlib
 import io
 import json
+import logging
 import os
 import pickle
+import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -28,6 +30,8 @@ from torch import Tensor
 from cifar_core.errors import CifarError
 from cifar_core.files import atomic_write, read_regular, to_json
 
+logger = logging.getLogger(__name__)
+
 
 class RunError(CifarError):
     """A run folder that is missing, damaged, in use, not writable, or holds a different run."""
@@ -39,6 +43,14 @@ class RunInUse(RunError):
 
 _ABOUT: dict[str, type] = {"recipe": dict, "seed": int, "classes": list, "data": dict}
 """What recipe.json and every checkpoint hold about the run, with its type in JSON."""
+_MEASURED = ("train_loss", "train_accuracy", "learning_rate", "seconds")
+_VALIDATED = ("validation_loss", "validation_accuracy")
+"""What a line of the history holds; the latter are None after epochs without validation."""
+_LONGEST_NAME = 255
+"""The longest name of a file or folder, in bytes, that usual file systems allow."""
+_DIGITS = 12
+CHANGE = re.compile(r"\+(?=[a-z_]+=)")
+"""Stands between the changes `key=value` in the name of a recipe; a value may contain a plus too, as 1e+30 does."""
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -86,13 +98,14 @@ class RunFolder:
     """The files of one run.
 
     Args:
-        path: `runs/<recipe>/<seed>`; the folder need not exist yet.
+        path: `runs/<name>/<seed>`, where the name is that of `folder_name`; the folder need not exist yet.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.best = path / "best.pt"
         self.last = path / "last.pt"
+        self._warned = False
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -148,12 +161,12 @@ class RunFolder:
             raise RunError(
                 f"{self.path}: not a run folder, because it has no recipe.json; train a run, or use another folder"
             ) from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise RunError(f"{file}: this file is damaged ({error}); remove the folder and train again") from error
-        if not isinstance(value, dict) or not _has_types(value, _ABOUT | {"precision": str}):
+        if not isinstance(value, dict) or not _describes_run(value):
             raise RunError(
-                f"{file}: this file is incomplete: it must hold recipe, seed, precision, data and classes; "
-                "remove the folder and train again"
+                f"{file}: this file is incomplete: it must hold recipe (with name and epochs), seed, precision, data "
+                "(with name and fingerprint) and classes; remove the folder and train again"
             )
         return value
 
@@ -193,24 +206,51 @@ class RunFolder:
         Each holds `epoch` (from 1), `train_loss`, `train_accuracy`, `validation_loss`, `validation_accuracy`
         (accuracies from 0 to 1; both are None if the recipe did not validate the epoch), `learning_rate` and `seconds`.
 
+        If history.jsonl is damaged, this is the history in last.pt, and a warning is logged. Every command can thus
+        read such a run, and `--resume` writes the file anew.
+
         Raises:
-            RunError: The file is damaged.
+            RunError: The file is damaged, and last.pt is missing or damaged as well.
         """
         file = self.path / "history.jsonl"
         try:
-            lines = file.read_text().splitlines()
+            content = file.read_bytes()
         except FileNotFoundError:
             return []
         try:
-            history = [json.loads(line) for line in lines]
-            fault = None if all(isinstance(line, dict) and "epoch" in line for line in history) else "not of epochs"
-        except ValueError as error:
+            history = [json.loads(line) for line in content.splitlines()]
+            fault = _fault(history)
+        except (ValueError, RecursionError) as error:
             fault = str(error)
-        if fault is not None:
-            resumable = "resuming the run with --resume rewrites it"
-            way = resumable if self.last.exists() else f"put it back, or remove {self.path} and train anew"
-            raise RunError(f"{file}: this file is damaged ({fault}); {way}")
-        return history
+        return history if fault is None else self._saved_history(f"{file}: this file is damaged ({fault})")
+
+    def _saved_history(self, damaged: str) -> list[dict[str, Any]]:
+        """The history in last.pt.
+
+        Args:
+            damaged: says what is wrong with history.jsonl; begins the warning or the message of the error.
+        """
+        if not self.last.exists():
+            raise RunError(f"{damaged}; put it back, or remove {self.path} and train anew")
+        try:
+            saved = load_checkpoint(self.last).get("history")
+        except RunError as error:
+            raise RunError(
+                f"{damaged}, and so is {self.last.name}; put one of them back, or remove {self.path} and train anew"
+            ) from error
+        if not isinstance(saved, list) or _fault(saved) is not None:
+            raise RunError(
+                f"{damaged}, and {self.last.name} holds no history; put one of them back, or remove {self.path} and "
+                "train anew"
+            )
+        if not self._warned:
+            logger.warning(
+                "%s; the history in %s is used, and training with --resume writes the file anew",
+                damaged,
+                self.last.name,
+            )
+            self._warned = True
+        return saved
 
     def is_started(self) -> bool:
         """Whether the folder holds a run, or a part of one."""
@@ -221,6 +261,57 @@ class RunFolder:
         if not (self.path / "recipe.json").exists():
             return False
         return bool(len(self.history()) == self.description()["recipe"]["epochs"])
+
+
+def _describes_run(value: dict[str, Any]) -> bool:
+    """Whether recipe.json holds what every reader of a run relies on."""
+    if not _has_types(value, _ABOUT | {"precision": str}):
+        return False
+    weights = [value[key] for key in ("initial", "teacher") if key in value]
+    return (
+        isinstance(value["recipe"].get("name"), str)
+        and isinstance(value["recipe"].get("epochs"), int)
+        and isinstance(value["data"].get("name"), str)
+        and isinstance(value.get("environment", {}), dict)
+        and isinstance(value.get("date", ""), str)
+        and all(isinstance(each, dict) and isinstance(each.get("weights"), str) for each in weights)
+    )
+
+
+def _fault(history: list[Any]) -> str | None:
+    """What is wrong with the lines of a history; None if nothing is."""
+    for number, line in enumerate(history, 1):
+        if not (
+            isinstance(line, dict)
+            and line.get("epoch") == number
+            and all(isinstance(line.get(key), int | float) for key in _MEASURED)
+            and all(key in line and isinstance(line[key], int | float | None) for key in _VALIDATED)
+        ):
+            return f"line {number} does not hold the values of epoch {number}"
+    return None
+
+
+def folder_name(recipe: str, initial: str | None = None, teacher: str | None = None) -> str:
+    """The name of the folder that holds the runs of a recipe, one folder per seed.
+
+    Runs that start from trained weights have a folder of their own, next to that of the same recipe from fresh weights.
+    A name that is too long for a file system is cut after a whole change and ends with a digest of the whole.
+
+    Args:
+        recipe: name of the recipe, with the changes of `--set`.
+        initial: digest of the weights that the runs start from, in hexadecimal; None for fresh weights.
+        teacher: digest of the teacher, which the name tells only where runs are compared; None leaves it out.
+    """
+    end = "".join(f"+{key}={digest[:8]}" for key, digest in (("init", initial), ("teacher", teacher)) if digest)
+    if len((recipe + end).encode()) <= _LONGEST_NAME:
+        return recipe + end
+    end = f"+rest={hashlib.sha256(recipe.encode()).hexdigest()[:_DIGITS]}{end}"
+    name, *changes = CHANGE.split(recipe)
+    for change in changes:
+        if len(f"{name}+{change}{end}".encode()) > _LONGEST_NAME:
+            break
+        name += f"+{change}"
+    return name + end
 
 
 def best_epoch(history: list[dict[str, Any]], weights: str) -> dict[str, Any]:

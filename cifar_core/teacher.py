@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cifar_core.data import Dataset, split
+from cifar_core.data import Dataset
 from cifar_core.errors import CifarError
 from cifar_core.files import atomic_write
+from cifar_core.held_out import TrainedOn, reason_against
 from cifar_core.predictors import Predictor, load_predictor, predict_all
 from cifar_core.recipe import Recipe
 from cifar_core.run_folder import RunFolder
@@ -86,23 +87,10 @@ def check_teacher(teacher: Teacher | None, recipe: Recipe, dataset: Dataset) -> 
             f"the teacher {teacher.predictor.name} has the classes {', '.join(teacher.predictor.classes)}, but "
             f"{dataset.name} has {', '.join(dataset.classes)}; use a teacher that was trained on these classes"
         )
-    if teacher.predictor.split is not None and teacher.predictor.trained_on == dataset.fingerprint:
-        _check_held_out(teacher.predictor.name, teacher.predictor.split, recipe, len(dataset.train))
-
-
-def _check_held_out(name: str, split_of_teacher: tuple[int, int], recipe: Recipe, count: int) -> None:
-    """Raises TeacherError if the teacher was trained on images that the run holds out."""
-    ours, theirs = (
-        set(split(count, *values)[1].tolist())
-        for values in ((recipe.validation_images, recipe.split_seed), split_of_teacher)
-    )
-    if not ours <= theirs:
-        raise TeacherError(
-            f"the teacher {name} was trained on {len(ours - theirs):,} of the {len(ours):,} images that this run holds "
-            "out, so validation accuracy and calibration would be wrong; the teacher has "
-            f"validation_images={split_of_teacher[0]} and split_seed={split_of_teacher[1]}, and this run "
-            f"{recipe.validation_images} and {recipe.split_seed}: make them equal with --set"
-        )
+    model = teacher.predictor
+    trained_on = None if model.split is None else TrainedOn(model.trained_on, *model.split)
+    if reason := reason_against(f"the teacher {model.name}", trained_on, recipe, dataset):
+        raise TeacherError(reason)
 
 
 def read_teacher(source: Path, device: torch.device) -> Teacher:

@@ -11,7 +11,6 @@ import contextlib
 import functools
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,10 +20,12 @@ from cifar_core.data import Dataset, add_data_argument, class_lines, load_datase
 from cifar_core.device import DEVICES, computes_in_bf16, describe_environment
 from cifar_core.distributed import Ranks, join_ranks
 from cifar_core.errors import program_name, run_command
+from cifar_core.files import path_option
 from cifar_core.initial_weights import InitialWeights, read_initial_weights
 from cifar_core.recipe import Precision, Recipe
 from cifar_core.recipes import KEYS, RECIPES, asked_precision, batch_size_note, get_recipe
-from cifar_core.run_folder import RunFolder, best_epoch, default_folder
+from cifar_core.resuming import runs_from_other_weights
+from cifar_core.run_folder import RunFolder, best_epoch, default_folder, folder_name
 from cifar_core.stop_signal import Interrupted, StopSignal
 from cifar_core.teacher import read_teacher
 from cifar_core.trainer import Trainer
@@ -40,13 +41,15 @@ def run(trainer: Trainer, resume: bool) -> list[dict[str, Any]]:
         resume: whether to continue a run that was started before.
 
     Raises:
-        RunError: The folder is in use, cannot be written, or holds a run that must not be continued.
+        RunError: The folder is in use, cannot be written, or holds a run that must not be continued. A finished run may
+            be on a read-only file system, because nothing is written.
         TrainingError: The loss is not finite, or a checkpoint cannot be written.
         Interrupted: A signal arrived; the state was saved.
     """
     folder, recipe, state, ranks = trainer.folder, trainer.recipe, trainer.state, trainer.ranks
     say = tqdm.write if ranks.is_first else _say_nothing
-    with folder.lock() if ranks.is_first else contextlib.nullcontext(), StopSignal() as stop:
+    writes = ranks.is_first and not (resume and folder.is_finished())
+    with folder.lock() if writes else contextlib.nullcontext(), StopSignal() as stop:
         trainer.start(resume)
         if state.epoch == recipe.epochs:
             say(f"{folder.path}: already finished; {_best_text(state.history, recipe.weights)}")
@@ -100,6 +103,19 @@ def _untrained_note(trainer: Trainer) -> str | None:
     )
 
 
+def _new_run_note(trainer: Trainer, resume: bool) -> str | None:
+    """Names the runs that `--resume` does not continue only because they started from other weights."""
+    if not resume or trainer.folder.is_started():
+        return None
+    others = runs_from_other_weights(trainer.folder, trainer.description())
+    if not others:
+        return None
+    return (
+        f"{trainer.folder.path} is a new run; {', '.join(map(str, others[:_NAMED]))} has the same recipe and seed, but "
+        "started from other weights: to continue it, give the same weights with --init"
+    )
+
+
 def _print_start(dataset: Dataset, initial: InitialWeights | None, notes: Sequence[str | None]) -> None:
     """Prints what a user should know before the run: what a folder holds, and what is kept of the initial weights."""
     if dataset.kind == "folder":
@@ -150,6 +166,23 @@ def _choose_precision(
     return "fp32", _FP32_INSTEAD
 
 
+def add_weights_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds `--init` and `--teacher`, which a sweep has too."""
+    parser.add_argument(
+        "--init",
+        type=path_option,
+        metavar="exported|RUN|FILE",
+        help="trained weights to start from: the folder of an export, a run folder, an .onnx or a .pt file; with other "
+        "classes the output layer is new",
+    )
+    parser.add_argument(
+        "--teacher",
+        type=path_option,
+        metavar="RUN|FILE",
+        help="trained model whose outputs are learned in addition to the labels, for recipes with distillation above 0",
+    )
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=program_name("cifar_core.train"), description="Trains a recipe and writes a run folder."
@@ -182,25 +215,13 @@ def _parser() -> argparse.ArgumentParser:
         help="changes a value of the recipe, for example epochs=5 or sizes=20:4,24:10; may be repeated; "
         f"keys: {', '.join(KEYS)}",
     )
-    parser.add_argument(
-        "--init",
-        type=Path,
-        metavar="exported|RUN|FILE",
-        help="trained weights to start from: the folder of an export, a run folder, an .onnx or a .pt file; with other "
-        "classes the output layer is new",
-    )
-    parser.add_argument(
-        "--teacher",
-        type=Path,
-        metavar="RUN|FILE",
-        help="trained model whose outputs are learned in addition to the labels, for recipes with distillation above 0",
-    )
+    add_weights_arguments(parser)
     parser.add_argument(
         "--runs",
-        type=Path,
+        type=path_option,
         metavar="DIR",
-        help="folder for all runs; the run is written to DIR/RECIPE/SEED; default: runs (synthetic/runs for synthetic "
-        "data)",
+        help="folder for all runs; the run is written to DIR/RECIPE/SEED, with --init to DIR/RECIPE+init=DIGEST/SEED; "
+        "default: runs (synthetic/runs for synthetic data)",
     )
     parser.add_argument(
         "--resume",
@@ -228,13 +249,16 @@ def _train(arguments: argparse.Namespace, recipe: Recipe, ranks: Ranks, device: 
     runs = arguments.runs or default_folder(dataset.kind, "runs")
     initial = read_initial_weights(arguments.init) if arguments.init else None
     teacher = read_teacher(arguments.teacher, device) if arguments.teacher else None
-    # A run that starts from trained weights has a folder of its own, next to that of the same recipe from scratch.
-    name = recipe.name + (f"+init={initial.digest[:8]}" if initial else "")
-    folder = RunFolder(runs / name / str(arguments.seed))
+    folder = RunFolder(runs / folder_name(recipe.name, initial.digest if initial else None) / str(arguments.seed))
     precision, precision_note = _choose_precision(arguments, recipe, folder, device, ranks)
     trainer = Trainer(recipe, dataset, folder, arguments.seed, device, precision, initial, teacher, ranks)
     if ranks.is_first:
-        notes = (batch_size_note(arguments.recipe, recipe), precision_note, _untrained_note(trainer))
+        notes = (
+            batch_size_note(arguments.recipe, recipe),
+            precision_note,
+            _untrained_note(trainer),
+            _new_run_note(trainer, arguments.resume),
+        )
         _print_start(dataset, initial, notes)
     try:
         run(trainer, arguments.resume)

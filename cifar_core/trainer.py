@@ -33,7 +33,7 @@ from cifar_core.distributed import ALONE, RankError, Ranks
 from cifar_core.errors import CifarError
 from cifar_core.files import FileWriteError
 from cifar_core.hard_images import HardImages, trained_images
-from cifar_core.initial_weights import InitialWeights, start_from
+from cifar_core.initial_weights import InitialWeights, check_initial_weights, start_from
 from cifar_core.models import Network, WhitenedConvNet
 from cifar_core.optimizers import make_optimizer, muon_dtype, set_learning_rate
 from cifar_core.passes import recompute_statistics, validate
@@ -72,7 +72,8 @@ class Trainer:
         ranks: the processes that train this run together; each has a trainer with the same arguments.
 
     Raises:
-        InitialWeightsError: The initial weights do not fit the recipe.
+        InitialWeightsError: The initial weights do not fit the recipe, or were trained on images that the run holds
+            out.
         RankError: The batches are too small for batch normalisation on so many ranks, or the recipe trains on the
             hardest images only, for which there must be one rank.
         TeacherError: There is a teacher and no `distillation`, or the reverse; or the teacher has other classes, or
@@ -94,6 +95,8 @@ class Trainer:
         self.recipe, self.dataset, self.folder, self.seed = recipe, dataset, folder, seed
         self.device, self.precision, self.initial, self.ranks = device, precision, initial, ranks
         check_teacher(teacher, recipe, dataset)
+        if initial is not None:
+            check_initial_weights(initial, recipe, dataset)
         self.teacher = teacher
         if device.type == "cpu":
             keep_freed_memory()

@@ -151,9 +151,9 @@ def plot_reliability(file: Path, title: str, lines: Sequence[tuple[str, str, Seq
 
 def plot_examples(dataset: Dataset, file: Path, seed: int = 0) -> None:
     """Draws figure 1: four random training images with their labels. It shows images, so git must ignore the file."""
-    rows = np.random.RandomState(seed).choice(len(dataset.train), 4, replace=False)
-    figure, axes = pyplot.subplots(1, 4, figsize=(8, 2.4), layout="constrained")
-    for axis, row in zip(axes, rows, strict=True):
+    rows = np.random.RandomState(seed).choice(len(dataset.train), min(4, len(dataset.train)), replace=False)
+    figure, axes = pyplot.subplots(1, len(rows), figsize=(2 * len(rows), 2.4), layout="constrained", squeeze=False)
+    for axis, row in zip(axes[0], rows, strict=True):
         axis.imshow(dataset.train.images[row].numpy())
         axis.set_title(dataset.classes[int(dataset.train.labels[row])], fontsize=11)
         axis.axis("off")

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from cifar_core.errors import CifarError
-from cifar_core.recipe import Recipe, RecipeError, read_recipe
-from cifar_core.run_folder import RunError, RunFolder, best_epoch, finished_runs
+from cifar_core.recipe import Recipe
+from cifar_core.resuming import saved_recipe
+from cifar_core.run_folder import RunError, RunFolder, best_epoch, folder_name
 
 
 class ReportError(CifarError):
@@ -56,6 +57,8 @@ class Run:
         seed: its seed.
         precision: precision of training, fp32 or bf16.
         data: kind, name and fingerprint of the data.
+        initial: name and digest (`weights`) of the weights that it started from; None for fresh weights.
+        teacher: name and digest of the teacher; None without one.
         environment: machine and library versions.
         date: when the run started (UTC); None for runs that do not say.
         history: one dictionary per epoch, see `RunFolder.history`.
@@ -67,6 +70,8 @@ class Run:
     seed: int
     precision: str
     data: dict[str, str]
+    initial: dict[str, str] | None
+    teacher: dict[str, str] | None
     environment: dict[str, Any]
     date: str | None
     history: list[dict[str, Any]]
@@ -74,8 +79,14 @@ class Run:
     folder: RunFolder
 
     @property
+    def name(self) -> str:
+        """What runs of other seeds have in common with this one: recipe, initial weights and teacher."""
+        initial, teacher = (source["weights"] if source else None for source in (self.initial, self.teacher))
+        return folder_name(self.recipe.name, initial, teacher)
+
+    @property
     def best(self) -> dict[str, Any]:
-        """The line of the epoch with the best validation accuracy."""
+        """The line of the epoch whose weights the run ended with."""
         return best_epoch(self.history, self.recipe.weights)
 
     @property
@@ -85,14 +96,15 @@ class Run:
 
 
 def read_runs(folder: Path) -> list[Run]:
-    """Reads every finished run below a folder, at any depth.
+    """Reads every finished run below a folder, at any depth; the folder may be a run folder itself.
 
     Raises:
-        ReportError: There is no finished run, or the runs were trained on different data.
+        ReportError: There is no finished run, the runs were trained on different data, or two are of the same recipe,
+            precision and seed.
         RunError: A run is damaged.
     """
-    parents = sorted({path.parent.parent.parent for path in folder.glob("**/recipe.json")})
-    runs = [_read_run(run) for parent in parents for run in finished_runs(parent)]
+    folders = [RunFolder(path) for path in _run_folders(folder)]
+    runs = [_read_run(run) for run in folders if run.is_finished()]
     if not runs:
         raise ReportError(
             f"{folder}: there is no finished run in this folder; train one with: python -m cifar_core.train RECIPE"
@@ -102,7 +114,25 @@ def read_runs(folder: Path) -> list[Run]:
         raise ReportError(
             f"{folder}: the runs were trained on different data, {names}; report the runs of each data set separately"
         )
+    seen: dict[tuple[str, str, int], Run] = {}
+    for run in runs:
+        other = seen.setdefault((run.name, run.precision, run.seed), run)
+        if other is not run:
+            raise ReportError(
+                f"{other.folder.path} and {run.folder.path} are both seed {run.seed} of {run.name} in {run.precision}, "
+                "which would count as two seeds; report a folder that holds only one of them"
+            )
     return runs
+
+
+def _run_folders(folder: Path) -> list[Path]:
+    """Every run folder, each once, ordered by path."""
+    # `**` does not follow links to folders, but the other patterns do: runs may lie on another disk.
+    patterns = ("**/recipe.json", "*/recipe.json", "*/*/recipe.json")
+    found: dict[Path, Path] = {}
+    for path in sorted({path.parent for pattern in patterns for path in folder.glob(pattern)}):
+        found.setdefault(path.resolve(), path)
+    return list(found.values())
 
 
 def evaluation_file(folder: RunFolder) -> Path:
@@ -112,15 +142,13 @@ def evaluation_file(folder: RunFolder) -> Path:
 
 def _read_run(folder: RunFolder) -> Run:
     description = folder.description()
-    try:
-        recipe = read_recipe(description["recipe"])
-    except RecipeError as error:
-        raise RunError(f"{folder.path / 'recipe.json'}: {error}") from error
     return Run(
-        recipe=recipe,
+        recipe=saved_recipe(folder, description),
         seed=description["seed"],
         precision=description["precision"],
         data=description["data"],
+        initial=description.get("initial"),
+        teacher=description.get("teacher"),
         environment=description.get("environment", {}),
         date=description.get("date"),
         history=folder.history(),
@@ -144,7 +172,10 @@ def _test_result(folder: RunFolder) -> dict[str, Any] | None:
 
 @dataclass(frozen=True)
 class Row:
-    """The runs of one recipe in one precision, ordered by seed, and what the study published for it."""
+    """The runs of one recipe in one precision, ordered by seed, and what the study published for it.
+
+    Runs that started from other weights, or had another teacher, are in a row of their own: `Run.name` is its name.
+    """
 
     name: str
     precision: str
@@ -167,14 +198,14 @@ class Row:
 
 
 Rows = dict[str, Row]
-"""Rows by the name of their recipe."""
+"""Rows by their name."""
 
 
 def rows_of(runs: Iterable[Run]) -> list[Row]:
-    """Groups runs by recipe and precision: the study's recipes first, in its order, then the others by name."""
+    """Groups runs by name and precision: the study's recipes first, in its order, then the others by name."""
     groups: dict[tuple[str, str], list[Run]] = {}
     for run in runs:
-        groups.setdefault((run.recipe.name, run.precision), []).append(run)
+        groups.setdefault((run.name, run.precision), []).append(run)
     published = {row.recipe: row for row in STUDY}
     order = list(published)
     rows = [

@@ -1,11 +1,12 @@
 """The tables of the report, as Markdown."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
+from cifar_core.run_folder import CHANGE
 from cifar_core.study.claims import CLAIMS
 from cifar_core.study.markdown import markdown_table, percent, points
-from cifar_core.study.runs import Published, Row, Rows, Run
+from cifar_core.study.runs import Published, Row, Rows
 
 _STUDY_HEADER = (
     "recipe",
@@ -21,31 +22,73 @@ _STUDY_HEADER = (
     "minutes per run",
     "command: `python -m cifar_core.` and",
 )
+_OTHER_HEADER = (
+    "recipe",
+    "validation of the weights kept, % (epochs)",
+    "final validation, %",
+    "test, %",
+    "seeds",
+    "precision",
+    "minutes per run",
+    "command: `python -m cifar_core.` and",
+)
 
 
-def study_table(rows: Rows) -> str:
+def accuracy_tables(rows: Rows) -> str:
+    """The study's recipes next to its figures; then all other recipes, for which nothing was published."""
+    of_study = [row for row in rows.values() if row.published]
+    others = [row for row in rows.values() if not row.published]
+    parts = [study_table(of_study) if of_study else "None of the study's recipes was trained."]
+    if others:
+        parts += ["Other recipes, for which the study has no figures:", other_table(others)]
+    return "\n\n".join(parts)
+
+
+def study_table(rows: Iterable[Row]) -> str:
     """The study's rows next to ours, and the data, machine, versions and dates of our runs."""
-    lines = [_study_line(row, row.published) for row in rows.values() if row.published is not None]
-    described = [run for row in rows.values() if row.published for run in row.runs]
-    described = described or [run for row in rows.values() for run in row.runs]
-    return markdown_table(_STUDY_HEADER, lines) + "\n\n" + _circumstances(described)
+    rows = list(rows)
+    lines = [_study_line(row, row.published) for row in rows if row.published is not None]
+    text = "the test accuracy is that of the weights of the best validation epoch, measured once per run."
+    return markdown_table(_STUDY_HEADER, lines) + "\n\n" + _circumstances(rows, text)
+
+
+def other_table(rows: Iterable[Row]) -> str:
+    """Rows of which the study has none, and the data, machine, versions and dates of the runs."""
+    rows = list(rows)
+    lines = [
+        (
+            row.name,
+            _validation(row),
+            _final_validation(row),
+            percent(row.test, 2),
+            str(len(row.runs)),
+            row.precision,
+            _minutes(row, digits=1),
+            _command(row),
+        )
+        for row in rows
+    ]
+    text = (
+        "a run keeps the weights of its last epoch, or of the best validation epoch, as its recipe says; the test "
+        "accuracy is that of these weights, measured once per run."
+    )
+    return markdown_table(_OTHER_HEADER, lines) + "\n\n" + _circumstances(rows, text)
 
 
 def _study_line(row: Row, published: Published) -> tuple[str, ...]:
-    epochs = ", ".join(str(run.best["epoch"]) for run in row.runs)
     no_validation, no_test = published.validation is None, published.test is None or not row.test
     return (
         row.name,
         _published_validation(published),
-        f"{percent(row.best)} ({epochs})",
+        _validation(row),
         "–" if no_validation else points(statistics.fmean(row.best) - (published.validation or 0)),
-        percent([run.history[-1]["validation_accuracy"] for run in row.runs]),
+        _final_validation(row),
         "–" if published.test is None else f"{100 * published.test:.2f} %",
         percent(row.test, 2),
         "–" if no_test else points(statistics.fmean(row.test) - (published.test or 0)),
         str(len(row.runs)),
         row.precision,
-        f"{statistics.median(run.minutes for run in row.runs):.0f}",
+        _minutes(row, digits=0),
         _command(row),
     )
 
@@ -57,16 +100,39 @@ def _published_validation(published: Published) -> str:
     return f"{text} ({published.epoch})" if published.epoch else f"about {text}"
 
 
+def _validation(row: Row) -> str:
+    """Validation accuracy of the weights that the runs keep, and the epochs of these weights."""
+    return f"{percent(row.best)} ({', '.join(str(run.best['epoch']) for run in row.runs)})"
+
+
+def _final_validation(row: Row) -> str:
+    return percent([run.history[-1]["validation_accuracy"] for run in row.runs])
+
+
+def _minutes(row: Row, digits: int) -> str:
+    return f"{statistics.median(run.minutes for run in row.runs):.{digits}f}"
+
+
 def _command(row: Row) -> str:
-    name, *changes = row.name.split("+")
+    run = row.runs[0]
+    name, *changes = CHANGE.split(run.recipe.name)
     options = "".join(f" --set {change}" for change in changes)
-    precision = "" if row.precision == "fp32" else f" --precision {row.precision}"
+    options += " --init INIT" * (run.initial is not None) + " --teacher TEACHER" * (run.teacher is not None)
+    options += "" if row.precision == "fp32" else f" --precision {row.precision}"
     seeds = ", ".join(str(run.seed) for run in row.runs)
-    return f"`train {name}{options}{precision} --seed N`, N = {seeds}"
+    weights = (("INIT", run.initial), ("TEACHER", run.teacher))
+    names = "".join(f"; {key} = {source.get('name', 'unnamed weights')}" for key, source in weights if source)
+    return f"`train {name}{options} --seed N`, N = {seeds}{names}"
 
 
-def _circumstances(runs: Sequence[Run]) -> str:
-    """Data, machines, versions and dates of runs, as a paragraph."""
+def _circumstances(rows: Iterable[Row], accuracies: str) -> str:
+    """Data, machines, versions and dates of the runs in a table, as a paragraph.
+
+    Args:
+        rows: the rows of the table.
+        accuracies: says which weights the accuracies are of.
+    """
+    runs = [run for row in rows for run in row.runs]
     machines = sorted(
         {
             f"{run.environment.get('device', 'unknown')}, {run.environment.get('threads', '?')} thread(s) per run"
@@ -80,8 +146,7 @@ def _circumstances(runs: Sequence[Run]) -> str:
         f"Data: {data['name']} (fingerprint {data['fingerprint'][:12]}). Machine: {'; '.join(machines)}; "
         f"{', '.join(torch_versions)}. Date: {dates[0] if dates else 'unknown'}"
         + (f" to {dates[-1]}" if len(dates) > 1 else "")
-        + ". Mean ± standard deviation over seeds; the test accuracy is that of the weights of the best validation "
-        "epoch, measured once per run."
+        + f". Mean ± standard deviation over seeds; {accuracies}"
     )
 
 
@@ -102,7 +167,7 @@ def class_table(rows: Rows) -> str:
     """Test accuracy per class, mean over seeds, in descending order for the last row; a sentence if there is none."""
     with_test = [row for row in rows.values() if row.test and row.published and row.published.test]
     if not with_test:
-        return "No test accuracy was taken."
+        return "No test accuracy was taken of a recipe for which the study publishes one."
 
     def accuracy(row: Row, name: str) -> float:
         return statistics.fmean(run.test["per_class"][name] or 0.0 for run in row.runs if run.test)

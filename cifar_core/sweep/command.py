@@ -1,32 +1,30 @@
-"""The command line of `python -m cifar_core.sweep`."""
+"""The command `python -m cifar_core.sweep`."""
 
 import argparse
+import dataclasses
 import itertools
-import re
+import logging
 import signal
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tabulate import tabulate
 
-from cifar_core.data import Dataset, add_data_argument, load_dataset
-from cifar_core.device import DEVICES, available_cores
+from cifar_core.data import Dataset, load_dataset
+from cifar_core.device import CPU, available_cores
 from cifar_core.distributed import number_of_ranks
-from cifar_core.errors import CifarError
-from cifar_core.recipes import KEYS, RECIPES, Recipe, asked_precision, get_recipe, read_recipe
-from cifar_core.run_folder import RunFolder, best_epoch, default_folder
+from cifar_core.errors import needs_extra
+from cifar_core.initial_weights import InitialWeights, check_initial_weights, read_initial_weights
+from cifar_core.recipes import Recipe, asked_precision, get_recipe
+from cifar_core.resuming import check_same_run
+from cifar_core.run_folder import RunFolder, best_epoch, default_folder, folder_name
+from cifar_core.sweep.options import SweepError, check_number, combinations, make_parser
 from cifar_core.sweep.processes import LOG, Command, last_line, train_here
-
-# The values of these keys contain commas themselves.
-_WHOLE_VALUES = ("sizes", "widths")
-_LOCAL = "local"
-
-
-class SweepError(CifarError):
-    """The sweep cannot start."""
+from cifar_core.teacher import Teacher, check_teacher, read_teacher
 
 
 @dataclass(frozen=True)
@@ -35,42 +33,79 @@ class SweepRun:
 
     Attributes:
         recipe: The recipe with its changed values.
-        seed: The seed.
         folder: The run folder.
         command: How to train it.
-        precision: The precision that was asked for; None leaves it to the recipe and the processor.
+        description: What recipe.json must hold, without what the sweep leaves open, such as the machine.
     """
 
     recipe: Recipe
-    seed: int
     folder: RunFolder
     command: Command
-    precision: str | None
+    description: dict[str, Any]
+
+    @property
+    def group(self) -> str:
+        """The name that this run shares with those of other seeds: that of their folder."""
+        return self.folder.path.parent.name
 
     @property
     def name(self) -> str:
         """Recipe and seed."""
-        return f"{self.recipe.name}/{self.seed}"
+        return f"{self.group}/{self.folder.path.name}"
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What runs of a sweep learn from.
+
+    Attributes:
+        dataset: The data.
+        initial: The weights to start from; None for fresh weights.
+        teacher: The teacher; None without one.
+    """
+
+    dataset: Dataset
+    initial: InitialWeights | None
+    teacher: Teacher | None
+
+    def check(self, recipe: Recipe) -> None:
+        """Checks that runs of a recipe may learn from these weights and this teacher.
+
+        Raises:
+            InitialWeightsError, TeacherError: They may not, see `check_initial_weights` and `check_teacher`.
+        """
+        if self.initial is not None:
+            check_initial_weights(self.initial, recipe, self.dataset)
+        check_teacher(self.teacher, recipe, self.dataset)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command. Exit codes: 0 all runs are finished, 1 some are not, 2 the sweep cannot start.
 
     Raises:
-        SweepError: A value is not allowed, a finished run is not the run that the sweep asks for, or torchrun started
-            several sweeps.
+        SweepError: A value is not allowed, or torchrun started several sweeps.
+        RunError: A run folder is damaged, or holds a finished run of other values, data, weights or precision.
+        InitialWeightsError, TeacherError: A recipe needs a teacher, or cannot have this one or these weights.
     """
-    chosen = _parser().parse_args(arguments)
+    chosen = make_parser().parse_args(arguments)
+    logging.basicConfig(format="%(levelname)s: %(message)s")
     if number_of_ranks() > 1:
         raise SweepError(
             f"torchrun started this sweep {number_of_ranks()} times, but a sweep starts its runs itself, one device "
             "each; start it with: python -m cifar_core.sweep"
         )
+    if chosen.ray:
+        with needs_extra("ray"):
+            import ray  # noqa: F401 -- a missing package is reported before anything is read
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     # Loaded here once, so that a wrong path is reported once, and an archive is downloaded once.
-    dataset = load_dataset(chosen.data)
-    runs = list(_runs(chosen, dataset))
-    remaining = [run for run in runs if not _is_finished(run, dataset)]
+    sources = Sources(
+        load_dataset(chosen.data),
+        read_initial_weights(chosen.init) if chosen.init else None,
+        read_teacher(chosen.teacher, CPU) if chosen.teacher else None,
+    )
+    runs = list(_runs(chosen, sources))
+    remaining = [run for run in runs if not _is_finished(run)]
     print(f"{len(runs)} runs, {len(runs) - len(remaining)} of them finished already", flush=True)
     if remaining:
         _train(chosen, remaining)
@@ -99,86 +134,74 @@ def _train(chosen: argparse.Namespace, runs: Sequence[SweepRun]) -> None:
         print(f"[{number}/{len(runs)}] {run.name} {says}", flush=True)
 
 
-def _runs(chosen: argparse.Namespace, dataset: Dataset) -> Iterator[SweepRun]:
+def _runs(chosen: argparse.Namespace, sources: Sources) -> Iterator[SweepRun]:
     """The runs of the sweep, each once: recipes, then values, then seeds."""
-    root = (chosen.runs or default_folder(dataset.kind, "runs")).absolute()
-    # Ray shows its tasks only the GPUs that they ask for.
-    device = "cpu" if chosen.ray and chosen.device == "auto" else chosen.device
-    seen = set()
-    for name, overrides, seed in itertools.product(chosen.recipes, combinations(chosen.set), chosen.seeds):
-        recipe = get_recipe(name, overrides)
-        folder = root / recipe.name / str(seed)
-        if folder in seen:  # a value may be the recipe's own
+    overrides = combinations(chosen.set)
+    check_number(len(chosen.recipes) * len(overrides) * len(chosen.seeds))
+    recipes = [(name, changes, get_recipe(name, changes)) for name in chosen.recipes for changes in overrides]
+    some_learn_from_teacher = any(recipe.distillation for _, _, recipe in recipes)
+    seen, checked = set(), set()
+    for name, changes, recipe in recipes:
+        if recipe.name in seen:  # a value may be the recipe's own
             continue
-        seen.add(folder)
-        arguments = [name, "--seed", str(seed), "--resume", "--runs", str(root), "--device", device]
-        arguments += [argument for override in overrides for argument in ("--set", override)]
-        arguments += ["--data", chosen.data] if chosen.data else []
-        arguments += ["--precision", chosen.precision] if chosen.precision else []
-        precision = asked_precision(chosen.precision, overrides, recipe)
-        command = Command(tuple(arguments), folder, Path.cwd(), chosen.threads)
-        yield SweepRun(recipe, seed, RunFolder(folder), command, precision)
+        seen.add(recipe.name)
+        # In a sweep over distillation=0,0.5 the former runs are trained without the teacher.
+        without = not recipe.distillation and some_learn_from_teacher
+        own = dataclasses.replace(sources, teacher=None) if without else sources
+        held_out = (recipe.validation_images, recipe.split_seed, recipe.distillation > 0)
+        if held_out not in checked:  # warnings should not be repeated for each value
+            own.check(recipe)
+        checked.add(held_out)
+        for seed in chosen.seeds:
+            yield _run(chosen, own, recipe, seed, (name, *_passed_on(chosen, own, changes)))
 
 
-def combinations(values: Sequence[str]) -> list[tuple[str, ...]]:
-    """Every combination of the values of `--set`, as overrides for `get_recipe`.
-
-    Args:
-        values: Such as `dropout=0.2,0.5`. A key that occurs again gets further values. The values of `sizes` and
-            `widths` contain commas, so each is given by itself.
-
-    Raises:
-        SweepError: A value has no `=`.
-    """
-    by_key: dict[str, list[str]] = {}
-    for value in values:
-        key, equals, text = value.partition("=")
-        if not equals:
-            raise SweepError(f"--set {value}: expected KEY=VALUE or KEY=VALUE,VALUE…")
-        texts = [text] if key in _WHOLE_VALUES else text.split(",")
-        by_key.setdefault(key, []).extend(f"{key}={each}" for each in texts)
-    return list(itertools.product(*by_key.values()))
-
-
-def seeds(text: str) -> list[int]:
-    """The seeds of `0-4` or `0,3,7-9`.
-
-    Raises:
-        argparse.ArgumentTypeError: The text has another form.
-    """
-    found: list[int] = []
-    for part in text.split(","):
-        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
-        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
-        if first > last or last >= 2**32:
-            raise argparse.ArgumentTypeError(
-                f"'{text}': expected numbers and ranges from 0 to {2**32 - 1}, such as 0-4"
-            )
-        found += range(first, last + 1)
-    return sorted(set(found))
+def _run(
+    chosen: argparse.Namespace, sources: Sources, recipe: Recipe, seed: int, arguments: tuple[str, ...]
+) -> SweepRun:
+    root = (chosen.runs or default_folder(sources.dataset.kind, "runs")).absolute()
+    initial, teacher, dataset = sources.initial, sources.teacher, sources.dataset
+    folder = root / folder_name(recipe.name, initial.digest if initial else None) / str(seed)
+    arguments += ("--seed", str(seed), "--resume", "--runs", str(root))
+    precision = asked_precision(chosen.precision, chosen.set, recipe)
+    description = {
+        "recipe": recipe.values(),
+        "seed": seed,
+        "data": {"kind": dataset.kind, "name": dataset.name, "fingerprint": dataset.fingerprint},
+        "classes": list(dataset.classes),
+        **({"precision": precision} if precision else {}),
+        **({"initial": initial.description()} if initial else {}),
+        **({"teacher": teacher.description()} if teacher else {}),
+    }
+    return SweepRun(recipe, RunFolder(folder), Command(arguments, folder, Path.cwd(), chosen.threads), description)
 
 
-def _is_finished(run: SweepRun, dataset: Dataset) -> bool:
+def _passed_on(chosen: argparse.Namespace, sources: Sources, changes: Sequence[str]) -> tuple[str, ...]:
+    """The options of `cifar_core.train` that are those of the sweep."""
+    options = {
+        # Ray shows its tasks only the GPUs that they ask for.
+        "--device": "cpu" if chosen.ray and chosen.device == "auto" else chosen.device,
+        "--data": chosen.data,
+        "--precision": chosen.precision,
+        "--init": chosen.init,
+        "--teacher": chosen.teacher if sources.teacher else None,
+    }
+    pairs = [("--set", change) for change in changes]
+    pairs += [(option, str(value)) for option, value in options.items() if value]
+    return tuple(itertools.chain(*pairs))
+
+
+def _is_finished(run: SweepRun) -> bool:
     """Whether the run is finished.
 
     Raises:
-        SweepError: Its folder holds a finished run of other values, data or precision.
+        RunError: Its folder is damaged, or holds a finished run of other values, data, weights or precision.
     """
     if not run.folder.is_finished():
         return False
-    description = run.folder.description()
-    wanted = {
-        "recipe": (read_recipe(description["recipe"]), run.recipe),
-        "data": (description["data"]["fingerprint"], dataset.fingerprint),
-    }
-    if run.precision is not None:
-        wanted["precision"] = (description["precision"], run.precision)
-    for what, (found, asked) in wanted.items():
-        if found != asked:
-            raise SweepError(
-                f"{run.folder.path}: this folder holds a finished run with {what} {found}, not {asked}; choose another "
-                "folder with --runs DIR"
-            )
+    found = run.folder.description()
+    open_values = {key: found[key] for key in ("precision", "environment") if key in found}
+    check_same_run(run.folder.path, found, open_values | run.description)
     return True
 
 
@@ -196,8 +219,8 @@ def _result(run: SweepRun) -> str:
 def table(runs: Sequence[SweepRun]) -> str:
     """A Markdown table with a row per recipe: finished runs, and their best validation accuracies."""
     rows = []
-    for name in dict.fromkeys(run.recipe.name for run in runs):
-        group = [run for run in runs if run.recipe.name == name]
+    for name in dict.fromkeys(run.group for run in runs):
+        group = [run for run in runs if run.group == name]
         histories = [run.folder.history() for run in group if run.folder.is_finished()]
         weights = group[0].recipe.weights
         best = [100 * best_epoch(history, weights)["validation_accuracy"] for history in histories]
@@ -215,55 +238,3 @@ def table(runs: Sequence[SweepRun]) -> str:
         )
     headers = ("recipe", "finished", "best validation accuracy, %: mean", "sd", "lowest", "highest", "minutes per run")
     return tabulate(rows, headers, "github", floatfmt=".2f", missingval="–")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m cifar_core.sweep",
-        description="Trains recipes with several seeds and values, several runs at a time. Finished runs are skipped, "
-        "and others continue from their checkpoint.",
-    )
-    parser.add_argument("recipes", nargs="+", metavar="RECIPE", help=f"names of recipes: {', '.join(RECIPES)}")
-    parser.add_argument("--seeds", type=seeds, default=[0], metavar="0-4", help="seeds, such as 0-4 or 0,3; default: 0")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=A,B,C",
-        help="values of the recipe to try; may be repeated, and every combination is trained. Values of sizes and "
-        f"widths contain commas, so give --set sizes=… once for each. Keys: {', '.join(KEYS)}",
-    )
-    parser.add_argument(
-        "--ray",
-        nargs="?",
-        const=_LOCAL,
-        metavar="ADDRESS",
-        help="train on a Ray cluster, 'auto' or HOST:PORT; without ADDRESS, on a Ray that is started here. All "
-        "machines must see the current folder, the runs and the data under the same paths",
-    )
-    parser.add_argument(
-        "--threads",
-        type=_count,
-        default=1,
-        metavar="N",
-        help="threads of each run; several runs with one thread each take less time than one after another with all "
-        "cores; default: %(default)s",
-    )
-    parser.add_argument(
-        "--jobs",
-        type=_count,
-        metavar="N",
-        help="runs at a time on this machine; default: the cores divided by --threads",
-    )
-    add_data_argument(parser)
-    parser.add_argument("--device", choices=DEVICES, default="auto", help="device to train on; default: %(default)s")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), help="precision; default: as of cifar_core.train")
-    parser.add_argument("--runs", type=Path, metavar="DIR", help="folder for all runs; default: as in cifar_core.train")
-    return parser
-
-
-def _count(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} must be at least 1")
-    return number

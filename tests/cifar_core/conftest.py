@@ -6,7 +6,9 @@ import torch
 from cifar_core import processor
 from cifar_core.data import Dataset
 from cifar_core.models import DeepConvNet
+from cifar_core.publish import publish
 from cifar_core.recipes import RECIPES
+from tests.cifar_core.published import export_of
 
 
 @pytest.fixture
@@ -36,3 +38,12 @@ def checkpoint(small: Dataset):
         "data": {"kind": "synthetic", "name": small.name, "fingerprint": small.fingerprint},
         "validation_accuracy": 0.1,
     }
+
+
+@pytest.fixture
+def existing(tmp_path):
+    """An export, with a file of the user next to it."""
+    target = tmp_path / "exported"
+    publish(target, export_of(fp32=b"1" * 1000, int8=b"2" * 1000))
+    (target / "notes.txt").write_text("mine")
+    return target

@@ -28,7 +28,8 @@ def make_run(dataset: Dataset, path: Path, name: str, validation_accuracy: float
         "data": {"kind": dataset.kind, "name": dataset.name, "fingerprint": dataset.fingerprint},
     }
     folder.write_description(about | {"environment": {}})
-    line = {"epoch": 1, "validation_accuracy": validation_accuracy}
+    measured = dict.fromkeys(("train_loss", "train_accuracy", "validation_loss", "learning_rate", "seconds"), 0.5)
+    line = measured | {"epoch": 1, "validation_accuracy": validation_accuracy}
     weights = about | {"model": model.state_dict(), "epoch": 1, "validation_accuracy": validation_accuracy}
     folder.save(weights | {"history": [line]}, weights)
     return folder

@@ -7,8 +7,10 @@ from sklearn.metrics import log_loss
 from cifar_core.calibration import (
     FORMS,
     SCALE_RANGE,
+    UNCALIBRATED,
     Calibration,
     calibration_interval,
+    caution,
     choose_calibration,
     expected_calibration_error,
     fit,
@@ -119,6 +121,45 @@ def test_a_scale_of_their_own_for_the_other_classes_mends_what_one_scale_cannot(
 
 def test_few_images_get_a_temperature(logits, labels):
     assert choose_calibration(smoothed(logits)[:199], labels[:199]).form == "temperature"
+    assert "only 199 images are held out" in caution(199)
+    assert caution(200) is None
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 19])
+def test_probabilities_are_not_calibrated_on_a_handful_of_images(logits, labels, count):
+    chosen = choose_calibration(logits[:count], labels[:count])
+    np.testing.assert_allclose(chosen.probabilities(logits), softmax(logits), atol=1e-12)
+    assert chosen == UNCALIBRATED
+    assert f"only {count} images are held out, too few" in caution(count)
+
+
+@pytest.mark.parametrize(("count", "greatest"), [(20, 3), (50, 5), (100, 7)])
+def test_the_scale_stays_away_from_its_limit_where_few_images_are_all_classified_correctly(logits, count, greatest):
+    """Their cross-entropy is the least at the limit of the scale, which tells nothing about other images."""
+    few, correct = logits[:count], logits[:count].argmax(1)
+    assert fit("temperature", few, correct).scaled(few).max() > 10 * few.max()
+    assert 1 < choose_calibration(few, correct).scaled(few).max() / few.max() < greatest
+
+
+@pytest.mark.parametrize("factor", [0.5, 1.0, 2.0])
+def test_with_few_images_the_loss_on_others_hardly_ever_exceeds_that_without_calibration(logits, labels, factor):
+    others, true = factor * logits[10_000:], labels[10_000:]
+    before = loss(UNCALIBRATED, others, true)
+    excess = [
+        loss(choose_calibration(factor * logits[first : first + 20], labels[first : first + 20]), others, true) - before
+        for first in range(0, 2000, 20)
+    ]
+    assert np.mean(excess) < 0.02
+    assert np.max(excess) < 0.15
+
+
+def test_with_nearly_enough_images_the_cautious_temperature_is_the_fitted_one(logits, labels):
+    for factor in (0.5, 2.0):
+        few, true = factor * logits[:199], labels[:199]
+        cautious, fitted = (
+            each.scaled(few) / few for each in (choose_calibration(few, true), fit("temperature", few, true))
+        )
+        assert cautious.max() == pytest.approx(fitted.max(), rel=0.05)
 
 
 def test_a_form_that_is_not_needed_costs_next_to_nothing(logits, labels):

@@ -11,7 +11,7 @@ from sklearn.metrics import confusion_matrix, log_loss
 from cifar_core.calibration import expected_calibration_error
 from cifar_core.data import split
 from cifar_core.device import CPU
-from cifar_core.evaluate import EvaluationError, choose_split, evaluate, report, wilson_interval
+from cifar_core.evaluate import EvaluationError, choose_split, evaluate, main, report, wilson_interval
 from cifar_core.predictors import Predictor, predict_all, torch_predictor
 
 
@@ -181,3 +181,28 @@ def test_a_folder_that_cannot_be_made_is_an_error_before_the_evaluation(command,
     )  # fmt: skip
     assert done.returncode == 2
     assert done.stderr == f"error: {tmp_path / 'file/x'}: Not a directory; check the path and its permissions\n"
+
+
+def test_a_file_that_cannot_be_written_is_an_error_before_the_evaluation(command, tmp_path):
+    (tmp_path / "folder").mkdir()
+    done = command(
+        "cifar_core.evaluate", "--model", "missing.onnx", "--data", "synthetic:60", "--json", "folder"
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: folder cannot be written (it is a folder); name another file\n"
+
+
+@pytest.mark.parametrize("option", ["--model", "--json"])
+def test_an_empty_path_is_refused(monkeypatch, capsys, option):
+    monkeypatch.setattr("sys.argv", ["evaluate", option, ""])
+    with pytest.raises(SystemExit):
+        main()
+    assert f"argument {option}" in (said := capsys.readouterr().err)
+    assert "it is empty" in said
+
+
+def test_an_address_that_is_none_is_one_line(command):
+    done = command("cifar_core.evaluate", "--model", "grpc://localhost:99999", "--data", "synthetic:60")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: grpc://localhost:99999 is not the address of a server: the port")
+    assert done.stderr.count("\n") == 1

@@ -10,11 +10,12 @@ import torch
 from scipy.special import softmax
 
 from cifar_core import export
-from cifar_core.calibration import Calibration, choose_calibration
+from cifar_core.calibration import UNCALIBRATED, Calibration, choose_calibration
 from cifar_core.data import load_dataset, split
 from cifar_core.device import CPU
 from cifar_core.evaluate import evaluate
-from cifar_core.export import ExportError, export_run, pick_run
+from cifar_core.export import export_run
+from cifar_core.export_source import ExportError
 from cifar_core.manifest import read_manifest
 from cifar_core.parity import ParityError
 from cifar_core.predictors import load_predictor, predict_all, torch_predictor
@@ -23,6 +24,7 @@ from cifar_core.run_folder import RunFolder, load_checkpoint
 from cifar_core.train import run as train
 from cifar_core.trainer import Trainer
 from tests.cifar_core.runs import contents, make_run
+from tests.cifar_core.training import trained
 from tests.conftest import REPOSITORY
 
 
@@ -155,6 +157,42 @@ def test_the_same_weights_are_not_exported_twice(exported, run, small):
     assert (exported / "model.onnx").stat().st_ino == before
 
 
+def change_manifest(target, change):
+    manifest = json.loads((target / "manifest.json").read_text())
+    change(manifest)
+    (target / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_an_export_without_parity_is_not_taken_for_a_complete_one(before, run, small):
+    change_manifest(before, lambda manifest: manifest.pop("parity"))
+    export_run(run, small, before)
+    assert read_manifest(before).parity is not None
+
+
+def test_a_scale_that_an_earlier_version_fitted_to_a_handful_of_images_is_replaced(before, run, small):
+    def as_earlier(manifest):
+        manifest["variants"]["fp32"]["calibration"] |= {"form": "temperature", "coefficients": [20.73], "images": 7}
+
+    change_manifest(before, as_earlier)
+    export_run(run, small, before)
+    assert read_manifest(before).variants["fp32"].calibration.images == 30
+
+
+def test_a_handful_of_held_out_images_leaves_the_probabilities_as_they_are_and_a_note_says_so(tmp_path, caplog):
+    dataset = load_dataset("synthetic:72")
+    manifest = export_run(make_run(dataset, tmp_path, "deep", 0.5), dataset, tmp_path / "exported")
+    logits, probabilities = predict_all(load_predictor(tmp_path / "exported", CPU), dataset.test.images.numpy())
+    np.testing.assert_allclose(probabilities, softmax(logits, axis=1), atol=1e-6)
+    scale = manifest.variants["fp32"].calibration
+    assert (scale.form, scale.images) == ("temperature", 7)
+    assert calibration_of(manifest, "fp32") == calibration_of(manifest, "int8") == UNCALIBRATED
+    assert manifest.parity.images == 72
+    assert caplog.text.count("only 7 images are held out, too few to calibrate probabilities") == 1
+    before = (tmp_path / "exported/model.onnx").stat().st_ino
+    export_run(RunFolder(tmp_path / "deep" / "0"), dataset, tmp_path / "exported")
+    assert (tmp_path / "exported/model.onnx").stat().st_ino == before
+
+
 def test_a_damaged_export_is_written_again(run, small, tmp_path):
     target = tmp_path / "exported"
     export_run(run, small, target)
@@ -163,42 +201,6 @@ def test_a_damaged_export_is_written_again(run, small, tmp_path):
     export_run(run, small, target)
     assert contents(target)["model.onnx"][:1000] == whole["model.onnx"][:1000]
     assert len(contents(target)["model.onnx"]) == len(whole["model.onnx"])
-
-
-def trained(small, path, *overrides, validation_accuracy):
-    """A run trained for some epochs, whose history then claims this validation accuracy."""
-    recipe = get_recipe("sprint", ["batch_size=27", "sizes=", "width=4", *overrides])
-    folder = RunFolder(path / recipe.name / "0")
-    train(Trainer(recipe, small, folder, 0, CPU, "fp32"), resume=False)
-    folder.write_history([line | {"validation_accuracy": validation_accuracy} for line in folder.history()])
-    return folder
-
-
-def test_the_run_with_the_best_accuracy_on_common_held_out_images_is_exported(small, tmp_path):
-    good = trained(small, tmp_path, "epochs=6", validation_accuracy=0.6)
-    # A worse run, whose few validation images flatter it.
-    trained(small, tmp_path, "epochs=1", "learning_rate=0.001", "validation_images=20", validation_accuracy=0.9)
-    unfinished = make_run(small, tmp_path, "deep", 0.95, seed=2)
-    unfinished.write_history([])
-    assert pick_run(tmp_path, small).path == good.path
-
-
-def test_runs_without_common_held_out_images_cannot_be_compared(small, tmp_path):
-    make_run(small, tmp_path, "deep", 0.6)
-    other = make_run(small, tmp_path, "dropout-0.2", 0.6)
-    description = other.description()
-    description["recipe"]["split_seed"] = 1
-    other.write_description(description)
-    with pytest.raises(ExportError, match=r"only \d held-out images in common, .*; choose one with --run DIR"):
-        pick_run(tmp_path, small)
-
-
-def test_the_error_without_a_finished_run_says_how_to_train_one(small, tmp_path):
-    with pytest.raises(ExportError, match=r"there is no finished run on .* in this folder; train one with: make train"):
-        pick_run(tmp_path, small)
-    make_run(small, tmp_path, "deep", 0.6)  # a run on other data is no candidate
-    with pytest.raises(ExportError, match="no finished run"):
-        pick_run(tmp_path, dataclasses.replace(small, fingerprint="other"))
 
 
 @pytest.fixture
@@ -327,14 +329,6 @@ def test_the_shipped_models_have_the_test_accuracies_of_their_manifest(real, shi
 
 def test_the_shipped_int8_model_loses_at_most_three_tenths_of_a_point(shipped_accuracies):
     assert shipped_accuracies["fp32"] - shipped_accuracies["int8"] <= 0.003
-
-
-def test_weights_of_another_run_are_refused(small, tmp_path):
-    run, other = (make_run(small, tmp_path / name, "deep", 0.5, seed) for seed, name in enumerate("ab"))
-    run.best.write_bytes(other.best.read_bytes())
-    with pytest.raises(ExportError, match=r"best\.pt: these weights are not those of this run, but of deep, seed 1"):
-        export_run(run, small, tmp_path / "exported")
-    assert not (tmp_path / "exported").exists()
 
 
 def test_a_run_whose_data_got_another_name_is_exported(small, tmp_path):

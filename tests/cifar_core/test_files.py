@@ -1,10 +1,14 @@
+import argparse
+import os
 import resource
 import subprocess
 import sys
+import threading
+from pathlib import Path
 
 import pytest
 
-from cifar_core.files import FileWriteError, atomic_write, to_json
+from cifar_core.files import FileWriteError, atomic_write, check_output, path_option, to_json, write_output
 
 
 def test_a_write_that_fails_because_the_disk_is_full_leaves_the_previous_file(tmp_path):
@@ -45,3 +49,81 @@ def test_the_error_for_an_impossible_write_names_the_file_and_no_option_of_any_c
 
 def test_json_is_indented_keeps_the_order_of_keys_and_is_not_escaped():
     assert to_json({"b": "ä", "a": [1]}).decode() == '{\n  "b": "ä",\n  "a": [\n    1\n  ]\n}\n'
+
+
+def test_an_option_for_a_path_must_not_be_empty():
+    assert path_option("a/b") == Path("a/b")
+    with pytest.raises(argparse.ArgumentTypeError, match="it is empty"):
+        path_option("")
+
+
+def test_a_result_is_written_to_the_file_that_a_link_leads_to(tmp_path):
+    for target in ("real.json", "missing.json"):
+        (tmp_path / "real.json").write_text("before")
+        link = tmp_path / f"link to {target}"
+        link.symlink_to(target)
+        check_output(link)
+        write_output(link, b"{}")
+        assert link.is_symlink()
+        assert (tmp_path / target).read_bytes() == b"{}"
+
+
+def test_a_result_is_written_into_a_pipe(tmp_path):
+    pipe, read = tmp_path / "pipe", []
+    os.mkfifo(pipe)
+    reader = threading.Thread(target=lambda: read.append(pipe.read_bytes()))
+    reader.start()
+    check_output(pipe)  # does not open it, which would end the reader
+    write_output(pipe, b"{}")
+    reader.join()
+    assert read == [b"{}"]
+    assert pipe.is_fifo()
+
+
+@pytest.mark.parametrize("name", ["/dev/fd/1", "link"])
+def test_a_result_on_standard_output_follows_what_was_printed(tmp_path, name):
+    """Also if standard output is a file. The link is what /dev/stdout is, which a failing test would remove."""
+    (tmp_path / "link").symlink_to("/proc/self/fd/1")
+    script = (
+        "import pathlib, sys; from cifar_core.files import check_output, write_output\n"
+        "check_output(pathlib.Path(sys.argv[1])); print('printed', flush=True)\n"
+        "write_output(pathlib.Path(sys.argv[1]), b'result'); print('more')"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / name)]
+    with (tmp_path / "output").open("wb") as output:
+        subprocess.run(command, stdout=output, check=True)
+    assert (tmp_path / "output").read_bytes() == b"printed\nresultmore\n"
+    assert subprocess.run(command, capture_output=True, check=True).stdout == b"printed\nresultmore\n"
+    assert (tmp_path / "link").is_symlink()
+
+
+def test_a_place_for_a_result_that_cannot_be_written_is_refused_beforehand(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to("folder")
+    (tmp_path / "lost").symlink_to("missing/file")
+    reader, writer = os.pipe()
+    try:
+        places = {
+            tmp_path / "folder": "it is a folder",
+            tmp_path / "link": "it is a folder",
+            tmp_path / "lost": "No such file or directory",
+            tmp_path / ("x" * 250): "File name too long",
+            Path(f"/dev/fd/{reader}"): "Bad file descriptor",
+            Path("/dev/fd/999"): "Bad file descriptor",
+        }
+        for place, reason in places.items():
+            with pytest.raises(FileWriteError) as caught:
+                check_output(place)
+            assert str(caught.value) == f"{place} cannot be written ({reason}); name another file"
+    finally:
+        os.close(reader)
+        os.close(writer)
+    assert {path.name for path in tmp_path.iterdir()} == {"folder", "link", "lost"}
+
+
+def test_a_check_leaves_the_file_as_it_is(tmp_path):
+    (tmp_path / "file").write_text("before")
+    for name in ("file", "new", "folder/new"):
+        check_output(tmp_path / name)
+    assert (tmp_path / "file").read_text() == "before"
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "folder"}

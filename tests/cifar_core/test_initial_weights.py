@@ -1,3 +1,4 @@
+import dataclasses
 import os
 import shutil
 
@@ -84,6 +85,27 @@ def test_a_run_from_trained_weights_is_resumed_only_with_the_same_weights(traine
     assert run(trainer(initial), resume=True) == history
     with pytest.raises(RunError, match="was started with initial"):
         run(trainer(None), resume=True)
+
+
+def test_weights_that_know_images_that_the_run_holds_out_are_refused(trained, small, tmp_path, caplog):
+    name, overrides, folder = trained
+
+    def start(weights, *more):
+        return Trainer(get_recipe(name, [*overrides, *more]), small, RunFolder(tmp_path), 0, CPU, "fp32", weights)
+
+    for source in ("run", "exported"):
+        initial = read_initial_weights(folder / source)
+        start(initial)
+        with pytest.raises(InitialWeightsError, match=r"on \d+ of the 30 images .*--set split_seed=0"):
+            start(initial, "split_seed=1")
+    assert caplog.text == ""
+    unknown = dataclasses.replace(initial, trained_on=initial.trained_on._replace(fingerprint="of another folder"))
+    start(unknown, "split_seed=1")
+    assert "is not known, because its data was not the same" in caplog.text
+    caplog.clear()
+    with pytest.raises(InitialWeightsError, match="are not those of the network"):  # other classes are other images
+        start(dataclasses.replace(unknown, classes=("cat", "dog"), states=({},)))
+    assert caplog.text == ""
 
 
 def test_files_that_hold_no_usable_weights_are_refused(tmp_path):

@@ -2,6 +2,8 @@ import dataclasses
 import hashlib
 import json
 import logging
+import shutil
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -18,11 +20,18 @@ from cifar_core.publish import PublishError
 from cifar_core.recalibrate import recalibrate
 from tests.cifar_core.runs import contents, make_run
 
+MEASURED = {"openvino_precision": "fp32", "measured_with": "OpenVINO", "test_accuracy": 0.25}
+
 
 @pytest.fixture(scope="module")
-def exported(small, tmp_path_factory):
+def run(small, tmp_path_factory):
+    return make_run(small, tmp_path_factory.mktemp("runs"), "deep", 0.5)
+
+
+@pytest.fixture(scope="module")
+def exported(run, small, tmp_path_factory):
     target = tmp_path_factory.mktemp("recalibrate") / "exported"
-    export_run(make_run(small, tmp_path_factory.mktemp("runs"), "deep", 0.5), small, target)
+    export_run(run, small, target)
     return target
 
 
@@ -46,7 +55,7 @@ def with_temperature(exported, tmp_path):
         variant["sha256"] = hashlib.sha256(model.SerializeToString()).hexdigest()
         del variant["calibration"]
         variant["test_loss"] = 9.0
-    manifest["variants"]["openvino-fp32"] = manifest["variants"]["fp32"] | {"openvino_precision": "fp32"}
+    manifest["variants"]["openvino-fp32"] = manifest["variants"]["fp32"] | MEASURED
     (target / "manifest.json").write_text(json.dumps(manifest))
     return target
 
@@ -59,10 +68,10 @@ def test_an_export_with_a_temperature_gets_the_calibration_that_exporting_its_ru
     logits = onnx_predictor(with_temperature / "model.onnx", CPU).predict(images)[0]
     manifest = recalibrate(with_temperature, small)
     assert manifest == read_manifest(with_temperature)
-    assert manifest.variants.keys() == {"fp32", "int8"}
     assert manifest.temperature is None
     assert manifest.model_version == before.model_version
-    for name, variant in manifest.variants.items():
+    for name in ("fp32", "int8"):
+        variant = manifest.variants[name]
         assert before.variants[name].test_loss == 9.0
         scale, expected = variant.calibration, wanted.variants[name].calibration
         assert (scale.form, scale.images) == (expected.form, expected.images)
@@ -74,11 +83,50 @@ def test_an_export_with_a_temperature_gets_the_calibration_that_exporting_its_ru
     np.testing.assert_allclose(probabilities, from_run, atol=1e-5)
 
 
+def test_what_was_measured_of_the_logits_is_kept_and_a_warning_says_what_was_not(with_temperature, small, caplog):
+    before = read_manifest(with_temperature)
+    after = recalibrate(with_temperature, small)
+    previous, variant = before.variants["openvino-fp32"], after.variants["openvino-fp32"]
+    for field in ("test_accuracy", "test_images", "test_loss_before", "test_ece_before", "measured_with"):
+        assert getattr(variant, field) == getattr(previous, field) is not None
+    assert (variant.sha256, variant.calibration) == (after.variants["fp32"].sha256, after.variants["fp32"].calibration)
+    assert variant.test_loss is variant.test_ece is variant.test_ece_equal_mass is None
+    assert variant.openvino_precision == "fp32"
+    assert f"python -m cifar_core.measure_openvino --export {with_temperature}" in caplog.text
+    assert after.parity is None
+    assert f"python -m cifar_core.export --run DIR --output {with_temperature}" in caplog.text
+
+
+def test_a_calibration_that_does_not_change_keeps_all_measurements(exported, tmp_path, small, caplog):
+    target = tmp_path / "exported"
+    shutil.copytree(exported, target)
+    manifest = json.loads((target / "manifest.json").read_text())
+    manifest["variants"]["openvino-fp32"] = manifest["variants"]["fp32"] | MEASURED
+    (target / "manifest.json").write_text(json.dumps(manifest))
+    before = read_manifest(target)
+    after = recalibrate(target, small)
+    assert after.parity == before.parity is not None
+    assert after.variants["openvino-fp32"] == before.variants["openvino-fp32"]
+    assert "removed" not in caplog.text
+
+
+def test_exporting_the_run_after_that_compares_with_torch_again(run, with_temperature, small):
+    recalibrate(with_temperature, small)
+    assert export_run(run, small, with_temperature).parity is not None
+
+
 def test_recalibrating_twice_changes_nothing(with_temperature, small):
     first = recalibrate(with_temperature, small)
     kept = contents(with_temperature)
     assert recalibrate(with_temperature, small) == first
     assert contents(with_temperature) == kept
+
+
+def test_the_current_folder_is_refused_before_anything_is_computed(with_temperature, small, monkeypatch):
+    monkeypatch.chdir(with_temperature)
+    monkeypatch.setattr("cifar_core.recalibrate.choose_calibration", None)
+    with pytest.raises(PublishError, match="is the current folder"):
+        recalibrate(Path(), small)
 
 
 def test_other_data_and_a_damaged_export_are_refused_and_nothing_changes(with_temperature, small, caplog):

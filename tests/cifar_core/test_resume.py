@@ -210,6 +210,24 @@ def test_a_run_that_was_killed_while_it_first_saved_starts_anew(small, tmp_path)
     assert_same_run(RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "killed"))
 
 
+def test_a_finished_run_in_a_folder_that_cannot_be_written_to_stays_finished(small, tmp_path):
+    history = run(make_trainer(small, tmp_path), resume=False)
+    (tmp_path / ".lock").unlink()
+    (tmp_path / ".lock").mkdir()  # now the folder cannot be locked, as on a read-only file system
+    assert run(make_trainer(small, tmp_path), resume=True) == history
+    with pytest.raises(RunError, match="cannot be written to"):
+        run(make_trainer(small, tmp_path), resume=False)
+
+
+def test_a_run_whose_recipe_this_version_cannot_read_is_named(small, tmp_path):
+    run(make_trainer(small, tmp_path), resume=False)
+    description = RunFolder(tmp_path).description()
+    description["recipe"]["layers"] = 3
+    RunFolder(tmp_path).write_description(description)
+    with pytest.raises(RunError, match=rf"{tmp_path}: this version has no recipe value 'layers'"):
+        run(make_trainer(small, tmp_path), resume=True)
+
+
 @pytest.mark.parametrize("epochs", [1, 2])
 def test_a_damaged_history_is_written_again_from_the_last_state(small, tmp_path, epochs):
     trainer = make_trainer(small, tmp_path)

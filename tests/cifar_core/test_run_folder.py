@@ -8,14 +8,24 @@ import pytest
 import torch
 
 from cifar_core.files import FileWriteError
-from cifar_core.run_folder import RunError, RunFolder, best_epoch, default_folder, finished_runs, load_checkpoint
+from cifar_core.recipes import KEYS, get_recipe
+from cifar_core.run_folder import (
+    RunError,
+    RunFolder,
+    best_epoch,
+    default_folder,
+    finished_runs,
+    folder_name,
+    load_checkpoint,
+)
 
 ABOUT = {"recipe": {"name": "r", "epochs": 2}, "seed": 0, "precision": "fp32", "classes": ["a", "b"]}
-ABOUT["data"] = {"fingerprint": "f"}
+ABOUT["data"] = {"name": "pictures", "fingerprint": "f"}
 
 
 def line(epoch, accuracy):
-    return {"epoch": epoch, "validation_accuracy": accuracy}
+    measured = dict.fromkeys(("train_loss", "train_accuracy", "validation_loss", "learning_rate", "seconds"), 0.5)
+    return measured | {"epoch": epoch, "validation_accuracy": accuracy}
 
 
 @pytest.fixture
@@ -91,24 +101,86 @@ def test_the_first_of_several_equally_good_epochs_is_the_best():
 
 @pytest.mark.parametrize(
     "content",
-    ["", "{", "[]", json.dumps({"recipe": {}}), json.dumps(ABOUT | {"recipe": 1}), json.dumps(ABOUT | {"data": {}})],
+    [
+        "",
+        "{",
+        "[]",
+        "[" * 100_000,
+        json.dumps({"recipe": {}}),
+        json.dumps(ABOUT | {"recipe": 1}),
+        json.dumps(ABOUT | {"recipe": {}}),
+        json.dumps(ABOUT | {"recipe": {"name": "r", "epochs": "2"}}),
+        json.dumps(ABOUT | {"data": {}}),
+        json.dumps(ABOUT | {"data": {"fingerprint": "f"}}),
+        json.dumps(ABOUT | {"initial": "weights"}),
+        json.dumps(ABOUT | {"teacher": {"name": "t"}}),
+        json.dumps(ABOUT | {"environment": []}),
+    ],
 )
 def test_a_damaged_description_is_refused(folder, content):
     (folder.path / "recipe.json").write_text(content)
-    with pytest.raises(RunError, match=r"recipe\.json: this file is (damaged|incomplete)"):
-        folder.description()
+    for read in (folder.description, folder.is_finished):
+        with pytest.raises(RunError, match=r"recipe\.json: this file is (damaged|incomplete)"):
+            read()
 
 
 def test_a_missing_description_and_a_damaged_history_are_named(folder, tmp_path):
     with pytest.raises(RunError, match="not a run folder, because it has no recipe"):
         RunFolder(tmp_path).description()
-    for content in ('{"epoch": 1}\n{"ep', "1\n2\n"):
-        (folder.path / "history.jsonl").write_text(content)
+    for content in damaged_histories():
+        (folder.path / "history.jsonl").write_bytes(content)
         with pytest.raises(RunError, match=r"history\.jsonl: this file is damaged .* put it back, or remove"):
             folder.history()
-    folder.last.touch()
-    with pytest.raises(RunError, match="--resume rewrites it"):
+
+
+def damaged_histories():
+    """Contents of history.jsonl that are not those of epochs 1, 2, …"""
+    first, second = (json.dumps(line(epoch, 0.5)).encode() for epoch in (1, 2))
+    lacking = json.dumps({"epoch": 1, "validation_accuracy": 0.5}).encode()
+    words = json.dumps(line(1, "high")).encode()
+    cut, twice = first + b"\n" + second[:9], first + b"\n" + first
+    return cut, twice, second, lacking, words, b"1\n2\n", b"\xff\xfe\n", b"[" * 100_000
+
+
+def test_a_damaged_history_is_read_from_the_last_state_with_a_warning(folder, caplog):
+    lines = [line(1, None), line(2, 0.5)]
+    folder.save(ABOUT | {"model": {}, "epoch": 2, "history": lines}, None)
+    for content in damaged_histories():
+        (folder.path / "history.jsonl").write_bytes(content)
+        caplog.clear()
+        again = RunFolder(folder.path)
+        assert again.history() == lines
+        assert again.is_finished()
+        assert len(caplog.messages) == 1  # one warning, however often it is read
+        assert "the history in last.pt is used, and training with --resume writes the file anew" in caplog.text
+    (folder.path / "history.jsonl").unlink()
+    assert folder.history() == []
+
+
+@pytest.mark.parametrize("history", [None, "two", [line(2, 0.5)]])
+def test_a_damaged_history_without_a_usable_last_state_is_refused(folder, history):
+    (folder.path / "history.jsonl").write_text("damaged")
+    torch.save(ABOUT | {"model": {}, "epoch": 2, "history": history}, folder.last)
+    with pytest.raises(RunError, match=r"this file is damaged .*last\.pt holds no history; put one of them back"):
         folder.history()
+    folder.last.write_text("damaged")
+    with pytest.raises(RunError, match=r"this file is damaged .*, and so is last\.pt; put one of them back, or remove"):
+        folder.is_finished()
+
+
+def test_a_name_that_is_too_long_for_a_file_system_is_cut_and_stays_unique():
+    long = "small" + "".join(f"+{key}=0.1234567" for key in KEYS[1:])
+    names = {folder_name(recipe, initial) for recipe in (long, long + "8") for initial in (None, "a" * 64, "b" * 64)}
+    assert len(names) == 6
+    assert all(len(name.encode()) <= 255 for name in names)
+    assert all(name.startswith("small+dropout=0.1234567+") for name in names)
+    assert folder_name(long, "a" * 64).endswith("+init=aaaaaaaa")
+    assert folder_name(long) == folder_name(long)
+    # The cut is between two changes, although a value may contain a plus.
+    sizes = ",".join(["32:1"] * 60)
+    recipe = get_recipe("deep-fast", [f"sizes={sizes}", "learning_rate=1e+30"])
+    assert folder_name(recipe.name).startswith("deep-fast+learning_rate=1e+30+rest=")
+    assert folder_name("x" * 255) == "x" * 255
 
 
 def test_a_folder_that_cannot_be_created_is_named(tmp_path):

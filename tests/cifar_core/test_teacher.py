@@ -84,7 +84,7 @@ def test_a_teacher_that_was_trained_on_images_that_the_run_holds_out_is_refused(
     teacher = read_teacher(teacher_run.path, CPU)  # of 300 images, both hold out 30
     with pytest.raises(
         TeacherError,
-        match=r"on \d+ of the 30 images .*split_seed=0, and this run 2500 and 1: make them equal",
+        match=r"on \d+ of the 30 images .*with --set validation_images=1000 --set split_seed=0",
     ):
         student(small, tmp_path, teacher, "distillation=0.9", "split_seed=1")
     fewer = student(small, tmp_path, teacher, "distillation=0.9", "validation_images=20")

@@ -1,5 +1,6 @@
 import contextlib
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import pytest
 from PIL import Image
 
 from cifar_core.data import split
-from cifar_core.run_folder import RunFolder, load_checkpoint
+from cifar_core.run_folder import RunFolder, finished_runs, load_checkpoint
 from cifar_core.train import main
 from tests.cifar_core.training import assert_same_run
 from tests.conftest import command_line, environment, prepared
@@ -184,6 +185,72 @@ def test_without_bf16_units_fp32_is_the_default_and_the_command_says_so(
         said = train("--resume")
         assert "already finished" in said
         assert "note:" not in said
+
+
+TINY = ["sprint", "--set", "epochs=1", "--set", "width=4", "--data", "synthetic:50", "--device", "cpu"]
+
+
+def train(monkeypatch, capsys, runs, *options):
+    """Trains a tiny run in this process. Returns what the command prints."""
+    monkeypatch.setattr("sys.argv", ["train", *TINY, "--runs", str(runs), *map(str, options)])
+    assert main() == 0
+    return capsys.readouterr().out
+
+
+def test_a_finished_bf16_run_with_a_damaged_history_is_mended_on_a_processor_without_bf16(
+    tmp_path, monkeypatch, capsys, processor_with
+):
+    processor_with("avx2")
+    train(monkeypatch, capsys, tmp_path, "--precision", "bf16")
+    history = folder_of(tmp_path).path / "history.jsonl"
+    before = history.read_bytes()
+    history.write_text("damaged")
+    said = train(monkeypatch, capsys, tmp_path, "--resume")
+    assert "already finished" in said
+    assert "note:" not in said
+    assert history.read_bytes() == before
+
+
+def test_resuming_names_the_run_that_started_from_other_weights(tmp_path, monkeypatch, capsys):
+    for seed in (1, 2):
+        train(monkeypatch, capsys, tmp_path / "weights", "--seed", seed)
+    first, second = (tmp_path / "weights/sprint+epochs=1+width=4" / str(seed) for seed in (1, 2))
+    runs = tmp_path / "runs"
+    assert "is a new run" not in train(monkeypatch, capsys, runs, "--init", first, "--resume")
+    (there,) = runs.glob("*/0")
+    for options in (["--init", second], []):
+        said = train(monkeypatch, capsys, runs, *options, "--resume")
+        assert re.search(rf"is a new run; .*{re.escape(str(there))}.* has the same recipe and seed, but started", said)
+        assert "is a new run" not in train(monkeypatch, capsys, runs, *options, "--resume")
+    assert len(list(runs.glob("*/0"))) == 3
+    for options in (["--seed", 1], ["--set", "dropout=0.1"]):
+        said = train(monkeypatch, capsys, runs, "--init", second, "--resume", *options)
+        assert "is a new run" not in said, options
+
+
+def test_a_run_with_many_changed_values_is_trained_resumed_and_found_by_other_commands(command, tmp_path):
+    values = {
+        "epochs": 1, "batch_size": 20, "learning_rate": 0.0123456, "momentum": 0.654321, "validation_images": 7,
+        "output_learning_rate": 0.0123, "bias_learning_rate": 3.21, "warmup": 0.123, "label_smoothing": 0.123,
+        "translate": 2, "cutout": 3, "brightness": 0.12, "contrast": 0.12, "weight_decay": 0.00123, "dropout": 0.0123,
+        "statistics_images": 20, "validated_epochs": 0,
+    }  # fmt: skip
+    changes = [text for key, value in values.items() for text in ("--set", f"{key}={value}")]
+    trained = command("cifar_core.train", "small", "--data", "synthetic:100", *changes)
+    assert trained.returncode == 0, trained.stderr
+    (folder,) = (tmp_path / "synthetic/runs").glob("*/0")
+    recipe = RunFolder(folder).description()["recipe"]["name"]
+    assert len(recipe.encode()) > 255
+    again = command("cifar_core.train", "small", "--data", "synthetic:100", *changes, "--resume")
+    assert "already finished" in again.stdout
+    swept = command("cifar_core.sweep", "small", "--data", "synthetic:100", *changes)
+    assert "1 runs, 1 of them finished already" in swept.stdout
+    reported = command("cifar_core.report", "--runs", "synthetic/runs", "--keep", "kept")
+    assert reported.returncode == 0, reported.stderr
+    assert f"| {folder.parent.name} | " in (tmp_path / "reports/results.md").read_text()
+    assert "--set brightness=0.12 --set contrast=0.12" in (tmp_path / "reports/results.md").read_text()
+    assert (tmp_path / "kept/fp32" / folder.parent.name / "0/history.jsonl").exists()
+    assert finished_runs(tmp_path / "synthetic/runs")[0].path == folder
 
 
 def test_neither_training_nor_evaluating_loads_what_takes_seconds_and_is_not_needed(tmp_path):

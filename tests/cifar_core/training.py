@@ -5,6 +5,7 @@ import torch
 from cifar_core.device import CPU
 from cifar_core.recipes import get_recipe
 from cifar_core.run_folder import RunFolder, load_checkpoint
+from cifar_core.train import run
 from cifar_core.trainer import Trainer
 
 
@@ -26,3 +27,12 @@ def assert_same_run(one, other):
                 assert torch.equal(state["momentum_buffer"], right["optimizer"]["state"][key]["momentum_buffer"])
     histories = [[{**line, "seconds": 0} for line in folder.history()] for folder in (one, other)]
     assert histories[0] == histories[1]
+
+
+def trained(dataset, path, *overrides, validation_accuracy):
+    """A run trained for some epochs, whose history then claims this validation accuracy."""
+    recipe = get_recipe("sprint", ["batch_size=27", "sizes=", "width=4", *overrides])
+    folder = RunFolder(path / recipe.name / "0")
+    run(Trainer(recipe, dataset, folder, 0, CPU, "fp32"), resume=False)
+    folder.write_history([line | {"validation_accuracy": validation_accuracy} for line in folder.history()])
+    return folder

@@ -5,48 +5,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cifar_core.calibration import Calibration
-from cifar_core.calibration_graph import add_calibration, without_calibration
-from cifar_core.export import export_run
-from cifar_core.recipes import RECIPES
-from cifar_core.run_folder import RunError
 from cifar_core.study.markdown import markdown_table, percent
-from cifar_core.study.report import CALIBRATION, HISTORIES, NEW_DOCUMENT, fill, measure_calibration, write_report
+from cifar_core.study.report import HISTORIES, NEW_DOCUMENT, fill, write_report
 from cifar_core.study.runs import ReportError, main_rows, read_runs, rows_of
-from cifar_core.study.tables import claim_table, study_table
-from tests.cifar_core.runs import make_run
+from cifar_core.study.tables import accuracy_tables, claim_table
+from tests.cifar_core.study.made_up_runs import history, weights, write_run
 from tests.conftest import REPOSITORY
 
 COMMITTED = REPOSITORY / HISTORIES
-DATA = {"kind": "folder", "name": "pictures", "fingerprint": "a" * 64}
-
-
-def history(best, epochs=20, at=18, last=None, loss_rises_after=13):
-    """A made-up history whose validation accuracy is best at one epoch, and `last` in all others."""
-    return [
-        {
-            "epoch": epoch,
-            "train_loss": 2 - 1.8 * epoch / epochs,
-            "train_accuracy": 0.2 + 0.75 * epoch / epochs,
-            "validation_loss": 1 + 0.1 * abs(epoch - loss_rises_after),
-            "validation_accuracy": best if epoch == at else (last if last is not None else best - 0.01),
-            "learning_rate": 0.001,
-            "seconds": 30.0,
-        }
-        for epoch in range(1, epochs + 1)
-    ]
-
-
-def write_run(runs, recipe, lines, seed=0, precision="fp32", data=DATA, test=None):
-    folder = runs / recipe / str(seed)
-    folder.mkdir(parents=True)
-    values = RECIPES[recipe.partition("+")[0]].values() | {"name": recipe, "epochs": len(lines)}
-    about = {"recipe": values, "seed": seed, "precision": precision, "data": data, "classes": ["a", "b"]}
-    (folder / "recipe.json").write_text(json.dumps(about))
-    (folder / "history.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    if test is not None:
-        (folder / "test.json").write_text(json.dumps({"accuracy": test, "per_class": {"a": test, "b": test}}))
-    return folder
 
 
 def pixels(file):
@@ -71,7 +37,7 @@ def test_the_committed_report_is_generated_from_the_committed_histories(tmp_path
 def test_the_report_needs_neither_data_nor_weights_and_names_data_and_commands(tmp_path):
     for seed, best in enumerate((0.75, 0.76, 0.77)):
         write_run(tmp_path, "dropout-0.2", history(best, at=16 + seed), seed, "bf16", test=best - 0.0213)
-    table = study_table(main_rows(rows_of(read_runs(tmp_path))))
+    table = accuracy_tables(main_rows(rows_of(read_runs(tmp_path))))
     assert "| dropout-0.2 | 77.8 % (18) | 76.0 ± 1.0 (16, 17, 18) | -1.8 |" in table
     assert "| 74.95 % | 73.87 ± 1.00 | -1.1 | 3 | bf16 | 10 |" in table
     assert "`train dropout-0.2 --precision bf16 --seed N`, N = 0, 1, 2" in table
@@ -86,12 +52,30 @@ def test_the_table_has_the_precision_with_more_seeds(tmp_path):
     assert (rows["baseline"].precision, len(rows["baseline"].runs)) == ("bf16", 2)
 
 
-def test_unfinished_runs_are_left_out(tmp_path):
+def test_other_recipes_have_a_table_of_their_own(tmp_path):
+    write_run(tmp_path, "small+epochs=3", history(0.5, epochs=3, at=3), test=0.45)
+    write_run(tmp_path, "fine-tune", history(0.6), seed=3, initial=weights("deep-fast-0-1234abcd", "c"))
+    tables = accuracy_tables(main_rows(rows_of(read_runs(tmp_path))))
+    assert tables.startswith("None of the study's recipes was trained.\n\nOther recipes")
+    assert (
+        "| small+epochs=3 | 50.0 (3) | 50.0 | 45.00 | 1 | fp32 | 1.5 | `train small --set epochs=3 --seed N`, N = 0 |"
+        in tables
+    )
+    name = "fine-tune+init=cccccccc"
+    command = "`train fine-tune --init INIT --seed N`, N = 3; INIT = deep-fast-0-1234abcd"
+    assert f"| {name} | 59.0 (20) | 59.0 | – | 1 | fp32 | 10.0 | {command} |" in tables
+
     write_run(tmp_path, "baseline", history(0.7))
-    unfinished = write_run(tmp_path, "dropout-0.2", history(0.7))
-    lines = (unfinished / "history.jsonl").read_text().splitlines(keepends=True)
-    (unfinished / "history.jsonl").write_text("".join(lines[:-1]))
-    assert [run.recipe.name for run in read_runs(tmp_path)] == ["baseline"]
+    tables = accuracy_tables(main_rows(rows_of(read_runs(tmp_path))))
+    assert tables.index("| baseline | 73.6 % (12) |") < tables.index("Other recipes") < tables.index(f"| {name} |")
+    document = write_report(read_runs(tmp_path), tmp_path / "report").read_text()
+    assert tables in document
+
+
+def test_a_value_with_a_plus_stays_whole_in_the_command(tmp_path):
+    write_run(tmp_path, "deep+learning_rate=1e+30+momentum=0.5", history(0.1))
+    tables = accuracy_tables(main_rows(rows_of(read_runs(tmp_path))))
+    assert "`train deep --set learning_rate=1e+30 --set momentum=0.5 --seed N`" in tables
 
 
 def claims_of_study(runs, **changes):
@@ -154,22 +138,6 @@ def test_a_document_without_its_markers_is_refused():
         fill("# Results\n", {"table": "one"})
 
 
-def test_a_folder_without_runs_or_with_runs_on_different_data_is_refused(tmp_path):
-    with pytest.raises(ReportError, match="there is no finished run in this folder"):
-        read_runs(tmp_path)
-    write_run(tmp_path, "baseline", history(0.7))
-    write_run(tmp_path, "deep", history(0.7), data=DATA | {"name": "others", "fingerprint": "b" * 64})
-    with pytest.raises(ReportError, match=r"different data, others \(bbbbbbbbbbbb\), pictures \(aaaaaaaaaaaa\)"):
-        read_runs(tmp_path)
-
-
-@pytest.mark.parametrize("content", ["{", "[]", '{"accuracy": 1}'])
-def test_a_damaged_test_result_is_refused_by_name(tmp_path, content):
-    (write_run(tmp_path, "baseline", history(0.7)) / "test.json").write_text(content)
-    with pytest.raises(RunError, match=r"test\.json: .*remove it"):
-        read_runs(tmp_path)
-
-
 def test_accuracies_are_shown_as_mean_and_sample_standard_deviation():
     assert percent([0.70, 0.72, 0.74]) == "72.0 ± 2.0"
     assert percent([0.7495], 2) == "74.95"
@@ -217,26 +185,3 @@ def test_the_command_evaluates_each_run_once_and_keeps_figures_that_show_images_
 def test_a_markdown_table_keeps_its_cells_as_they_are():
     table = markdown_table(("name", "value"), [("a", "007"), ("longer", "1.50")])
     assert table == "| name | value |\n| --- | --- |\n| a | 007 |\n| longer | 1.50 |"
-
-
-def test_a_run_whose_recipe_cannot_be_read_is_named(tmp_path):
-    folder = write_run(tmp_path, "baseline", history(0.7))
-    description = json.loads((folder / "recipe.json").read_text())
-    description["recipe"]["layers"] = 3
-    (folder / "recipe.json").write_text(json.dumps(description))
-    with pytest.raises(RunError, match=r"recipe\.json: this version has no recipe value 'layers'; train again"):
-        read_runs(tmp_path)
-
-
-def test_the_calibration_is_measured_again_when_the_graph_has_a_new_one(small, tmp_path):
-    export_run(make_run(small, tmp_path, "deep", 0.5), small, tmp_path / "exported")
-    graph, file = tmp_path / "exported/model.onnx", tmp_path / CALIBRATION
-    measure_calibration(graph, small, file)
-    first, modified = json.loads(file.read_bytes()), file.stat().st_mtime_ns
-    measure_calibration(graph, small, file)
-    assert file.stat().st_mtime_ns == modified  # not measured again
-    graph.write_bytes(add_calibration(without_calibration(graph.read_bytes()), Calibration("temperature", (0.5,))))
-    measure_calibration(graph, small, file)
-    second = json.loads(file.read_bytes())
-    assert second["model"] == first["model"]
-    assert second["loss"] != first["loss"]
