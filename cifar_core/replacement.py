@@ -35,21 +35,19 @@ def replace_files(folder: Path, files: Mapping[str, bytes], replaced: Set[str]) 
     """Replaces files of a folder all at once. The folder keeps its owner and mode, and so does each file with its name.
 
     Args:
-        folder: the folder itself and not a link to it; it need not exist. Its parent must exist.
+        folder: the folder itself and not a link to it, checked with `check_movable`; it need not exist, but its parent.
         files: content by file name.
         replaced: names of the files to remove; those of `files` are removed, too.
 
     Raises:
-        OSError: The files cannot be written, or something else cannot be kept. The folder is unchanged.
+        OSError: The files cannot be written. The folder is unchanged.
         LeftBehind: The files were written, but something else is in another folder now.
     """
     replaced = replaced | files.keys()
     exists = folder.exists()
-    if exists:
-        check_movable(folder)
     staging = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}")
     staging.mkdir(mode=0o700 if exists else 0o777)
-    number, linked = staging.stat().st_ino, dict[str, int]()
+    linked: dict[str, int] = {}
     try:
         if exists:
             _copy_attributes(folder, staging)
@@ -61,10 +59,8 @@ def replace_files(folder: Path, files: Mapping[str, bytes], replaced: Set[str]) 
         if exists or not _rename(staging, folder):
             _exchange(staging, folder)
     finally:
-        # The number says whether the folders were swapped, also if a signal arrived right after that.
-        if _number(staging) == number:
-            _discard(staging, files.keys() | linked.keys())
-        elif staging.exists():
+        # Either the previous folder or, if something failed, the new one, of which nothing is needed then.
+        if staging.exists():
             _move_others(staging, folder, replaced, linked)
     with contextlib.suppress(OSError):  # the new files are in place already
         sync_folder(folder.parent)
@@ -88,7 +84,7 @@ def mount_points() -> set[str]:
 
 
 def check_movable(folder: Path) -> None:
-    """Checks that `replace_files` can keep everything else in a folder.
+    """Checks that `replace_files` can keep everything in a folder.
 
     Raises:
         OSError: Something in it cannot be moved; the message names it.
@@ -158,14 +154,6 @@ def _number(path: Path) -> int | None:
         return None
 
 
-def _discard(staging: Path, names: Set[str]) -> None:
-    """Removes a new folder that was not needed. It contains new files and second names of others."""
-    with contextlib.suppress(OSError):
-        for name in names:
-            (staging / name).unlink(missing_ok=True)
-        staging.rmdir()
-
-
 def _move_others(source: Path, target: Path, replaced: Set[str], linked: Mapping[str, int]) -> None:
     """Moves what is not in the new folder yet out of the previous one, and removes that.
 
@@ -209,7 +197,7 @@ def _move(entry: Path, place: Path, remove: bool, linked: int | None) -> bool:
         remove: whether it is a file that was replaced.
         linked: the inode number of the file that got a second name at `place`.
     """
-    if remove or _number(entry) == linked:
+    if remove or _number(entry) in (linked, _number(place)):  # the file has a second name at the place, or had one
         entry.unlink()
     elif _number(place) in (None, linked):
         entry.rename(place)

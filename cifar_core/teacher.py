@@ -17,9 +17,8 @@ from cifar_core.data import Dataset
 from cifar_core.errors import CifarError
 from cifar_core.files import atomic_write
 from cifar_core.held_out import TrainedOn, reason_against
-from cifar_core.predictors import Predictor, load_predictor, predict_all
+from cifar_core.predictors import Predictor, load_predictor, model_file, predict_all
 from cifar_core.recipe import Recipe
-from cifar_core.run_folder import RunFolder
 
 
 class TeacherError(CifarError):
@@ -97,13 +96,13 @@ def read_teacher(source: Path, device: torch.device) -> Teacher:
     """Reads a teacher.
 
     Args:
-        source: a run folder, a .pt file or an .onnx file.
+        source: a run folder, an export, a .pt file or an .onnx file.
         device: the device to compute on.
 
     Raises:
         RunError, PredictorError: The teacher is missing, damaged or not of this project.
     """
-    file = RunFolder(source).best if source.is_dir() else source
+    file = model_file(source)
     predictor = load_predictor(file, device)
     return Teacher(predictor, hashlib.sha256(file.read_bytes()).hexdigest())
 

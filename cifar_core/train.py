@@ -178,7 +178,7 @@ def add_weights_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--teacher",
         type=path_option,
-        metavar="RUN|FILE",
+        metavar="RUN|exported|FILE",
         help="trained model whose outputs are learned in addition to the labels, for recipes with distillation above 0",
     )
 

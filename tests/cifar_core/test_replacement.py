@@ -198,6 +198,22 @@ def test_exports_into_one_folder_at_the_same_time_keep_all_other_files(existing)
     assert not replacement.leftovers(existing)
 
 
+def test_of_two_first_exports_at_the_same_time_the_later_one_stays(tmp_path, monkeypatch):
+    target, sync_folder = tmp_path / "exported", replacement.sync_folder
+
+    def sync_late(folder):
+        if folder != tmp_path and not target.exists():
+            monkeypatch.undo()
+            publish(target, export_of(fp32=b"1", int8=b"2"))
+            (target / "notes.txt").write_text("mine")
+        sync_folder(folder)
+
+    monkeypatch.setattr(replacement, "sync_folder", sync_late)
+    publish(target, export_of(fp32=b"3", int8=b"4"))
+    assert contents(target) == export_of(fp32=b"3", int8=b"4") | {"notes.txt": b"mine"}
+    assert [path.name for path in tmp_path.iterdir()] == ["exported"]
+
+
 def test_a_read_only_folder_or_file_is_respected(existing):
     """A file without write permission may be replaced, as by mv; a folder without it may not."""
     (existing / "model.onnx").chmod(0o444)

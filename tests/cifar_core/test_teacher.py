@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from cifar_core.device import CPU
+from cifar_core.manifest import read_manifest
 from cifar_core.predictors import predict_all
 from cifar_core.recipes import get_recipe
 from cifar_core.run_folder import RunFolder
@@ -12,6 +13,7 @@ from cifar_core.teacher import TeacherError, distillation_loss, read_teacher
 from cifar_core.train import run
 from cifar_core.trainer import Trainer
 from tests.cifar_core.training import make_trainer
+from tests.conftest import REPOSITORY
 
 SMALL = ["epochs=2", "batch_size=27", "sizes=", "validated_epochs=0"]
 
@@ -91,3 +93,9 @@ def test_a_teacher_that_was_trained_on_images_that_the_run_holds_out_is_refused(
     assert len(fewer.validation) == 20
     elsewhere = dataclasses.replace(teacher, predictor=dataclasses.replace(teacher.predictor, trained_on="others"))
     student(small, tmp_path, elsewhere, "distillation=0.9", "split_seed=1")
+
+
+def test_the_folder_of_an_export_is_a_teacher():
+    teacher = read_teacher(REPOSITORY / "exported", CPU)
+    assert teacher.digest == read_manifest(REPOSITORY / "exported").variant("fp32").sha256
+    assert teacher.predictor.name.startswith("deep-distilled-0-")
