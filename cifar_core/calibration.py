@@ -219,10 +219,13 @@ def choose_calibration(logits: Floats, labels: Integers) -> Calibration:
 
 
 def caution(images: int) -> str | None:
-    """Why a calibration on this number of images is cautious, as a note for the user; None if it is not."""
+    """Why a calibration on this number of held-out images is cautious, as a note for the user; None if it is not."""
     if images >= SMALLEST_SAMPLE:
         return None
-    way = f"{SMALLEST_SAMPLE} are enough for more: add images, of which a tenth can be held out"
+    way = (
+        f"with {SMALLEST_SAMPLE} or more, the form of the calibration is chosen among several: train with a larger "
+        "validation_images, of which a tenth of the training images is the limit, or add images"
+    )
     if images < SMALLEST_FIT:
         return f"only {images} images are held out, too few to calibrate probabilities, which stay as they are; {way}"
     return f"only {images} images are held out, so the probabilities get one temperature, which is kept near 1; {way}"

@@ -18,6 +18,9 @@ import numpy.typing as npt
 from scipy.special import softmax
 
 from cifar_core.calibration import (
+    PRIOR_DEVIATION,
+    SMALLEST_SAMPLE,
+    Calibration,
     calibration_interval,
     expected_calibration_error,
     negative_log_likelihood,
@@ -27,6 +30,7 @@ from cifar_core.data import Dataset, Images, add_data_argument, load_dataset, sp
 from cifar_core.device import DEVICES, choose_device
 from cifar_core.errors import CifarError, program_name, run_command
 from cifar_core.files import check_output, not_empty, path_option, to_json, write_output
+from cifar_core.manifest import CalibrationScale
 from cifar_core.predictors import BATCH, Floats, Predictor, load_predictor, predict_all
 from cifar_core.run_folder import default_folder
 
@@ -149,6 +153,20 @@ def manifest_fields(result: dict[str, Any]) -> dict[str, Any]:
         "test_ece_before": calibration["ece_before"],
         "test_ece_equal_mass": calibration["ece_equal_mass"],
     }
+
+
+def manifest_scale(calibration: Calibration, images: int, chose_epoch: bool) -> CalibrationScale:
+    """The entry of a calibration in the manifest.
+
+    Args:
+        calibration: as `choose_calibration` returned it.
+        images: number of held-out images that it was fitted on.
+        chose_epoch: whether these images also chose the epoch.
+    """
+    scale = CalibrationScale(
+        form=calibration.form, coefficients=calibration.coefficients, images=images, chose_epoch=chose_epoch
+    )
+    return scale.model_copy(update={"prior_deviation": PRIOR_DEVIATION}) if images < SMALLEST_SAMPLE else scale
 
 
 def _calibration(probabilities: Doubles, logits: Floats | None, labels: Int64) -> dict[str, Any]:

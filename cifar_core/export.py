@@ -22,19 +22,24 @@ import onnx
 import onnxruntime
 import torch
 
-from cifar_core.calibration import SMALLEST_FIT, UNCALIBRATED, Calibration, caution, choose_calibration
+from cifar_core.calibration import (
+    PRIOR_DEVIATION,
+    SMALLEST_SAMPLE,
+    UNCALIBRATED,
+    caution,
+    choose_calibration,
+)
 from cifar_core.calibration_graph import add_calibration
 from cifar_core.data import Dataset, add_data_argument, load_dataset
 from cifar_core.device import CPU
 from cifar_core.errors import program_name, run_command
-from cifar_core.evaluate import check_classes, choose_split, evaluate, manifest_fields
+from cifar_core.evaluate import check_classes, choose_split, evaluate, manifest_fields, manifest_scale
 from cifar_core.export_source import ExportError, check_run, check_weights, pick_run
 from cifar_core.files import path_option
 from cifar_core.int8 import WEIGHT_BITS
 from cifar_core.manifest import (
     FILE_NAME,
     SCHEMA_VERSION,
-    CalibrationScale,
     Data,
     Manifest,
     ManifestError,
@@ -152,7 +157,7 @@ def export_run(run: RunFolder, dataset: Dataset, target: Path, data: str | None 
     note = caution(len(comparison.labels))
     if note is not None:
         logger.warning("%s", note)
-    scale = _scale(calibration, comparison, chose_epoch)
+    scale = manifest_scale(calibration, len(comparison.labels), chose_epoch)
     int8_graph, int8 = quantised(network, exported, comparison, fp32_logits, dataset, chose_epoch)
     manifest = Manifest(
         **identity,
@@ -193,7 +198,7 @@ def quantised(
     uncalibrated = onnx_predictor(add_calibration(int8_network, UNCALIBRATED), CPU)
     calibration = choose_calibration(check_int8(comparison, fp32_logits, uncalibrated), comparison.labels)
     graph = add_calibration(int8_network, calibration)
-    scale = _scale(calibration, comparison, chose_epoch)
+    scale = manifest_scale(calibration, len(comparison.labels), chose_epoch)
     about = {"calibration": scale, "calibration_images": len(images), "weight_bits": WEIGHT_BITS}
     return graph, _variant("int8", graph, onnx_predictor(graph, CPU), dataset, about)
 
@@ -226,11 +231,9 @@ def _current_export(target: Path, identity: dict[str, Any]) -> Manifest | None:
 
 
 def _is_calibrated(variant: Variant) -> bool:
-    """Whether a variant has the calibration of this version. Earlier ones also fitted a scale to a few images."""
+    """Whether a variant has the calibration of this version. Earlier ones fitted it to few images without caution."""
     scale = variant.calibration
-    if scale is None:
-        return False
-    return scale.images >= SMALLEST_FIT or Calibration(scale.form, scale.coefficients) == UNCALIBRATED
+    return scale is not None and (scale.images >= SMALLEST_SAMPLE or scale.prior_deviation == PRIOR_DEVIATION)
 
 
 def _graph_metadata(identity: dict[str, Any], recipe: Recipe) -> dict[str, str]:
@@ -241,16 +244,6 @@ def _graph_metadata(identity: dict[str, Any], recipe: Recipe) -> dict[str, str]:
         "split_seed": str(recipe.split_seed),
         "trained_on": identity["data"].fingerprint,
     }
-
-
-def _scale(calibration: Calibration, comparison: Comparison, chose_epoch: bool) -> CalibrationScale:
-    """The entry of a calibration in the manifest."""
-    return CalibrationScale(
-        form=calibration.form,
-        coefficients=calibration.coefficients,
-        images=len(comparison.labels),
-        chose_epoch=chose_epoch,
-    )
 
 
 def _range_images(predictor: Predictor, dataset: Dataset) -> UInt8:

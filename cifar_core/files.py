@@ -9,6 +9,7 @@ import errno
 import json
 import os
 import stat
+import tempfile
 from pathlib import Path
 
 from cifar_core.errors import CifarError
@@ -79,9 +80,9 @@ def _check_file(file: Path) -> None:
             raise OSError(errno.EINVAL, "it is a folder" if file.is_dir() else "it is no regular file")
         if not os.access(file, os.W_OK):
             raise OSError(errno.EACCES, os.strerror(errno.EACCES))
-    beside = file.with_name(f".{file.name}.checked")  # as long as the name under which `atomic_write` begins
-    beside.open("wb").close()
-    beside.unlink()
+    # The name is new, and eight characters longer than the prefix, as is the one under which `atomic_write` begins.
+    with tempfile.NamedTemporaryFile(prefix=f".{file.name}", dir=file.parent):
+        pass
 
 
 def write_output(path: Path, content: bytes) -> None:

@@ -42,9 +42,10 @@ def reason_against(name: str, trained_on: TrainedOn | None, recipe: Recipe, data
     """
     if trained_on is None or trained_on.fingerprint != dataset.fingerprint:
         logger.warning(
-            "whether %s was trained on images that this run holds out is not known, because its data was not the same; "
-            "if it was, validation accuracy and calibration are too good",
+            "whether %s was trained on images that this run holds out is not known, because %s; if it was, validation "
+            "accuracy and calibration are too good",
             name,
+            "it does not say what it was trained on" if trained_on is None else "its data was not the same",
         )
         return None
     count = len(dataset.train)

@@ -60,6 +60,10 @@ class CalibrationScale(_Part):
         description="of the polynomial, the constant first; with two scales, the rest's follow the largest logit's",
     )
     images: Count = Field(description="number of held-out images that the scale was fitted on")
+    prior_deviation: float | None = Field(
+        default=None,
+        description="standard deviation of the logarithm of the scale that was assumed, because the images were few",
+    )
     chose_epoch: bool = Field(description="whether these images also chose the epoch whose weights were exported")
 
 

@@ -154,7 +154,7 @@ def publish(target: Path, files: Mapping[str, bytes]) -> None:
     Raises:
         PublishError: The folder must not be replaced, see `check_target`, or cannot be written, for example because the
             disk is full. Its content is unchanged.
-        LeftBehind: The export was written, but another file of the folder could not be moved back into it.
+        LeftBehind: Something could not be moved into the folder. The message says whether the export was written.
     """
     check_target(target)
     folder = Path(os.path.realpath(target))

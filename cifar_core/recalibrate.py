@@ -20,8 +20,8 @@ from cifar_core.calibration_graph import add_calibration, without_calibration
 from cifar_core.data import Dataset, add_data_argument, load_dataset
 from cifar_core.device import CPU
 from cifar_core.errors import program_name, run_command
-from cifar_core.evaluate import choose_split, evaluate, manifest_fields
-from cifar_core.manifest import FILE_NAME, CalibrationScale, Manifest, Variant, read_manifest
+from cifar_core.evaluate import choose_split, evaluate, manifest_fields, manifest_scale
+from cifar_core.manifest import FILE_NAME, Manifest, Variant, read_manifest
 from cifar_core.parity import PARITY_LIMIT, ParityError
 from cifar_core.predictors import onnx_predictor, predict_all
 from cifar_core.publish import add_export_argument, read_export, replace
@@ -118,12 +118,7 @@ def _recalibrated(before: bytes, variant: Variant, manifest: Manifest, dataset: 
             f"{variant.file}: the recalibrated graph differs from what it should compute, probabilities by up to "
             f"{difference:.1e} (limit {PARITY_LIMIT:.0e}); nothing was written"
         )
-    scale = CalibrationScale(
-        form=calibration.form,
-        coefficients=calibration.coefficients,
-        images=len(labels),
-        chose_epoch=manifest.chose_epoch,
-    )
+    scale = manifest_scale(calibration, len(labels), manifest.chose_epoch)
     fields = manifest_fields(evaluate(exported, dataset, "test"))
     changed = fields | {"sha256": hashlib.sha256(graph).hexdigest(), "calibration": scale}
     return graph, Variant(**{**variant.model_dump(exclude_unset=True), **changed})

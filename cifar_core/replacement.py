@@ -1,10 +1,11 @@
 """Replacing files of a folder all at once: a reader finds either all previous files or all new ones.
 
 The new files are written to a folder next to it, and the system swaps the two folders in one step. Other files are kept
-as they are, with owner, mode and other names, and stay open for programs that write to them: before the swap they get a
-second name in the new folder, so that none is missing for a moment. Folders, and files on systems that allow no second
-name, are moved right after the swap. A process that is killed in between leaves them in a folder next to it, whose name
-begins with a dot; `leftovers` finds it. Only files that the caller names are ever removed.
+as they are, with owner, mode and other names, and stay open for programs that write to them: right before the swap they
+get a second name in the new folder, so that a reader hardly ever misses one: only if a program creates or renames it
+between these two steps, it comes after the swap. Folders, and files on systems that allow no second name, are always
+moved right after the swap. A process that is killed in between leaves them in a folder next to it, whose name begins
+with a dot; `leftovers` finds it. Only files that the caller names are ever removed.
 """
 
 import contextlib
@@ -15,6 +16,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Mapping, Set
 from pathlib import Path
 
@@ -28,7 +30,7 @@ _ROUNDS = 100
 
 
 class LeftBehind(CifarError):
-    """The new files are in the folder, but some of the other files could not be moved there."""
+    """Some files could not be put in their places, and are in another folder, which the message names."""
 
 
 def replace_files(folder: Path, files: Mapping[str, bytes], replaced: Set[str]) -> None:
@@ -41,11 +43,11 @@ def replace_files(folder: Path, files: Mapping[str, bytes], replaced: Set[str]) 
 
     Raises:
         OSError: The files cannot be written. The folder is unchanged.
-        LeftBehind: The files were written, but something else is in another folder now.
+        LeftBehind: Something is in another folder now. The message says whether the files were written.
     """
     replaced = replaced | files.keys()
     exists = folder.exists()
-    staging = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}")
+    staging = folder.with_name(f".{folder.name}-replacing-{secrets.token_hex(4)}")
     staging.mkdir(mode=0o700 if exists else 0o777)
     linked: dict[str, int] = {}
     try:
@@ -58,18 +60,20 @@ def replace_files(folder: Path, files: Mapping[str, bytes], replaced: Set[str]) 
             _link_others(folder, staging, replaced, linked)
         if exists or not _rename(staging, folder):
             _exchange(staging, folder)
-    finally:
-        # Either the previous folder or, if something failed, the new one, of which nothing is needed then.
-        if staging.exists():
-            _move_others(staging, folder, replaced, linked)
+        _finish(staging, folder, replaced, linked)
+    except LeftBehind:
+        raise
+    except BaseException:  # also Ctrl+C or SIGTERM, which may come between any two steps
+        _finish(staging, folder, replaced, linked)
+        raise
     with contextlib.suppress(OSError):  # the new files are in place already
         sync_folder(folder.parent)
 
 
 def leftovers(folder: Path) -> list[Path]:
     """Folders that processes which were killed, or still run, have made next to a folder to replace files in it."""
-    # Earlier versions used all letters, digits and underscores.
-    pattern = re.compile(rf"\.{re.escape(folder.name)}-[a-z0-9_]{{8}}(\.aside)?")
+    # The word is there because folders of users have names such as .exported-20240101.
+    pattern = re.compile(rf"\.{re.escape(folder.name)}-replacing-[0-9a-f]{{8}}(\.aside)?")
     return sorted(path for path in folder.parent.iterdir() if pattern.fullmatch(path.name))
 
 
@@ -87,15 +91,31 @@ def check_movable(folder: Path) -> None:
     """Checks that `replace_files` can keep everything in a folder.
 
     Raises:
-        OSError: Something in it cannot be moved; the message names it.
+        OSError: It, or something in it, cannot be moved; the message names it.
     """
+    if not _may_rename(folder):
+        raise OSError(errno.EPERM, f"it belongs to another user, and {folder.parent} is sticky, so it cannot be moved")
     mounted = mount_points()
     for entry in folder.iterdir():
+        if not _may_rename(entry):
+            raise OSError(errno.EPERM, f"{entry.name} in it belongs to another user, and the folder is sticky")
         if str(entry) in mounted:
             raise OSError(errno.EBUSY, f"{entry.name} in it is a mount point, which cannot be moved")
         # Without this right, the system refuses to move a folder to another.
         if entry.is_dir() and not entry.is_symlink() and not os.access(entry, os.W_OK):
             raise OSError(errno.EACCES, f"the folder {entry.name} in it is not writable, so it cannot be moved")
+
+
+def _may_rename(entry: Path) -> bool:
+    """Whether the sticky bit of the folder around an entry, as /tmp has it, lets this user rename or remove it."""
+    around = entry.parent.stat()
+    if not around.st_mode & stat.S_ISVTX:
+        return True
+    try:
+        owner = os.lstat(entry).st_uid
+    except FileNotFoundError:  # another program has just removed it
+        return True
+    return os.geteuid() in (0, around.st_uid, owner)
 
 
 def _write(path: Path, content: bytes, folder: Path | None) -> None:
@@ -152,6 +172,26 @@ def _number(path: Path) -> int | None:
         return os.lstat(path).st_ino
     except FileNotFoundError:
         return None
+
+
+def _finish(staging: Path, folder: Path, replaced: Set[str], linked: Mapping[str, int]) -> None:
+    """Puts everything in its place, from whatever state `replace_files` has reached. It may be called again.
+
+    Raises:
+        LeftBehind: Something could not be moved.
+    """
+    aside = _aside(staging)
+    if aside.exists():  # an exchange by renames has not ended: it is undone, or completed if the new folder is in place
+        try:
+            aside.rename(folder if staging.exists() else staging)
+        except OSError as error:
+            raise LeftBehind(
+                f"{folder} could not be replaced, nor put back ({error.strerror}): its previous files are in {aside}; "
+                f"move them yourself, and remove that folder and {staging}"
+            ) from error
+    # Either the previous folder or, if something failed, the new one, of which nothing is needed then.
+    if staging.exists():
+        _move_others(staging, folder, replaced, linked)
 
 
 def _move_others(source: Path, target: Path, replaced: Set[str], linked: Mapping[str, int]) -> None:
@@ -220,7 +260,8 @@ def _rename(staging: Path, folder: Path) -> bool:
 def _exchange(first: Path, second: Path) -> None:
     """Swaps two folders in one step, so that a reader always finds one of them, complete.
 
-    Linux can do this on all common file systems. Elsewhere it takes two renames, undone if the second one fails.
+    Linux can do this on all common file systems. Elsewhere it takes three renames; after a failure or an interruption
+    between them, `_finish` undoes or completes them.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     at_fdcwd, rename_exchange = -100, 2
@@ -230,11 +271,12 @@ def _exchange(first: Path, second: Path) -> None:
         number = ctypes.get_errno()
         if number not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
             raise OSError(number, os.strerror(number))
-    aside = first.with_name(first.name + ".aside")
+    aside = _aside(first)
     second.rename(aside)
-    try:
-        first.rename(second)
-    except OSError:
-        aside.rename(second)
-        raise
+    first.rename(second)
     aside.rename(first)
+
+
+def _aside(staging: Path) -> Path:
+    """Where the previous folder is during an exchange by renames."""
+    return staging.with_name(staging.name + ".aside")

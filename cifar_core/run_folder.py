@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from cifar_core.errors import CifarError
-from cifar_core.files import atomic_write, read_regular, to_json
+from cifar_core.files import FileWriteError, atomic_write, read_regular, to_json
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +105,8 @@ class RunFolder:
         self.path = path
         self.best = path / "best.pt"
         self.last = path / "last.pt"
-        self._warned = False
+        self._history = path / "history.jsonl"
+        self._warned = self._untouched = False
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -190,15 +191,40 @@ class RunFolder:
         torch.save(content, buffer)
         atomic_write(path, buffer.getvalue())
 
+    @contextmanager
+    def untouched(self) -> Iterator[None]:
+        """Within this, `write_history` writes nothing."""
+        self._untouched = True
+        try:
+            yield
+        finally:
+            self._untouched = False
+
+    def mend_history(self, history: list[dict[str, Any]]) -> None:
+        """Writes history.jsonl of a finished run, whose folder is not locked, if it has another content.
+
+        If it cannot be written, a warning is logged: the run is read from last.pt all the same.
+        """
+        if self._holds(history):
+            return
+        try:
+            with self.lock():
+                self.write_history(history)
+        except (RunError, FileWriteError) as error:
+            logger.warning("%s: this file cannot be written anew, and is left as it is (%s)", self._history, error)
+
+    def _holds(self, history: list[dict[str, Any]]) -> bool:
+        """Whether history.jsonl has this content."""
+        return self._history.exists() and self._history.read_bytes() == _lines(history)
+
     def write_history(self, history: list[dict[str, Any]]) -> None:
         """Writes history.jsonl, unless it has this content already.
 
         Raises:
             FileWriteError: The file cannot be written.
         """
-        path, content = self.path / "history.jsonl", "".join(json.dumps(line) + "\n" for line in history).encode()
-        if not path.exists() or path.read_bytes() != content:
-            atomic_write(path, content)
+        if not self._untouched and not self._holds(history):
+            atomic_write(self._history, _lines(history))
 
     def history(self) -> list[dict[str, Any]]:
         """One dictionary per finished epoch; empty before the first.
@@ -206,43 +232,74 @@ class RunFolder:
         Each holds `epoch` (from 1), `train_loss`, `train_accuracy`, `validation_loss`, `validation_accuracy`
         (accuracies from 0 to 1; both are None if the recipe did not validate the epoch), `learning_rate` and `seconds`.
 
-        If history.jsonl is damaged, this is the history in last.pt, and a warning is logged. Every command can thus
-        read such a run, and `--resume` writes the file anew.
+        If history.jsonl is damaged, or lacks epochs that last.pt holds, this is the history in last.pt, and a warning
+        is logged. Every command can thus read such a run, and `--resume` writes the file anew.
 
         Raises:
-            RunError: The file is damaged, and last.pt is missing or damaged as well.
+            RunError: The file is damaged, and last.pt is missing or damaged as well; or recipe.json is.
         """
-        file = self.path / "history.jsonl"
         try:
-            content = file.read_bytes()
+            written = self._history.stat().st_mtime_ns
+            content = self._history.read_bytes()
         except FileNotFoundError:
-            return []
+            written, content = 0, b""
         try:
             history = [json.loads(line) for line in content.splitlines()]
             fault = _fault(history)
         except (ValueError, RecursionError) as error:
             fault = str(error)
-        return history if fault is None else self._saved_history(f"{file}: this file is damaged ({fault})")
+        return self._completed(history, written) if fault is None else self._saved_instead(fault)
 
-    def _saved_history(self, damaged: str) -> list[dict[str, Any]]:
-        """The history in last.pt.
+    def _completed(self, history: list[dict[str, Any]], written: int) -> list[dict[str, Any]]:
+        """The history in last.pt if it has more epochs than history.jsonl, otherwise this one.
 
         Args:
-            damaged: says what is wrong with history.jsonl; begins the warning or the message of the error.
+            history: what history.jsonl holds.
+            written: its time in nanoseconds, from before it was read.
         """
+        # A finished run is read without its weights.
+        if not self.last.exists() or len(history) >= self.description()["recipe"]["epochs"]:
+            return history
+        try:
+            saved = self._saved_history()
+        except RunError:  # the history may still be whole; resuming tells what is wrong with last.pt
+            return history
+        if saved is None or len(saved) <= len(history):
+            return history
+        # Training writes last.pt first, so an older history is being written now, or was not because of a kill.
+        if written > self.last.stat().st_mtime_ns:
+            self._warn(f"{self._history}: this file is damaged (it ends after epoch {len(history)} of {len(saved)})")
+        return saved
+
+    def _saved_history(self) -> list[dict[str, Any]] | None:
+        """The history in last.pt; None if it holds none.
+
+        Raises:
+            RunError: The file is missing or damaged.
+        """
+        saved = load_checkpoint(self.last).get("history")
+        return saved if isinstance(saved, list) and _fault(saved) is None else None
+
+    def _saved_instead(self, fault: str) -> list[dict[str, Any]]:
+        """The history in last.pt, if history.jsonl cannot be read."""
+        damaged = f"{self._history}: this file is damaged ({fault})"
         if not self.last.exists():
             raise RunError(f"{damaged}; put it back, or remove {self.path} and train anew")
         try:
-            saved = load_checkpoint(self.last).get("history")
+            saved = self._saved_history()
         except RunError as error:
             raise RunError(
                 f"{damaged}, and so is {self.last.name}; put one of them back, or remove {self.path} and train anew"
             ) from error
-        if not isinstance(saved, list) or _fault(saved) is not None:
+        if saved is None:
             raise RunError(
                 f"{damaged}, and {self.last.name} holds no history; put one of them back, or remove {self.path} and "
                 "train anew"
             )
+        self._warn(damaged)
+        return saved
+
+    def _warn(self, damaged: str) -> None:
         if not self._warned:
             logger.warning(
                 "%s; the history in %s is used, and training with --resume writes the file anew",
@@ -250,7 +307,6 @@ class RunFolder:
                 self.last.name,
             )
             self._warned = True
-        return saved
 
     def is_started(self) -> bool:
         """Whether the folder holds a run, or a part of one."""
@@ -276,6 +332,11 @@ def _describes_run(value: dict[str, Any]) -> bool:
         and isinstance(value.get("date", ""), str)
         and all(isinstance(each, dict) and isinstance(each.get("weights"), str) for each in weights)
     )
+
+
+def _lines(history: list[dict[str, Any]]) -> bytes:
+    """The content of history.jsonl."""
+    return "".join(json.dumps(line) + "\n" for line in history).encode()
 
 
 def _fault(history: list[Any]) -> str | None:

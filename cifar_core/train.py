@@ -11,6 +11,7 @@ import contextlib
 import functools
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,16 +43,20 @@ def run(trainer: Trainer, resume: bool) -> list[dict[str, Any]]:
 
     Raises:
         RunError: The folder is in use, cannot be written, or holds a run that must not be continued. A finished run may
-            be on a read-only file system, because nothing is written.
+            be on a read-only file system: nothing is written but a damaged history, with a warning if that fails.
         TrainingError: The loss is not finite, or a checkpoint cannot be written.
         Interrupted: A signal arrived; the state was saved.
     """
     folder, recipe, state, ranks = trainer.folder, trainer.recipe, trainer.state, trainer.ranks
     say = tqdm.write if ranks.is_first else _say_nothing
-    writes = ranks.is_first and not (resume and folder.is_finished())
+    finished = ranks.is_first and resume and folder.is_finished()
+    writes = ranks.is_first and not finished
     with folder.lock() if writes else contextlib.nullcontext(), StopSignal() as stop:
-        trainer.start(resume)
+        with folder.untouched() if finished else contextlib.nullcontext():
+            trainer.start(resume)
         if state.epoch == recipe.epochs:
+            if finished:
+                folder.mend_history(state.history)
             say(f"{folder.path}: already finished; {_best_text(state.history, recipe.weights)}")
             return state.history
         environment = describe_environment(trainer.device)
@@ -110,9 +115,22 @@ def _new_run_note(trainer: Trainer, resume: bool) -> str | None:
     others = runs_from_other_weights(trainer.folder, trainer.description())
     if not others:
         return None
+    groups: dict[bool, list[Path]] = {True: [], False: []}
+    for other in others:
+        groups["initial" in RunFolder(other).description()].append(other)
+    texts = [_others_text(paths, trained) for trained, paths in groups.items() if paths]
+    return f"{trainer.folder.path} is a new run; {'; '.join(texts)}"
+
+
+def _others_text(others: list[Path], trained: bool) -> str:
+    """Says how to continue other runs of the same recipe and seed, which started from trained or from fresh weights."""
+    have, one = ("has", "it") if len(others) == 1 else ("have", "one of them")
+    start, advice = (
+        ("other weights", "give the same weights with --init") if trained else ("fresh weights", "leave --init out")
+    )
     return (
-        f"{trainer.folder.path} is a new run; {', '.join(map(str, others[:_NAMED]))} has the same recipe and seed, but "
-        "started from other weights: to continue it, give the same weights with --init"
+        f"{', '.join(map(str, others[:_NAMED]))} {have} the same recipe and seed, but started from {start}: to "
+        f"continue {one}, {advice}"
     )
 
 
@@ -133,7 +151,7 @@ def _print_start(dataset: Dataset, initial: InitialWeights | None, notes: Sequen
 
 
 _NAMED = 5
-"""Number of classes that a note names."""
+"""Number of classes, or of runs, that a note names."""
 _SLOW_BF16 = (
     "the run continues in bf16, in which it was started, but this processor does not compute in bf16: it takes more "
     "than ten times as long as fp32"

@@ -95,7 +95,7 @@ class Trainer:
         self.recipe, self.dataset, self.folder, self.seed = recipe, dataset, folder, seed
         self.device, self.precision, self.initial, self.ranks = device, precision, initial, ranks
         check_teacher(teacher, recipe, dataset)
-        if initial is not None:
+        if initial is not None and not folder.is_started():  # earlier versions started such runs
             check_initial_weights(initial, recipe, dataset)
         self.teacher = teacher
         if device.type == "cpu":

@@ -149,11 +149,12 @@ def _runs(chosen: argparse.Namespace, sources: Sources) -> Iterator[SweepRun]:
         without = not recipe.distillation and some_learn_from_teacher
         own = dataclasses.replace(sources, teacher=None) if without else sources
         held_out = (recipe.validation_images, recipe.split_seed, recipe.distillation > 0)
-        if held_out not in checked:  # warnings should not be repeated for each value
+        runs = [_run(chosen, own, recipe, seed, (name, *_passed_on(chosen, own, changes))) for seed in chosen.seeds]
+        # Warnings should not be repeated for each value. Earlier versions started runs that are refused now.
+        if held_out not in checked and not all(run.folder.is_started() for run in runs):
             own.check(recipe)
-        checked.add(held_out)
-        for seed in chosen.seeds:
-            yield _run(chosen, own, recipe, seed, (name, *_passed_on(chosen, own, changes)))
+            checked.add(held_out)
+        yield from runs
 
 
 def _run(

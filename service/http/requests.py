@@ -249,7 +249,7 @@ class _Exchange:
     async def _answer(self, handler: Handler, trace: Trace | None) -> Answer:
         try:
             request = await self._request()
-            if trace is not None and self._rules.reads_body:
+            if trace is not None:
                 trace.phase("receive", trace.arrived, time.monotonic())
             answer = await handler(request)
         except RequestError as error:

@@ -39,6 +39,8 @@ ACTIVE_SECONDS = 2.0
 QUIET_SECONDS = 0.5
 # but no longer than this.
 MAX_HOLD_SECONDS = 5.0
+# The end of the message of a call that its client gave up is seen a moment before its cancellation.
+_CANCELLATION_SECONDS = 0.05
 
 
 @dataclass(slots=True, eq=False)
@@ -178,13 +180,11 @@ class Calls:
                 self.connections.check(connection)
                 if self._draining:
                     await self._refuse_while_draining(connection, while_draining)
-                message = await self.receiver.read(context, connection)
+                message = await self._receive(method, context, connection)
                 if self._draining:
                     await self._refuse_while_draining(connection, while_draining)
                 accepted = _Accepted(self, connection)
                 on_done(context, accepted)
-                if message is grpc.aio.EOF:
-                    raise InvalidRequest("the call ended without a request message")
                 call = Call(method, connection, deadline_of(context), len(message), context)
                 answering = self.answer(behaviour, parse(message), call)
                 on_received()
@@ -203,6 +203,20 @@ class Calls:
         if self._tracing and with_spans:
             return grpc.stream_unary_rpc_method_handler(traced(self._tracing, method, handle))
         return grpc.stream_unary_rpc_method_handler(handle)
+
+    async def _receive(self, method: str, context: Context, connection: str) -> bytes:
+        """The message of a call. Counts the call if its client gives up meanwhile."""
+        try:
+            message = await self.receiver.read(context, connection)
+            if message is grpc.aio.EOF:
+                # Also if the client gave up; then this task is cancelled right after that.
+                await asyncio.sleep(_CANCELLATION_SECONDS)
+                raise InvalidRequest("the call ended without a request message")
+        except asyncio.CancelledError:
+            self._metrics.on_request(method, _given_up(deadline_of(context)).name, 0.0)
+            raise
+        received: bytes = message
+        return received
 
     def span(self, method: str, context: Context) -> contextlib.AbstractContextManager[None]:
         """The span of one request of a stream, for the length of a `with` block; does nothing if tracing is off."""
@@ -267,8 +281,7 @@ class Calls:
             code = CODES[type(error)]
             raise Failure(code, error.message, error.retry_after) from error
         except asyncio.CancelledError:
-            expired = call.deadline is not None and time.monotonic() >= call.deadline - DEADLINE_SLACK
-            code = grpc.StatusCode.DEADLINE_EXCEEDED if expired else grpc.StatusCode.CANCELLED
+            code = _given_up(call.deadline)
             raise
         except Exception as error:
             code = grpc.StatusCode.INTERNAL
@@ -383,3 +396,9 @@ def deadline_of(context: Context) -> float | None:
     """When the client gives up, on time.monotonic(); None if never."""
     remaining = context.time_remaining()
     return None if remaining is None else time.monotonic() + remaining
+
+
+def _given_up(deadline: float | None) -> grpc.StatusCode:
+    """The status of a call that its client gave up."""
+    expired = deadline is not None and time.monotonic() >= deadline - DEADLINE_SLACK
+    return grpc.StatusCode.DEADLINE_EXCEEDED if expired else grpc.StatusCode.CANCELLED

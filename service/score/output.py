@@ -12,6 +12,7 @@ out names that begin with `_` or `.`.
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -20,13 +21,15 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cifar_core.files import open_without_waiting, read_regular, to_json
+from cifar_core.files import open_without_waiting, read_regular, sync_folder, to_json
 from service.score.description import Description, read_description
 from service.score.errors import ScoreError
 from service.score.part_checksum import is_whole, with_checksum
 
 # Longer than the names of all classes that an answer of the server can hold.
 _MAX_DESCRIPTION_BYTES = 2**29
+_PART = b"cifar.part"
+"""Names the part in the metadata of its file."""
 _WAY_OUT = "restore it from a copy, or score into another folder"
 
 
@@ -147,9 +150,20 @@ class OutputFolder:
             ScoreError: The file cannot be written.
         """
         sink = pa.BufferOutputStream()
-        pq.write_table(table, sink, compression="zstd")
+        metadata = (table.schema.metadata or {}) | {_PART: self._identity(number)}
+        pq.write_table(table.replace_schema_metadata(metadata), sink, compression="zstd")
         content = with_checksum(sink.getvalue().to_pybytes())
         self._replace(self.part(number), lambda partial: partial.write_bytes(content))
+
+    def _identity(self, number: int) -> bytes:
+        """What a part says of itself, so that a part of another run or with another number is recognised."""
+        return f"{number} of {self._run}".encode()
+
+    @functools.cached_property
+    def _run(self) -> str:
+        """SHA-256 of what all parts of the run have in common: input, inventory, model and options."""
+        common = self.description().model_dump(mode="json", exclude={"rows", "failed_rows"})
+        return hashlib.sha256(to_json(common)).hexdigest()
 
     def written_parts(self, sizes: Sequence[int]) -> dict[int, int]:
         """The parts that need not be computed. Reads them to compare their checksums.
@@ -178,7 +192,7 @@ class OutputFolder:
             raise ScoreError(f"{part}: this file cannot be read ({error.strerror}); permit reading it") from error
         except OSError:
             return None
-        if metadata.num_rows != rows:
+        if metadata.num_rows != rows or (metadata.metadata or {}).get(_PART) != self._identity(number):
             return None
         column = metadata.schema.names.index("error")
         groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
@@ -197,7 +211,7 @@ class OutputFolder:
             with partial.open("rb") as stream:
                 os.fsync(stream.fileno())
             partial.replace(file)
-            _sync_folder(self.path)
+            sync_folder(self.path)
         except OSError as error:
             with contextlib.suppress(OSError):
                 partial.unlink(missing_ok=True)
@@ -217,15 +231,6 @@ def _limited(file: Path) -> bytes:
 def _sha256(file: Path) -> str:
     with open(file, "rb", opener=open_without_waiting) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _sync_folder(folder: Path) -> None:
-    """After a power cut, a file that was renamed is there before those that are renamed later."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def partial_of(file: Path) -> Path:

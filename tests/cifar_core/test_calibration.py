@@ -122,6 +122,7 @@ def test_a_scale_of_their_own_for_the_other_classes_mends_what_one_scale_cannot(
 def test_few_images_get_a_temperature(logits, labels):
     assert choose_calibration(smoothed(logits)[:199], labels[:199]).form == "temperature"
     assert "only 199 images are held out" in caution(199)
+    assert "train with a larger validation_images" in caution(199)
     assert caution(200) is None
 
 

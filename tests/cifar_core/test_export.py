@@ -169,13 +169,18 @@ def test_an_export_without_parity_is_not_taken_for_a_complete_one(before, run, s
     assert read_manifest(before).parity is not None
 
 
-def test_a_scale_that_an_earlier_version_fitted_to_a_handful_of_images_is_replaced(before, run, small):
+@pytest.mark.parametrize("images", [7, 30])
+def test_a_scale_that_an_earlier_version_fitted_to_few_images_is_replaced(before, run, small, images):
     def as_earlier(manifest):
-        manifest["variants"]["fp32"]["calibration"] |= {"form": "temperature", "coefficients": [20.73], "images": 7}
+        scale = manifest["variants"]["fp32"]["calibration"]
+        assert scale.pop("prior_deviation") == 0.5
+        scale |= {"form": "temperature", "coefficients": [20.73], "images": images}
 
     change_manifest(before, as_earlier)
     export_run(run, small, before)
-    assert read_manifest(before).variants["fp32"].calibration.images == 30
+    scale = read_manifest(before).variants["fp32"].calibration
+    assert (scale.images, scale.prior_deviation) == (30, 0.5)
+    assert scale.coefficients != (20.73,)
 
 
 def test_a_handful_of_held_out_images_leaves_the_probabilities_as_they_are_and_a_note_says_so(tmp_path, caplog):
@@ -273,6 +278,7 @@ def test_held_out_logits_are_computed_once_by_torch_and_once_by_each_graph(run, 
 def test_an_unfinished_run_is_not_exported(before, other_run, small):
     kept = contents(before)
     other_run.write_history([])
+    other_run.last.unlink()
     with pytest.raises(ExportError, match="not finished; continue it with"):
         export_run(other_run, small, before)
     assert_untouched(before, kept)

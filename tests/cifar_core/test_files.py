@@ -127,3 +127,18 @@ def test_a_check_leaves_the_file_as_it_is(tmp_path):
         check_output(tmp_path / name)
     assert (tmp_path / "file").read_text() == "before"
     assert {path.name for path in tmp_path.iterdir()} == {"file", "folder"}
+
+
+def test_a_check_keeps_files_of_similar_names(tmp_path):
+    (tmp_path / ".file.checked").write_text("mine")
+    check_output(tmp_path / "file")
+    assert (tmp_path / ".file.checked").read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == [".file.checked"]
+
+
+def test_a_name_is_refused_if_a_name_under_which_it_is_written_would_be_too_long(tmp_path):
+    longest = os.pathconf(tmp_path, "PC_NAME_MAX") - len("..partial")
+    check_output(tmp_path / ("x" * longest))
+    write_output(tmp_path / ("x" * longest), b"{}")
+    with pytest.raises(FileWriteError, match="File name too long"):
+        check_output(tmp_path / ("x" * (longest + 1)))

@@ -108,6 +108,18 @@ def test_weights_that_know_images_that_the_run_holds_out_are_refused(trained, sm
     assert caplog.text == ""
 
 
+def test_a_run_of_an_earlier_version_from_such_weights_is_continued(trained, small, tmp_path):
+    name, overrides, folder = trained
+    recipe = get_recipe(name, [*overrides, "split_seed=1"])
+    initial = read_initial_weights(folder / "run")
+
+    def trainer(weights):
+        return Trainer(recipe, small, RunFolder(tmp_path), 0, CPU, "fp32", weights)
+
+    history = run(trainer(dataclasses.replace(initial, trained_on=None)), resume=False)  # as if it were not known
+    assert run(trainer(initial), resume=True) == history
+
+
 def test_files_that_hold_no_usable_weights_are_refused(tmp_path):
     (tmp_path / "garbage.onnx").write_bytes(b"garbage")
     shutil.copy(REPOSITORY / "exported/model.int8.onnx", tmp_path / "int8.onnx")

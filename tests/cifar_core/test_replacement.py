@@ -9,7 +9,7 @@ import pytest
 
 from cifar_core import replacement
 from cifar_core.manifest import read_manifest
-from cifar_core.publish import is_intact, publish
+from cifar_core.publish import PublishError, check_target, is_intact, publish
 from cifar_core.replacement import LeftBehind
 from tests.cifar_core.published import NEW, export_of
 from tests.cifar_core.runs import contents
@@ -125,6 +125,80 @@ def test_a_file_that_exists_twice_after_the_swap_is_left_and_named(existing, mon
     assert contents(left) == {"state": b"before"}
 
 
+@pytest.fixture
+def no_exchange(monkeypatch):
+    """A system without renameat2."""
+    monkeypatch.setattr(replacement.ctypes, "CDLL", lambda *_, **__: object())
+
+
+def interrupt(monkeypatch, number, when, interruption):
+    """Lets this call of `Path.rename` be interrupted before or after it renames."""
+    rename, calls = Path.rename, []
+
+    def interrupted(path, target):
+        calls.append(path)
+        if len(calls) == number and when == "before":
+            raise interruption
+        result = rename(path, target)
+        if len(calls) == number:
+            raise interruption
+        return result
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("number", [1, 2, 3, 4])  # three exchange the folders, the fourth moves a folder of the user
+def test_an_interruption_leaves_the_previous_files_or_the_new_ones(existing, no_exchange, monkeypatch, number, when):
+    (existing / "folder").mkdir()
+    (existing / "folder" / "file").write_text("mine")
+    before = contents_and_folders(existing)
+    after = NEW | {"notes.txt": b"mine", "folder/file": b"mine"}
+    interrupt(monkeypatch, number, when, KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt):
+        publish(existing, NEW)
+    swapped = number > 2 or (number, when) == (2, "after")
+    assert contents_and_folders(existing) == (after if swapped else before)
+    assert [path.name for path in existing.parent.iterdir()] == ["exported"]
+
+
+def test_renames_that_fail_are_undone(existing, no_exchange, monkeypatch):
+    before = contents(existing)
+    interrupt(monkeypatch, 2, "before", OSError(5, "Input/output error"))
+    with pytest.raises(PublishError, match="its content is unchanged"):
+        publish(existing, NEW)
+    assert contents(existing) == before
+    assert [path.name for path in existing.parent.iterdir()] == ["exported"]
+
+
+def test_a_folder_that_appears_between_the_renames_is_kept_and_the_error_names_the_previous_one(
+    existing, no_exchange, monkeypatch
+):
+    before, rename = contents(existing), Path.rename
+
+    def rename_and_create(path, target):
+        rename(path, target)
+        if path == existing:
+            existing.mkdir()
+            (existing / "appeared").write_text("another")
+        return target
+
+    monkeypatch.setattr(Path, "rename", rename_and_create)
+    with pytest.raises(LeftBehind, match=r"its previous files are in \S+\.aside;"):
+        publish(existing, NEW)
+    assert contents(existing) == {"appeared": b"another"}
+    assert contents(replacement.leftovers(existing)[1]) == before
+
+
+def test_only_folders_of_exports_that_were_killed_are_named_as_such(existing, caplog):
+    for name in (".exported-20240101", ".exported-20240101.aside", ".exported-previous"):
+        (existing.with_name(name)).mkdir()
+        (existing.with_name(name) / "manifest.json").write_bytes(NEW["manifest.json"])
+    publish(existing, NEW)
+    assert not replacement.leftovers(existing)
+    assert "is left" not in caplog.text
+
+
 KILLED = """
 import os, pathlib, sys
 from cifar_core import replacement
@@ -168,6 +242,41 @@ def test_a_process_that_is_killed_loses_nothing(existing, function, when, caplog
     assert f"{left} is left from an export to {existing} that was killed" in caplog.text
     assert (existing / "notes.txt").read_text() == "mine"
     assert (left if swapped else existing).joinpath("folder", "file").read_text() == "mine"
+
+
+KILLED_BETWEEN = """
+import os, pathlib, sys
+from cifar_core import replacement
+from cifar_core.publish import publish
+from tests.cifar_core.published import NEW
+replacement.ctypes.CDLL = lambda *_, **__: object()  # a system without renameat2
+rename = pathlib.Path.rename
+def killed(path, target):
+    rename(path, target)
+    os.kill(os.getpid(), 9)
+pathlib.Path.rename = killed
+publish(pathlib.Path(sys.argv[1]), NEW)
+"""
+
+
+def test_a_process_that_is_killed_between_two_renames_leaves_all_files_in_folders_that_the_next_one_names(
+    existing, caplog
+):
+    (existing / "folder").mkdir()
+    (existing / "folder" / "file").write_text("mine")
+    before = contents_and_folders(existing)
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED_BETWEEN, str(existing)],
+        cwd=Path(__file__).parents[2], env=environment(), check=False,
+    )  # fmt: skip
+    assert done.returncode == -9
+    new, aside = replacement.leftovers(existing)
+    assert not existing.exists()
+    assert contents_and_folders(aside) == before
+    assert contents(new) == NEW | {"notes.txt": b"mine"}
+    publish(existing, NEW)
+    for left in (new, aside):
+        assert f"{left} is left from an export to {existing} that was killed" in caplog.text
 
 
 def contents_and_folders(folder):
@@ -214,20 +323,21 @@ def test_of_two_first_exports_at_the_same_time_the_later_one_stays(tmp_path, mon
     assert [path.name for path in tmp_path.iterdir()] == ["exported"]
 
 
-def test_a_read_only_folder_or_file_is_respected(existing):
-    """A file without write permission may be replaced, as by mv; a folder without it may not."""
+def test_a_file_without_write_permission_is_replaced_as_by_mv_and_keeps_its_mode(existing):
     (existing / "model.onnx").chmod(0o444)
     publish(existing, NEW)
     assert (existing / "model.onnx").read_bytes() == b"3"
     assert mode(existing / "model.onnx") == 0o444
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_without_write_permission_is_refused(existing):
     existing.chmod(0o555)
-    command = [sys.executable, "-c", "import pathlib, sys; from cifar_core.publish import check_target\n"
-               "check_target(pathlib.Path(sys.argv[1]))", str(existing)]  # fmt: skip
-    if os.geteuid() == 0:
-        pytest.skip("root may write everywhere")
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    existing.chmod(0o755)
-    assert "is not writable" in done.stderr
+    try:
+        with pytest.raises(PublishError, match="is not writable"):
+            check_target(existing)
+    finally:
+        existing.chmod(0o755)
 
 
 def test_a_target_on_another_file_system_than_the_temporary_files_is_written(existing):

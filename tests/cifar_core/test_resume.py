@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import signal
 
 import pytest
@@ -219,6 +220,37 @@ def test_a_finished_run_in_a_folder_that_cannot_be_written_to_stays_finished(sma
         run(make_trainer(small, tmp_path), resume=False)
 
 
+def damage(folder, content):
+    (folder / "history.jsonl").write_bytes(content)
+
+
+@pytest.mark.parametrize("content", [b"damaged", b""])
+@pytest.mark.parametrize("blocked", [".lock", ".history.jsonl.partial"])
+def test_a_finished_run_with_a_damaged_history_that_cannot_be_written_stays_finished(
+    small, tmp_path, caplog, content, blocked
+):
+    history = run(make_trainer(small, tmp_path), resume=False)
+    damage(tmp_path, content)
+    (tmp_path / ".lock").unlink()
+    (tmp_path / blocked).mkdir()  # now it cannot be written, as on a read-only file system
+    assert run(make_trainer(small, tmp_path), resume=True) == history
+    assert (tmp_path / "history.jsonl").read_bytes() == content
+    assert "history.jsonl: this file cannot be written anew, and is left as it is" in caplog.text
+
+
+def test_the_history_of_a_finished_run_is_mended_only_under_the_lock(small, tmp_path, caplog):
+    history = run(make_trainer(small, tmp_path), resume=False)
+    damage(tmp_path, b"damaged")
+    with RunFolder(tmp_path).lock():
+        assert run(make_trainer(small, tmp_path), resume=True) == history
+    assert (tmp_path / "history.jsonl").read_bytes() == b"damaged"
+    assert "another process is training in this folder" in caplog.text
+    run(make_trainer(small, tmp_path), resume=True)
+    caplog.clear()
+    assert RunFolder(tmp_path).history() == history
+    assert not caplog.text
+
+
 def test_a_run_whose_recipe_this_version_cannot_read_is_named(small, tmp_path):
     run(make_trainer(small, tmp_path), resume=False)
     description = RunFolder(tmp_path).description()
@@ -228,14 +260,19 @@ def test_a_run_whose_recipe_this_version_cannot_read_is_named(small, tmp_path):
         run(make_trainer(small, tmp_path), resume=True)
 
 
+@pytest.mark.parametrize("content", [b"damaged", b"", None])
 @pytest.mark.parametrize("epochs", [1, 2])
-def test_a_damaged_history_is_written_again_from_the_last_state(small, tmp_path, epochs):
+def test_a_damaged_history_is_written_again_from_the_last_state(small, tmp_path, epochs, content):
     trainer = make_trainer(small, tmp_path)
     with trainer.folder.lock(), StopSignal() as stop:
         trainer.start(resume=False)
         for _ in zip(range(epochs), trainer.epochs(stop), strict=False):
             pass
     before = trainer.folder.history()
-    (tmp_path / "history.jsonl").write_text("damaged")
+    (tmp_path / "history.jsonl").unlink()
+    if content is not None:
+        damage(tmp_path, content)
     assert run(make_trainer(small, tmp_path), resume=True)[:epochs] == before
-    assert RunFolder(tmp_path).history()[:epochs] == before
+    lines = (tmp_path / "history.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines[:epochs]] == before
+    assert len(lines) == 2

@@ -153,8 +153,73 @@ def test_a_damaged_history_is_read_from_the_last_state_with_a_warning(folder, ca
         assert again.is_finished()
         assert len(caplog.messages) == 1  # one warning, however often it is read
         assert "the history in last.pt is used, and training with --resume writes the file anew" in caplog.text
-    (folder.path / "history.jsonl").unlink()
-    assert folder.history() == []
+
+
+def short_histories(lines):
+    """Contents of history.jsonl without the last of these lines; None for no file."""
+    whole = [json.dumps(each).encode() + b"\n" for each in lines]
+    return [None, *(b"".join(whole[:count]) for count in range(len(lines))), whole[0].rstrip()]
+
+
+def save(folder, lines, epochs):
+    folder.write_description(ABOUT | {"recipe": {"name": "r", "epochs": epochs}})
+    folder.save(ABOUT | {"model": {}, "epoch": len(lines), "history": lines}, None)
+
+
+@pytest.mark.parametrize("epochs", [3, 9])
+def test_a_history_that_ends_too_early_is_read_from_the_last_state(folder, caplog, epochs):
+    lines = [line(1, None), line(2, None), line(3, 0.5)]
+    save(folder, lines, epochs)
+    file = folder.path / "history.jsonl"
+    for content in short_histories(lines):
+        file.unlink(missing_ok=True)
+        if content is not None:
+            file.write_bytes(content)
+            os.utime(file, ns=(0, folder.last.stat().st_mtime_ns + 1))
+        caplog.clear()
+        again = RunFolder(folder.path)
+        assert again.history() == lines
+        assert again.is_finished() == (epochs == 3)
+        count = 0 if content is None else len(content.splitlines())
+        warned = (
+            f"history.jsonl: this file is damaged (it ends after epoch {count} of 3); the history in last.pt is used"
+        )
+        assert [warned in message for message in caplog.messages] == [True] * (content is not None)
+
+
+def test_a_run_that_is_being_saved_is_read_without_a_warning(folder, caplog, monkeypatch):
+    lines = [line(1, None), line(2, 0.5)]
+    save(folder, lines[:1], 2)
+    os.utime(folder.path / "history.jsonl", ns=(0, folder.last.stat().st_mtime_ns))
+    monkeypatch.setattr(RunFolder, "write_history", lambda *_: None)
+    save(folder, lines, 2)
+    assert folder.history() == lines
+    assert folder.is_finished()
+    assert not caplog.text
+
+
+def test_the_last_state_is_read_only_if_the_history_may_lack_epochs(folder, monkeypatch):
+    lines = [line(1, None), line(2, 0.5)]
+    save(folder, lines, 2)
+    folder.last.write_text("damaged")
+    read = []
+    monkeypatch.setattr("cifar_core.run_folder.load_checkpoint", read.append)
+    assert folder.history() == lines
+    assert folder.is_finished()
+    folder.last.unlink()
+    folder.write_history(lines[:1])
+    assert not folder.is_finished()
+    assert read == []
+
+
+@pytest.mark.parametrize("history", [None, "two", []])
+def test_an_unfinished_run_is_read_although_its_last_state_holds_no_more(folder, history, caplog):
+    folder.write_history([line(1, 0.5)])
+    torch.save(ABOUT | {"model": {}, "epoch": 2, "history": history}, folder.last)
+    assert folder.history() == [line(1, 0.5)]
+    folder.last.write_text("damaged")
+    assert folder.history() == [line(1, 0.5)]
+    assert not caplog.text
 
 
 @pytest.mark.parametrize("history", [None, "two", [line(2, 0.5)]])

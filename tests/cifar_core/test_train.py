@@ -220,12 +220,32 @@ def test_resuming_names_the_run_that_started_from_other_weights(tmp_path, monkey
     (there,) = runs.glob("*/0")
     for options in (["--init", second], []):
         said = train(monkeypatch, capsys, runs, *options, "--resume")
-        assert re.search(rf"is a new run; .*{re.escape(str(there))}.* has the same recipe and seed, but started", said)
+        verb, one = ("have", "one of them") if not options else ("has", "it")
+        assert re.search(
+            rf"is a new run; .*{re.escape(str(there))}.* {verb} the same recipe and seed, but started from other "
+            rf"weights: to continue {one}, give the same weights with --init\n",
+            said,
+        )
         assert "is a new run" not in train(monkeypatch, capsys, runs, *options, "--resume")
     assert len(list(runs.glob("*/0"))) == 3
     for options in (["--seed", 1], ["--set", "dropout=0.1"]):
         said = train(monkeypatch, capsys, runs, "--init", second, "--resume", *options)
         assert "is a new run" not in said, options
+
+
+def test_resuming_with_weights_names_the_run_that_started_from_fresh_ones(tmp_path, monkeypatch, capsys):
+    for seed in (1, 2):
+        train(monkeypatch, capsys, tmp_path / "weights", "--seed", seed)
+    first, second = (tmp_path / "weights/sprint+epochs=1+width=4" / str(seed) for seed in (1, 2))
+    runs = tmp_path / "runs"
+    train(monkeypatch, capsys, runs)
+    fresh = runs / "sprint+epochs=1+width=4/0"
+    advice = f"{fresh} has the same recipe and seed, but started from fresh weights: to continue it, leave --init out\n"
+    said = train(monkeypatch, capsys, runs, "--init", first, "--resume")
+    assert f"is a new run; {advice}" in said
+    assert "give the same weights" not in said
+    said = train(monkeypatch, capsys, runs, "--init", second, "--resume")  # now there is one of each kind
+    assert "to continue it, give the same weights with --init; " + advice in said
 
 
 def test_a_run_with_many_changed_values_is_trained_resumed_and_found_by_other_commands(command, tmp_path):

@@ -1,4 +1,6 @@
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 
@@ -50,6 +52,55 @@ def test_the_history_of_another_run_is_not_overwritten(tmp_path, caplog):
     assert "the history of an earlier training is replaced" in caplog.text
     assert contents(kept).keys() == {"recipe.json", "history.jsonl"}
     assert read_runs(kept)[0].best["validation_accuracy"] == 0.8
+
+
+@pytest.mark.parametrize("sources", [("teacher",), ("initial",), ("initial", "teacher")])
+@pytest.mark.parametrize("both", [False, True])
+def test_a_history_that_was_kept_under_an_earlier_name_is_moved(tmp_path, caplog, sources, both):
+    chosen = {source: weights(source, "a") for source in sources}
+    for seed in (0, 1):
+        write_run(tmp_path / "runs", "baseline", history(0.7), seed, **chosen)
+    runs, kept = read_runs(tmp_path / "runs"), tmp_path / "kept/fp32"
+    new, old = kept / runs[0].name, kept / "baseline"
+    copy_histories(runs, tmp_path / "kept")
+    assert not caplog.text
+    (new / "0/test.json").write_text('{"accuracy": 0.6, "per_class": {}}')
+    if both:  # as an earlier version left it, which did not look for the other name
+        shutil.copytree(new, old)
+    else:
+        new.rename(old)
+    write_run(kept, "baseline", history(0.7), 2, teacher=weights("another", "b"))
+    copy_histories(runs, tmp_path / "kept")
+    assert caplog.text.count("under its earlier name") == 2
+    assert sorted(path.name for path in old.iterdir()) == ["2"]
+    found = read_runs(tmp_path / "kept")
+    assert sorted(run.folder.path.relative_to(kept) for run in found) == [
+        Path("baseline/2"),
+        *(Path(runs[0].name, seed) for seed in "01"),
+    ]
+    assert contents(new / "0").keys() == {"recipe.json", "history.jsonl", "test.json"}
+
+
+def test_a_history_is_moved_to_its_new_name_when_it_is_kept_in_its_own_folder(tmp_path):
+    write_run(tmp_path / "fp32", "deep-distilled", history(0.7), teacher=weights("one", "a"))
+    copy_histories(read_runs(tmp_path), tmp_path)
+    (run,) = read_runs(tmp_path)
+    assert str(run.folder.path.relative_to(tmp_path)) == "fp32/deep-distilled+teacher=aaaaaaaa/0"
+    assert [path.name for path in (tmp_path / "fp32").iterdir()] == ["deep-distilled+teacher=aaaaaaaa"]
+
+
+def test_a_run_with_weights_is_not_moved_where_histories_are_kept(tmp_path):
+    whole = write_run(tmp_path / "fp32", "deep-distilled", history(0.7), teacher=weights("one", "a"))
+    (whole / "best.pt").write_text("weights")
+    before = contents(whole)
+    copy_histories(read_runs(tmp_path), tmp_path)
+    assert contents(whole) == before
+
+
+def test_our_committed_histories_have_the_names_that_keep_gives_them():
+    ours = Path("docs/results/ours")
+    for run in read_runs(ours):
+        assert run.folder.path == ours / run.precision / run.name / str(run.seed)
 
 
 def test_the_same_seed_twice_is_refused(tmp_path):

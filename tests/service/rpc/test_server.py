@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from PIL import Image as PillowImage
 
 from service.generated.cifar.v1 import image_classifier_pb2 as messages
 from service.generated.cifar.v1 import image_classifier_pb2_grpc as rpc
+from service.rpc.classify import SERVICE
 from tests.conftest import REPOSITORY
 from tests.service import exports
 from tests.service.conftest import DIRECTLY, table, until
@@ -198,6 +200,40 @@ def test_an_open_stream_ends_with_unavailable(start_server, linear):
 
 
 # Deadlines, cancellation, overload
+
+
+def test_a_call_that_is_given_up_before_its_message_has_arrived_is_counted_as_such(start_server, linear):
+    server = start_server("--model", linear, "--metrics-port", "0").ready()
+    over = threading.Event()
+
+    def never() -> Iterator[messages.ClassifyRequest]:
+        over.wait(30)
+        yield from ()
+
+    def counted(what: str) -> float:
+        return server.metrics()[f"cifar_service_{what}_total"]
+
+    with grpc.insecure_channel(server.target) as channel:
+        classify = channel.stream_unary(f"/{SERVICE}/Classify")
+        with pytest.raises(grpc.RpcError):
+            classify(never(), timeout=0.3)
+        until(lambda: counted("expired") == 1)
+        call = classify.future(never())
+        until(lambda: not call.done())
+        time.sleep(0.3)  # until the server has seen the call
+        call.cancel()
+        until(lambda: counted("cancelled") == 1)
+        over.set()
+        with pytest.raises(grpc.RpcError) as caught:
+            classify(never())
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    requests = {
+        name: value for name, value in server.metrics().items() if name.startswith("cifar_service_requests_total")
+    }
+    assert requests == {
+        f'cifar_service_requests_total{{code="{code}",method="{SERVICE}/Classify"}}': 1.0
+        for code in ("DEADLINE_EXCEEDED", "CANCELLED", "INVALID_ARGUMENT")
+    }
 
 
 def test_an_expired_or_cancelled_request_never_reaches_the_engine(start_server, slow):

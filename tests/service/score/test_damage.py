@@ -71,6 +71,19 @@ def test_a_part_of_another_program_or_version_is_computed_again(finished, output
     assert part.read_bytes() == (finished[1] / part.name).read_bytes()
 
 
+@pytest.mark.parametrize("same_run", [True, False])
+def test_a_whole_part_of_another_place_or_run_is_computed_again(finished, output, linear, tmp_path, same_run):
+    part = output / "part-000001.parquet"
+    if same_run:
+        shutil.copy(output / "part-000000.parquet", part)
+    else:
+        assert score(finished[0], tmp_path / "other", *PARTS, "--max-decode-seconds", "9", model=linear) == 1
+        shutil.copy(tmp_path / "other" / part.name, part)
+    assert part.read_bytes() != (finished[1] / part.name).read_bytes()
+    assert score(finished[0], output, *PARTS, "--resume", model=linear) == 1
+    assert part.read_bytes() == (finished[1] / part.name).read_bytes()
+
+
 def test_a_huge_part_is_not_read_to_its_end(output):
     huge(output / "part-000001.parquet")
     assert OutputFolder(output).written_parts([20, 20, 20]) == {0: 0, 2: 1}
