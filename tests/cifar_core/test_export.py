@@ -169,12 +169,11 @@ def test_an_export_without_parity_is_not_taken_for_a_complete_one(before, run, s
     assert read_manifest(before).parity is not None
 
 
-@pytest.mark.parametrize("images", [7, 30])
-def test_a_scale_that_an_earlier_version_fitted_to_few_images_is_replaced(before, run, small, images):
+def test_a_scale_that_an_earlier_version_fitted_to_few_images_is_replaced(before, run, small):
     def as_earlier(manifest):
         scale = manifest["variants"]["fp32"]["calibration"]
         assert scale.pop("prior_deviation") == 0.5
-        scale |= {"form": "temperature", "coefficients": [20.73], "images": images}
+        scale |= {"form": "temperature", "coefficients": [20.73]}
 
     change_manifest(before, as_earlier)
     export_run(run, small, before)

@@ -87,6 +87,7 @@ def test_a_run_from_trained_weights_is_resumed_only_with_the_same_weights(traine
         run(trainer(None), resume=True)
 
 
+@pytest.mark.parametrize("trained", ["sprint"], indirect=True)
 def test_weights_that_know_images_that_the_run_holds_out_are_refused(trained, small, tmp_path, caplog):
     name, overrides, folder = trained
 
@@ -108,6 +109,7 @@ def test_weights_that_know_images_that_the_run_holds_out_are_refused(trained, sm
     assert caplog.text == ""
 
 
+@pytest.mark.parametrize("trained", ["sprint"], indirect=True)
 def test_a_run_of_an_earlier_version_from_such_weights_is_continued(trained, small, tmp_path):
     name, overrides, folder = trained
     recipe = get_recipe(name, [*overrides, "split_seed=1"])

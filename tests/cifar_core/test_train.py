@@ -248,6 +248,7 @@ def test_resuming_with_weights_names_the_run_that_started_from_fresh_ones(tmp_pa
     assert "to continue it, give the same weights with --init; " + advice in said
 
 
+@pytest.mark.slow
 def test_a_run_with_many_changed_values_is_trained_resumed_and_found_by_other_commands(command, tmp_path):
     values = {
         "epochs": 1, "batch_size": 20, "learning_rate": 0.0123456, "momentum": 0.654321, "validation_images": 7,
