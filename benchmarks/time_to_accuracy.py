@@ -40,12 +40,13 @@ from cifar_core.data import add_data_argument, load_dataset
 from cifar_core.device import CPU, DEVICES, describe_environment
 from cifar_core.export import export_run
 from cifar_core.hard_images import TRAINED_EVERY, WIDTHS
+from cifar_core.history import best_epoch
 from cifar_core.models import WhitenedConvNet, fuse_batch_norm
 from cifar_core.pixels import IMAGE_SIZE
 from cifar_core.predictors import build_model
 from cifar_core.recipe import Recipe
 from cifar_core.recipes import get_recipe
-from cifar_core.run_folder import RunFolder, best_epoch, load_checkpoint
+from cifar_core.run_folder import RunFolder, load_checkpoint
 from cifar_core.study.markdown import markdown_table
 
 STARTER = Path(__file__).parent / "peers/airbench_start.py"

@@ -20,11 +20,10 @@ from cifar_core.data import Dataset
 from cifar_core.errors import CifarError
 from cifar_core.files import read_regular
 from cifar_core.held_out import TrainedOn, reason_against
-from cifar_core.manifest import read_manifest
 from cifar_core.models import NORMALISED_LAYERS, Network, fuse_batch_norm
-from cifar_core.predictors import BATCH, build_model
+from cifar_core.predictors import BATCH, build_model, model_file
 from cifar_core.recipe import Recipe, read_recipe
-from cifar_core.run_folder import RunFolder, load_checkpoint, weights_digest
+from cifar_core.run_folder import load_checkpoint, weights_digest
 
 _PREFIX = "network."
 """Begins the names of the network's tensors in an exported graph."""
@@ -72,22 +71,14 @@ def read_initial_weights(source: Path) -> InitialWeights:
         InitialWeightsError: The file is missing, no graph of this project, quantised, or damaged.
         ManifestError, RunError, PredictorError: The folder or checkpoint is damaged or not of this project.
     """
-    if source.is_dir() and (source / "manifest.json").exists():
-        variant = read_manifest(source).variant("fp32")
-        weights = _from_graph(source / variant.file)
-        if weights.digest != variant.sha256:
-            raise InitialWeightsError(
-                f"--init {source}: {variant.file} does not have the SHA-256 of manifest.json, so it is damaged or "
-                "belongs to another export; export the model again"
-            )
-        return weights
-    if source.suffix == ".onnx":
-        return _from_graph(source)
+    file = model_file(source)
+    if file.suffix == ".onnx":
+        return _from_graph(file)
     if not source.exists():
         raise InitialWeightsError(
             f"--init {source}: this file or folder does not exist; name an export, a run folder, an .onnx or a .pt file"
         )
-    checkpoint = load_checkpoint(RunFolder(source).best if source.is_dir() else source)
+    checkpoint = load_checkpoint(file)
     model = build_model(checkpoint)
     recipe = read_recipe(checkpoint["recipe"])
     fused = fuse_batch_norm(model)

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from cifar_core.errors import CifarError
 from cifar_core.files import FileWriteError, atomic_write, read_regular, to_json
+from cifar_core.history import fault, from_lines, to_lines
 
 logger = logging.getLogger(__name__)
 
@@ -43,9 +44,6 @@ class RunInUse(RunError):
 
 _ABOUT: dict[str, type] = {"recipe": dict, "seed": int, "classes": list, "data": dict}
 """What recipe.json and every checkpoint hold about the run, with its type in JSON."""
-_MEASURED = ("train_loss", "train_accuracy", "learning_rate", "seconds")
-_VALIDATED = ("validation_loss", "validation_accuracy")
-"""What a line of the history holds; the latter are None after epochs without validation."""
 _LONGEST_NAME = 255
 """The longest name of a file or folder, in bytes, that usual file systems allow."""
 _DIGITS = 12
@@ -106,7 +104,7 @@ class RunFolder:
         self.best = path / "best.pt"
         self.last = path / "last.pt"
         self._history = path / "history.jsonl"
-        self._warned = self._untouched = False
+        self._warned = False
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -191,15 +189,6 @@ class RunFolder:
         torch.save(content, buffer)
         atomic_write(path, buffer.getvalue())
 
-    @contextmanager
-    def untouched(self) -> Iterator[None]:
-        """Within this, `write_history` writes nothing."""
-        self._untouched = True
-        try:
-            yield
-        finally:
-            self._untouched = False
-
     def mend_history(self, history: list[dict[str, Any]]) -> None:
         """Writes history.jsonl of a finished run, whose folder is not locked, if it has another content.
 
@@ -215,7 +204,7 @@ class RunFolder:
 
     def _holds(self, history: list[dict[str, Any]]) -> bool:
         """Whether history.jsonl has this content."""
-        return self._history.exists() and self._history.read_bytes() == _lines(history)
+        return self._history.exists() and self._history.read_bytes() == to_lines(history)
 
     def write_history(self, history: list[dict[str, Any]]) -> None:
         """Writes history.jsonl, unless it has this content already.
@@ -223,14 +212,11 @@ class RunFolder:
         Raises:
             FileWriteError: The file cannot be written.
         """
-        if not self._untouched and not self._holds(history):
-            atomic_write(self._history, _lines(history))
+        if not self._holds(history):
+            atomic_write(self._history, to_lines(history))
 
     def history(self) -> list[dict[str, Any]]:
-        """One dictionary per finished epoch; empty before the first.
-
-        Each holds `epoch` (from 1), `train_loss`, `train_accuracy`, `validation_loss`, `validation_accuracy`
-        (accuracies from 0 to 1; both are None if the recipe did not validate the epoch), `learning_rate` and `seconds`.
+        """One dictionary per finished epoch, see `cifar_core.history`; empty before the first.
 
         If history.jsonl is damaged, or lacks epochs that last.pt holds, this is the history in last.pt, and a warning
         is logged. Every command can thus read such a run, and `--resume` writes the file anew.
@@ -244,11 +230,10 @@ class RunFolder:
         except FileNotFoundError:
             written, content = 0, b""
         try:
-            history = [json.loads(line) for line in content.splitlines()]
-            fault = _fault(history)
-        except (ValueError, RecursionError) as error:
-            fault = str(error)
-        return self._completed(history, written) if fault is None else self._saved_instead(fault)
+            history = from_lines(content)
+        except ValueError as error:
+            return self._saved_instead(str(error))
+        return self._completed(history, written)
 
     def _completed(self, history: list[dict[str, Any]], written: int) -> list[dict[str, Any]]:
         """The history in last.pt if it has more epochs than history.jsonl, otherwise this one.
@@ -278,11 +263,11 @@ class RunFolder:
             RunError: The file is missing or damaged.
         """
         saved = load_checkpoint(self.last).get("history")
-        return saved if isinstance(saved, list) and _fault(saved) is None else None
+        return saved if isinstance(saved, list) and fault(saved) is None else None
 
-    def _saved_instead(self, fault: str) -> list[dict[str, Any]]:
+    def _saved_instead(self, reason: str) -> list[dict[str, Any]]:
         """The history in last.pt, if history.jsonl cannot be read."""
-        damaged = f"{self._history}: this file is damaged ({fault})"
+        damaged = f"{self._history}: this file is damaged ({reason})"
         if not self.last.exists():
             raise RunError(f"{damaged}; put it back, or remove {self.path} and train anew")
         try:
@@ -334,24 +319,6 @@ def _describes_run(value: dict[str, Any]) -> bool:
     )
 
 
-def _lines(history: list[dict[str, Any]]) -> bytes:
-    """The content of history.jsonl."""
-    return "".join(json.dumps(line) + "\n" for line in history).encode()
-
-
-def _fault(history: list[Any]) -> str | None:
-    """What is wrong with the lines of a history; None if nothing is."""
-    for number, line in enumerate(history, 1):
-        if not (
-            isinstance(line, dict)
-            and line.get("epoch") == number
-            and all(isinstance(line.get(key), int | float) for key in _MEASURED)
-            and all(key in line and isinstance(line[key], int | float | None) for key in _VALIDATED)
-        ):
-            return f"line {number} does not hold the values of epoch {number}"
-    return None
-
-
 def folder_name(recipe: str, initial: str | None = None, teacher: str | None = None) -> str:
     """The name of the folder that holds the runs of a recipe, one folder per seed.
 
@@ -373,17 +340,6 @@ def folder_name(recipe: str, initial: str | None = None, teacher: str | None = N
             break
         name += f"+{change}"
     return name + end
-
-
-def best_epoch(history: list[dict[str, Any]], weights: str) -> dict[str, Any]:
-    """The line of the epoch whose weights a run ends with.
-
-    Args:
-        history: the lines of at least one epoch.
-        weights: the recipe's `weights`: `best` is the epoch with the best validation accuracy, the first of several;
-            `last` is the last epoch.
-    """
-    return history[-1] if weights == "last" else max(history, key=lambda line: line["validation_accuracy"])
 
 
 def finished_runs(runs: Path) -> list[RunFolder]:

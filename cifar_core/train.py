@@ -22,11 +22,12 @@ from cifar_core.device import DEVICES, computes_in_bf16, describe_environment
 from cifar_core.distributed import Ranks, join_ranks
 from cifar_core.errors import program_name, run_command
 from cifar_core.files import path_option
+from cifar_core.history import best_epoch
 from cifar_core.initial_weights import InitialWeights, read_initial_weights
 from cifar_core.recipe import Precision, Recipe
 from cifar_core.recipes import KEYS, RECIPES, asked_precision, batch_size_note, get_recipe
 from cifar_core.resuming import runs_from_other_weights
-from cifar_core.run_folder import RunFolder, best_epoch, default_folder, folder_name
+from cifar_core.run_folder import RunFolder, default_folder, folder_name
 from cifar_core.stop_signal import Interrupted, StopSignal
 from cifar_core.teacher import read_teacher
 from cifar_core.trainer import Trainer
@@ -52,8 +53,7 @@ def run(trainer: Trainer, resume: bool) -> list[dict[str, Any]]:
     finished = ranks.is_first and resume and folder.is_finished()
     writes = ranks.is_first and not finished
     with folder.lock() if writes else contextlib.nullcontext(), StopSignal() as stop:
-        with folder.untouched() if finished else contextlib.nullcontext():
-            trainer.start(resume)
+        trainer.start(resume)
         if state.epoch == recipe.epochs:
             if finished:
                 folder.mend_history(state.history)

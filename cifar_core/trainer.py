@@ -33,6 +33,7 @@ from cifar_core.distributed import ALONE, RankError, Ranks
 from cifar_core.errors import CifarError
 from cifar_core.files import FileWriteError
 from cifar_core.hard_images import HardImages, trained_images
+from cifar_core.history import best_epoch
 from cifar_core.initial_weights import InitialWeights, check_initial_weights, start_from
 from cifar_core.models import Network, WhitenedConvNet
 from cifar_core.optimizers import make_optimizer, muon_dtype, set_learning_rate
@@ -40,7 +41,7 @@ from cifar_core.passes import recompute_statistics, validate
 from cifar_core.pixels import IMAGE_SIZE
 from cifar_core.recipe import Precision, Recipe
 from cifar_core.resuming import check_same_run
-from cifar_core.run_folder import RunError, RunFolder, best_epoch, load_checkpoint
+from cifar_core.run_folder import RunError, RunFolder, load_checkpoint
 from cifar_core.run_log import RunLog
 from cifar_core.stop_signal import Interrupted, StopSignal
 from cifar_core.teacher import Teacher, check_teacher, distillation_loss
@@ -188,9 +189,9 @@ class Trainer:
             self.state.history, self.state.epoch = self.folder.history(), self.recipe.epochs
             return
         self._restore(load_checkpoint(self.folder.last))
-        if self.state.epoch == self.recipe.epochs:
+        if self.state.epoch == self.recipe.epochs:  # nothing is written: the folder is not locked
             self._check_file(self.folder.best)
-        if self.ranks.is_first:
+        elif self.ranks.is_first:
             self.folder.write_history(self.state.history)
         else:  # the checkpoint holds the sums over all ranks, and rank 0 continues them
             self.state.losses.zero_()

@@ -1,5 +1,7 @@
 """Errors of the server's start and of single requests. They know no transport; each message says what to do."""
 
+import time
+
 
 class StartError(Exception):
     """The server cannot start. Printed as one line; the exit code is 2."""
@@ -40,7 +42,12 @@ class DeadlineExpired(RequestError):
 
 
 # A client cancels at its deadline, and its cancellation can arrive shortly before the deadline has passed here.
-DEADLINE_SLACK = 0.05
+_DEADLINE_SLACK = 0.05
+
+
+def gave_up_at(deadline: float | None) -> bool:
+    """Whether a client that gives up a request now does so because of its deadline, on time.monotonic()."""
+    return deadline is not None and time.monotonic() >= deadline - _DEADLINE_SLACK
 
 
 class ShuttingDown(RequestError):

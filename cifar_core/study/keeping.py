@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -71,9 +70,12 @@ def _move(earlier: RunFolder, kept: RunFolder) -> None:
     """Moves a history to its new name; removes it if there is one already, because the run would count twice."""
     logger.warning("%s: this history of the same run, under its earlier name, is now %s", earlier.path, kept.path)
     if kept.is_started():
-        shutil.rmtree(earlier.path)
+        for name in ("recipe.json", "history.jsonl", evaluation_file(earlier).name):
+            (earlier.path / name).unlink(missing_ok=True)
     else:
         kept.path.parent.mkdir(parents=True, exist_ok=True)
         earlier.path.rename(kept.path)
-    with contextlib.suppress(OSError):  # other seeds may still be there
+    with contextlib.suppress(OSError):  # other files or seeds may still be there
+        earlier.path.rmdir()
+    with contextlib.suppress(OSError):
         earlier.path.parent.rmdir()

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from cifar_core.errors import CifarError
+from cifar_core.history import best_epoch
 from cifar_core.recipe import Recipe
 from cifar_core.resuming import saved_recipe
-from cifar_core.run_folder import RunError, RunFolder, best_epoch, folder_name
+from cifar_core.run_folder import RunError, RunFolder, folder_name
 
 
 class ReportError(CifarError):

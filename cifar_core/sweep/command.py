@@ -18,10 +18,11 @@ from cifar_core.data import Dataset, load_dataset
 from cifar_core.device import CPU, available_cores
 from cifar_core.distributed import number_of_ranks
 from cifar_core.errors import needs_extra
+from cifar_core.history import best_epoch
 from cifar_core.initial_weights import InitialWeights, check_initial_weights, read_initial_weights
 from cifar_core.recipes import Recipe, asked_precision, get_recipe
 from cifar_core.resuming import check_same_run
-from cifar_core.run_folder import RunFolder, best_epoch, default_folder, folder_name
+from cifar_core.run_folder import RunFolder, default_folder, folder_name
 from cifar_core.sweep.options import SweepError, check_number, combinations, make_parser
 from cifar_core.sweep.processes import LOG, Command, last_line, train_here
 from cifar_core.teacher import Teacher, check_teacher, read_teacher

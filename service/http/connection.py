@@ -120,6 +120,25 @@ def _with_path(request: h11.Request) -> h11.Request:
     )
 
 
+class _Transport:
+    """A transport that is closed once, however often `close` is called.
+
+    asyncio's transport for TLS forgets its connection when it is closed a second time, which uvicorn and the server may
+    do while the client has not confirmed the first. Every call after that would fail.
+    """
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+
+    def close(self) -> None:
+        """See asyncio.Transport."""
+        if not self._transport.is_closing():
+            self._transport.close()
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 -- whatever the transport has
+        return getattr(self._transport, name)
+
+
 class Connection(H11Protocol):
     """A connection of one client.
 
@@ -150,7 +169,7 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """See asyncio.Protocol."""
-        super().connection_made(cast(asyncio.Transport, transport))
+        super().connection_made(cast(asyncio.Transport, _Transport(cast(asyncio.Transport, transport))))
         self.peer = "http:" + ":".join(map(str, (transport.get_extra_info("peername") or ("unknown",))[:2]))
         self._socket = transport.get_extra_info("socket")
 

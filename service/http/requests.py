@@ -18,7 +18,7 @@ from typing import TypeAlias
 from starlette.types import Receive, Scope, Send
 
 from service.core.metrics import Metrics
-from service.errors import DEADLINE_SLACK, DeadlineExpired, InvalidRequest, RequestError, ShuttingDown, quoted
+from service.errors import DeadlineExpired, InvalidRequest, RequestError, ShuttingDown, gave_up_at, quoted
 from service.http.answers import STATUSES, Answer, Unauthenticated, problem, problem_of
 from service.http.bodies import check_headers, read_body
 from service.http.connection import Connection
@@ -243,8 +243,7 @@ class _Exchange:
     def _code_if_cancelled(self) -> str:
         if self._connection.is_malformed:  # the connection has answered that the body cannot be read
             return "INVALID_ARGUMENT"
-        expired = self._deadline is not None and time.monotonic() >= self._deadline - DEADLINE_SLACK
-        return "DEADLINE_EXCEEDED" if expired else "CANCELLED"
+        return "DEADLINE_EXCEEDED" if gave_up_at(self._deadline) else "CANCELLED"
 
     async def _answer(self, handler: Handler, trace: Trace | None) -> Answer:
         try:

@@ -17,7 +17,7 @@ import grpc
 from google.protobuf.message import Message
 
 from service.core.metrics import Metrics
-from service.errors import DEADLINE_SLACK, InvalidRequest, RequestError, ShuttingDown
+from service.errors import InvalidRequest, RequestError, ShuttingDown, gave_up_at
 from service.receiving import Receiver
 from service.rpc.connections import Connections
 from service.rpc.statuses import CODES, Context, Failure, abort
@@ -400,5 +400,4 @@ def deadline_of(context: Context) -> float | None:
 
 def _given_up(deadline: float | None) -> grpc.StatusCode:
     """The status of a call that its client gave up."""
-    expired = deadline is not None and time.monotonic() >= deadline - DEADLINE_SLACK
-    return grpc.StatusCode.DEADLINE_EXCEEDED if expired else grpc.StatusCode.CANCELLED
+    return grpc.StatusCode.DEADLINE_EXCEEDED if gave_up_at(deadline) else grpc.StatusCode.CANCELLED

@@ -10,6 +10,7 @@ import torch
 from cifar_core.device import CPU
 from cifar_core.export import export_run
 from cifar_core.initial_weights import InitialWeightsError, read_initial_weights, start_from
+from cifar_core.manifest import ManifestError
 from cifar_core.predictors import load_predictor
 from cifar_core.recipes import get_recipe
 from cifar_core.run_folder import RunError, RunFolder
@@ -71,55 +72,48 @@ def test_the_shipped_export_is_a_start_for_deep_fast_and_for_the_networks_of_the
         start_from(initial, get_recipe("sprint").make_model(10), initial.classes, small.train.images)
 
 
-def test_a_run_from_trained_weights_is_resumed_only_with_the_same_weights(trained, small, tmp_path):
-    name, overrides, folder = trained
-    recipe = get_recipe(name, [*overrides, "learning_rate=0.01"])
-    initial = read_initial_weights(folder / "run")
+@pytest.fixture
+def trainer(trained, small, tmp_path):
+    """Makes a trainer of one run, which starts from the given weights, with changed values."""
+    name, overrides, _ = trained
+    return lambda weights, *changes: Trainer(
+        get_recipe(name, [*overrides, *changes]), small, RunFolder(tmp_path), 0, CPU, "fp32", weights
+    )
 
-    def trainer(weights):
-        return Trainer(recipe, small, RunFolder(tmp_path), 0, CPU, "fp32", weights)
 
-    history = run(trainer(initial), resume=False)
+def test_a_run_from_trained_weights_is_resumed_only_with_the_same_weights(trained, trainer, tmp_path):
+    initial, slow = read_initial_weights(trained[-1] / "run"), "learning_rate=0.01"
+    history = run(trainer(initial, slow), resume=False)
     assert history[0]["train_accuracy"] > 0.25  # in the first epoch, of ten classes
     assert RunFolder(tmp_path).description()["initial"] == initial.description()
-    assert run(trainer(initial), resume=True) == history
+    assert run(trainer(initial, slow), resume=True) == history
     with pytest.raises(RunError, match="was started with initial"):
-        run(trainer(None), resume=True)
+        run(trainer(None, slow), resume=True)
 
 
 @pytest.mark.parametrize("trained", ["sprint"], indirect=True)
-def test_weights_that_know_images_that_the_run_holds_out_are_refused(trained, small, tmp_path, caplog):
-    name, overrides, folder = trained
-
-    def start(weights, *more):
-        return Trainer(get_recipe(name, [*overrides, *more]), small, RunFolder(tmp_path), 0, CPU, "fp32", weights)
-
+def test_weights_that_know_images_that_the_run_holds_out_are_refused(trained, trainer, caplog):
     for source in ("run", "exported"):
-        initial = read_initial_weights(folder / source)
-        start(initial)
+        initial = read_initial_weights(trained[-1] / source)
+        trainer(initial)
         with pytest.raises(InitialWeightsError, match=r"on \d+ of the 30 images .*--set split_seed=0"):
-            start(initial, "split_seed=1")
+            trainer(initial, "split_seed=1")
     assert caplog.text == ""
     unknown = dataclasses.replace(initial, trained_on=initial.trained_on._replace(fingerprint="of another folder"))
-    start(unknown, "split_seed=1")
+    trainer(unknown, "split_seed=1")
     assert "is not known, because its data was not the same" in caplog.text
     caplog.clear()
     with pytest.raises(InitialWeightsError, match="are not those of the network"):  # other classes are other images
-        start(dataclasses.replace(unknown, classes=("cat", "dog"), states=({},)))
+        trainer(dataclasses.replace(unknown, classes=("cat", "dog"), states=({},)))
     assert caplog.text == ""
 
 
 @pytest.mark.parametrize("trained", ["sprint"], indirect=True)
-def test_a_run_of_an_earlier_version_from_such_weights_is_continued(trained, small, tmp_path):
-    name, overrides, folder = trained
-    recipe = get_recipe(name, [*overrides, "split_seed=1"])
-    initial = read_initial_weights(folder / "run")
-
-    def trainer(weights):
-        return Trainer(recipe, small, RunFolder(tmp_path), 0, CPU, "fp32", weights)
-
-    history = run(trainer(dataclasses.replace(initial, trained_on=None)), resume=False)  # as if it were not known
-    assert run(trainer(initial), resume=True) == history
+def test_a_run_of_an_earlier_version_from_such_weights_is_continued(trained, trainer):
+    initial, changes = read_initial_weights(trained[-1] / "run"), ("split_seed=1",)
+    unknown = dataclasses.replace(initial, trained_on=None)
+    history = run(trainer(unknown, *changes), resume=False)
+    assert run(trainer(initial, *changes), resume=True) == history
 
 
 def test_files_that_hold_no_usable_weights_are_refused(tmp_path):
@@ -159,7 +153,7 @@ def test_an_export_whose_graph_is_not_that_of_the_manifest_is_refused(tmp_path):
     graph = onnx.load(tmp_path / "exported/model.onnx")
     graph.doc_string = "changed"
     onnx.save(graph, tmp_path / "exported/model.onnx")
-    with pytest.raises(InitialWeightsError, match=r"model\.onnx does not have the SHA-256 of manifest\.json"):
+    with pytest.raises(ManifestError, match=r"model\.onnx does not have the SHA-256 of manifest\.json"):
         read_initial_weights(tmp_path / "exported")
 
 

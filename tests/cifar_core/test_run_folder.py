@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from cifar_core.files import FileWriteError
+from cifar_core.history import best_epoch
 from cifar_core.recipes import KEYS, get_recipe
 from cifar_core.run_folder import (
     RunError,
     RunFolder,
-    best_epoch,
     default_folder,
     finished_runs,
     folder_name,

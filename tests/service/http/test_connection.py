@@ -1,8 +1,11 @@
 """A connection of the HTTP server, without the server around it."""
 
 import asyncio
+import contextlib
 import socket
 import ssl
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import cast
 
 import trustme
 from uvicorn.config import Config
@@ -15,26 +18,53 @@ async def application(scope: object, receive: object, send: object) -> None:
     raise AssertionError("no request is sent")
 
 
-def test_unread_bytes_of_a_tls_connection_can_be_asked_for_until_it_is_gone():
+@contextlib.asynccontextmanager
+async def tls_connection() -> AsyncIterator[tuple[Connection, ServerState, asyncio.Transport]]:
+    """A connection as the server sees it, the open connections, and the client's end of it."""
     authority = trustme.CA()
     context, trusting = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.create_default_context()
     authority.issue_cert("localhost").configure_cert(context)
     authority.configure_trust(trusting)
     config = Config(application, http="h11", ws="none", lifespan="off", log_config=None)  # type: ignore[arg-type]
     config.load()
+    state, (ours, theirs) = ServerState(), socket.socketpair()
+    accepted = asyncio.get_running_loop().connect_accepted_socket(lambda: Connection(config, state), ours, ssl=context)
+    opened = asyncio.open_connection(sock=theirs, ssl=trusting, server_hostname="localhost")
+    (_, connection), (_, writer) = await asyncio.gather(accepted, opened)
+    transport = cast(asyncio.Transport, writer.transport)
+    yield connection, state, transport
+    transport.abort()
 
-    async def watch_a_reset() -> int:
-        loop, state = asyncio.get_running_loop(), ServerState()
-        ours, theirs = socket.socketpair()
-        accepted = loop.connect_accepted_socket(lambda: Connection(config, state), ours, ssl=context)
-        opened = asyncio.open_connection(sock=theirs, ssl=trusting, server_hostname="localhost")
-        (_, connection), (_, writer) = await asyncio.gather(accepted, opened)
-        writer.transport.abort()
-        looked = 0
-        while state.connections:  # once in each iteration of the event loop
-            assert connection.unread == 0
-            looked += 1
-            await asyncio.sleep(0)
-        return looked
 
-    assert asyncio.run(asyncio.wait_for(watch_a_reset(), 10)) > 1
+def run(test: Callable[[], Coroutine[None, None, None]]) -> None:
+    asyncio.run(asyncio.wait_for(test(), 10))
+
+
+def test_unread_bytes_of_a_tls_connection_can_be_asked_for_until_it_is_gone():
+    async def test() -> None:
+        async with tls_connection() as (connection, state, client):
+            client.abort()
+            looked = 0
+            while state.connections:  # once in each iteration of the event loop
+                assert connection.unread == 0
+                looked += 1
+                await asyncio.sleep(0)
+            assert looked > 1
+
+    run(test)
+
+
+def test_a_tls_connection_that_is_closed_twice_while_its_client_does_not_answer_can_still_be_ended():
+    async def test() -> None:
+        async with tls_connection() as (connection, state, client):
+            client.pause_reading()  # so it does not confirm that the connection is closed
+            for _ in range(3):
+                connection.close()
+                assert connection.unread >= 0
+                await asyncio.sleep(0)
+            assert state.connections
+            connection.abort()
+            while state.connections:
+                await asyncio.sleep(0)
+
+    run(test)
