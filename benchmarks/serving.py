@@ -12,6 +12,7 @@ it.
 
 import argparse
 import base64
+import io
 import itertools
 import json
 import os
@@ -28,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from servers import CLASSIFY, PEERS, REPOSITORY, Running, Server, all_servers, install, started
 from tabulate import tabulate
 
@@ -90,6 +92,17 @@ def compile_load_generator(folder: Path) -> Path:
     return program
 
 
+def jpeg_file() -> bytes:
+    """A photograph of 256×256 pixels, with colour at half resolution: the middle of a sample picture, enlarged."""
+    with Image.open(REPOSITORY / "samples/cat.jpg") as sample:
+        side = min(sample.size)
+        left, top = (sample.width - side) // 2, (sample.height - side) // 2
+        square = sample.crop((left, top, left + side, top + side)).resize((256, 256), Image.Resampling.BICUBIC)
+    file = io.BytesIO()
+    square.save(file, "JPEG", quality=85, subsampling="4:2:0")
+    return file.getvalue()
+
+
 class Payloads:
     """Serialised requests as files; all hold the same random pixels."""
 
@@ -107,8 +120,7 @@ class Payloads:
 
     def _encode(self, server: Server, load: Load, pixels: np.ndarray) -> bytes:
         if load.encoded:
-            sample = (REPOSITORY / "samples/cat.jpg").read_bytes()
-            return cifar.ClassifyRequest(images=[cifar.Image(encoded=sample)] * load.images).SerializeToString()
+            return cifar.ClassifyRequest(images=[cifar.Image(encoded=jpeg_file())] * load.images).SerializeToString()
         if server.method is None:
             return json.dumps({"images": base64.b64encode(pixels.tobytes()).decode()}).encode()
         if server.method == CLASSIFY:

@@ -40,15 +40,15 @@ def run_command(main: Callable[[], int]) -> None:
         with output_may_fail():
             code = main()
     except CifarError as error:
-        _say(f"error: {error}")
+        say(f"error: {error}")
         code = 2
     except OSError as error:
         if error.filename is None or error.errno not in _WRONG_PATH:
             raise
-        _say(f"error: {error.filename}: {error.strerror}; check the path and its permissions")
+        say(f"error: {error.filename}: {error.strerror}; check the path and its permissions")
         code = 2
     except KeyboardInterrupt:
-        _say("interrupted")
+        say("interrupted")
         code = 130  # the shell's convention: 128 + SIGINT
     sys.exit(code)
 
@@ -80,7 +80,7 @@ def output_may_fail() -> Iterator[None]:
             raise
         _drop_output()
         what = error.filename or "the output or a file"
-        _say(f"error: {what} cannot be written: {error.strerror}; free some space")
+        say(f"error: {what} cannot be written: {error.strerror}; free some space")
         raise SystemExit(2) from None
 
 
@@ -97,7 +97,8 @@ def open_closed_streams() -> None:
         sys.stderr = os.fdopen(_STDERR, "w", closefd=False)
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """Prints a message to standard error. It is lost if nobody reads it, which changes no exit code."""
     with contextlib.suppress(OSError):  # standard error may go to a full disk
         print(text, file=sys.stderr)
 

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import itertools
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
@@ -22,22 +23,25 @@ from service.generated.cifar.v1 import image_classifier_pb2 as messages
 from service.generated.cifar.v1 import image_classifier_pb2_grpc as rpc
 
 
+@dataclass(frozen=True)
+class _Connected:
+    loop: asyncio.AbstractEventLoop
+    channel: grpc.aio.Channel
+    stub: Any
+
+
 class AsyncClient(BaseClient):
     """`Client` for asyncio: `async with AsyncClient(…) as client: await client.classify(…)`.
 
-    Use it in one event loop. Small calls that are awaited at the same time travel in shared requests; each keeps its
-    own deadline, errors and retries, and cancelling one does not affect the others.
+    Use it in one event loop, that of its first call. Small calls that are awaited at the same time travel in shared
+    requests; each keeps its own deadline, errors and retries, and cancelling one does not affect the others.
 
     Arguments and errors are those of `Client`.
     """
 
     def __init__(self, target: str = DEFAULT_TARGET, options: Options | None = None) -> None:
         super().__init__(target, options)
-        if self._credentials is None:
-            self._channel = grpc.aio.insecure_channel(self._grpc_target, self._channel_options)
-        else:
-            self._channel = grpc.aio.secure_channel(self._grpc_target, self._credentials, self._channel_options)
-        self._stub: Any = rpc.ImageClassifierStub(self._channel)  # type: ignore[no-untyped-call]
+        self._connected: _Connected | None = None
         self._sharing = AsyncSharing(self._shared_requests, self._classify_once, self._capacity)
         self._closed = asyncio.Event()
 
@@ -52,7 +56,26 @@ class AsyncClient(BaseClient):
     async def close(self) -> None:
         """Ends the connection. Calls that are still waiting fail at once with CANCELLED, and so do later calls."""
         self._closed.set()
-        await self._channel.close()
+        if self._connected is not None:
+            await self._connected.channel.close()
+
+    @property
+    def _stub(self) -> Any:  # noqa: ANN401 -- its generated class has no types
+        """The stub, whose channel belongs to the event loop of the first call.
+
+        Raises:
+            RuntimeError: This is another event loop.
+        """
+        loop = asyncio.get_running_loop()
+        if self._connected is None:
+            if self._credentials is None:
+                channel = grpc.aio.insecure_channel(self._grpc_target, self._channel_options)
+            else:
+                channel = grpc.aio.secure_channel(self._grpc_target, self._credentials, self._channel_options)
+            self._connected = _Connected(loop, channel, rpc.ImageClassifierStub(channel))  # type: ignore[no-untyped-call]
+        if self._connected.loop is not loop:
+            raise RuntimeError("this AsyncClient was used in another event loop: make one in each event loop")
+        return self._connected.stub
 
     async def model(self) -> messages.GetModelResponse:
         """Asks the server which model it serves and for its limits; see `Client.model`."""
@@ -72,6 +95,7 @@ class AsyncClient(BaseClient):
         return probability_table(parts, len(self._known_classes))
 
     async def _results(self, images: Images, deadline: Deadline) -> list[Results]:
+        self._check_open()
         if self._limits_may_have_changed:
             await self._fetch_model(deadline)
         remaining = contents(images, self._capacity)
@@ -100,7 +124,8 @@ class AsyncClient(BaseClient):
                 if not failure.may_be_too_large:
                     raise
                 refusal = failure
-        await self._fetch_model(deadline)
+        for _ in range(self._models_to_ask):
+            await self._fetch_model(deadline)
         smaller = self._smaller(content, refusal)
         return [await self._repeat(deadline, self._exchange, part, deadline) for part in smaller]
 

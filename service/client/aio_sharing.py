@@ -16,6 +16,8 @@ from service.client.packing import Entry, SharedRequests, distribute, request_of
 from service.client.retrying import Deadline, RequestFailed, deadline_exceeded
 from service.generated.cifar.v1 import image_classifier_pb2 as messages
 
+_LATE_SECONDS = 0.1
+
 Send: TypeAlias = "Callable[[messages.ClassifyRequest, Deadline], Awaitable[messages.ClassifyResponse]]"
 
 
@@ -78,6 +80,13 @@ class AsyncSharing:
         self._timer = asyncio.get_running_loop().call_later(max(0.0, at - time.monotonic()), self._expire)
 
     def _expire(self) -> None:
+        if time.monotonic() - self._timer_at > _LATE_SECONDS:
+            # Something has blocked the event loop. Answers that have arrived meanwhile are handled first.
+            self._timer = asyncio.get_running_loop().call_later(_LATE_SECONDS, self._expire_now)
+        else:
+            self._expire_now()
+
+    def _expire_now(self) -> None:
         now = time.monotonic()
         for entry in self._pending:
             if entry.deadline.at <= now and not entry.finished.done():

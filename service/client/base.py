@@ -1,5 +1,6 @@
 """What `Client` and `AsyncClient` share: everything but sending and waiting."""
 
+import collections
 import operator
 from typing import SupportsIndex
 
@@ -12,6 +13,8 @@ from service.client.retrying import Deadline, RequestFailed
 from service.generated.cifar.v1 import image_classifier_pb2 as messages
 
 _WINDOW = 4
+# How many answers about limits are compared if a name may stand for several servers.
+_MODELS_TO_ASK = 4
 
 
 class BaseClient:
@@ -40,13 +43,20 @@ class BaseClient:
         # next is sent.
         self._shared_requests = self.options.max_shared_requests * len(addresses.hosts)
         self._window = max(_WINDOW, 2 * len(addresses.hosts))
+        self._window_of_each = -(-self._window // len(addresses.hosts))
+        # Several servers may have several limits, for example while they are restarted one after another. They take
+        # turns, so the last few answers are those of all.
+        self._models_to_ask = 1 if addresses.is_one_server else max(_MODELS_TO_ASK, 2 * len(addresses.hosts))
+        self._capacities: collections.deque[Capacity] = collections.deque(maxlen=self._models_to_ask)
         self._known_capacity: Capacity | None = None
         self._known_classes: tuple[str, ...] = ()
         self._known_version = ""
         self._limits_may_have_changed = True
 
     def _remember(self, model: messages.GetModelResponse) -> messages.GetModelResponse:
-        self._known_capacity = Capacity.of(model.limits)
+        self._capacities.append(Capacity.of(model.limits, self._window_of_each))
+        known = self._capacities.copy()
+        self._known_capacity = Capacity(min(each.images for each in known), min(each.size for each in known))
         self._known_classes, self._known_version = tuple(model.classes), model.version
         self._limits_may_have_changed = False
         return model

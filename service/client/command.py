@@ -3,12 +3,13 @@
 import argparse
 import asyncio
 import contextlib
+import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cifar_core.errors import program_name
+from cifar_core.errors import program_name, say
 from cifar_core.pixels import EXTENSIONS
 from service.client.aio import AsyncClient
 from service.client.answers import ClassificationError
@@ -17,6 +18,7 @@ from service.client.files import Found, Selection
 from service.client.options import DEFAULT_TARGET, Options, can_be_sent, read_token
 from service.client.output import CsvWriter, JsonWriter, TableWriter, Writer, standard_output
 from service.client.streaming import Row, classify_files
+from service.client.writing import WritingThread
 from service.generated.cifar.v1 import image_classifier_pb2 as messages
 
 if TYPE_CHECKING:
@@ -35,20 +37,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     chosen = _parser().parse_args(arguments)
     with standard_output():
+        thread = WritingThread()
         try:
             check_top_k(chosen.top_k)
-            return asyncio.run(_classify(chosen, options_of(chosen)))
+            return asyncio.run(_classify(chosen, options_of(chosen), thread))
         except BrokenPipeError:
             raise
         except (ClassificationError, OSError, ValueError) as error:
-            print(f"error: {error}", file=sys.stderr)
+            say(f"error: {error}")
             return 2
         except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
+            say("interrupted")
+            if thread.is_stuck:  # the interpreter would wait for the lock of standard output, which the thread holds
+                os._exit(130)
             return 130
 
 
-async def _classify(chosen: argparse.Namespace, options: Options) -> int:
+async def _classify(chosen: argparse.Namespace, options: Options, thread: WritingThread) -> int:
     files = Selection(chosen.images)
     done = failed = 0
     async with AsyncClient(chosen.server, options) as client:
@@ -56,13 +61,10 @@ async def _classify(chosen: argparse.Namespace, options: Options) -> int:
         with _shown(files, chosen) as (found, console):
             writer = _writer(chosen, model, console)
             rows = classify_files(client, found, chosen.top_k, model.limits.max_image_bytes)
-            async with contextlib.aclosing(rows):
-                try:
-                    async for row in rows:
-                        writer.write(row)
-                        done, failed = done + 1, failed + _failed(row)
-                finally:
-                    writer.finish()
+            async with contextlib.aclosing(rows), thread.using(writer):
+                async for row in rows:
+                    await thread.write(row)
+                    done, failed = done + 1, failed + _failed(row)
     _print_summary(done, failed, files.ignored)
     return 1 if failed else 0
 
@@ -109,7 +111,7 @@ def _print_summary(done: int, failed: int, ignored: int) -> None:
     if ignored:
         parts.append(f"files that were left out because they have no suffix of an image: {ignored:,}")
     if parts:
-        print("; ".join(parts), file=sys.stderr)
+        say("; ".join(parts))
 
 
 def add_connection_options(parser: argparse.ArgumentParser, timeout: float) -> None:

@@ -1,5 +1,6 @@
 """Turns a caller's images into contents that fit into requests. Knows the messages, but no channels or threads."""
 
+import errno
 import io
 import os
 import struct
@@ -14,11 +15,14 @@ from numpy.typing import NDArray
 from PIL import Image as PillowImage
 
 from cifar_core.pixels import IMAGE_BYTES, IMAGE_SIZE
+from service.client.files import read_image
 from service.generated.cifar.v1 import image_classifier_pb2 as messages
 
 ImageSource: TypeAlias = "str | os.PathLike[str] | bytes | PillowImage.Image | NDArray[np.uint8]"
 Images: TypeAlias = "Iterable[ImageSource] | NDArray[np.uint8]"
 
+# A protobuf message holds less than 2 GiB, whatever the server accepts.
+_LARGEST_FILE = 2**31 - 2**20
 # Bytes of a message that are not images: its other fields, and tags and lengths of each image.
 _MESSAGE_OVERHEAD, _IMAGE_OVERHEAD = 1024, 16
 
@@ -49,9 +53,12 @@ class Capacity:
     size: int
 
     @classmethod
-    def of(cls, limits: messages.Limits) -> "Capacity":
-        """The capacity that the server's limits leave."""
-        return cls(max(1, limits.max_images), limits.max_message_bytes - _MESSAGE_OVERHEAD)
+    def of(cls, limits: messages.Limits, requests: int) -> "Capacity":
+        """The capacity that the server's limits leave, if one call sends this many requests to it at once."""
+        images = limits.max_images
+        if limits.max_queued_images:  # a call whose requests the server cannot hold together would refuse itself
+            images = min(images, limits.max_queued_images // requests)
+        return cls(max(1, images), limits.max_message_bytes - _MESSAGE_OVERHEAD)
 
 
 class Content:
@@ -100,7 +107,7 @@ def contents(images: Images, capacity: Callable[[], Capacity]) -> Iterator[Conte
         capacity: Called for each content, because the server's limits can change.
 
     Raises:
-        OSError: A path cannot be read.
+        OSError: A path cannot be read, or is not a regular file.
         ValueError: An array does not have the type and shape of images.
         TypeError: `images` is a single image instead of a list, or no list, or holds something that is not an image.
     """
@@ -183,9 +190,9 @@ def _too_large(size: int, capacity: Capacity) -> str:
 def _image(source: ImageSource) -> messages.Image | str:
     """The image as it is sent, or why it cannot be encoded."""
     if isinstance(source, bytes):
-        return messages.Image(encoded=source)
+        return _too_large_for_any(len(source)) or messages.Image(encoded=source)
     if isinstance(source, (str, os.PathLike)):
-        return messages.Image(encoded=Path(source).read_bytes())
+        return _of_file(Path(source))
     if isinstance(source, np.ndarray):
         if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3:
             raise ValueError(f"an image is {source.dtype} {list(source.shape)}; it must be uint8 [height, width, 3]")
@@ -203,12 +210,32 @@ def _image(source: ImageSource) -> messages.Image | str:
         return f"the PIL image cannot be encoded: {' '.join(str(error).split()) or type(error).__name__}"
 
 
+def _of_file(path: Path) -> messages.Image | str:
+    """The file as it is sent, or why it cannot be.
+
+    Raises:
+        OSError: It cannot be read, or is no regular file: reading a pipe would wait beyond the call's timeout.
+    """
+    try:
+        size = path.stat().st_size
+    except ValueError as error:  # a null character
+        raise OSError(errno.EINVAL, str(error), str(path)) from error
+    return _too_large_for_any(size) or messages.Image(encoded=read_image(path, _LARGEST_FILE))
+
+
+def _too_large_for_any(size: int) -> str | None:
+    if size <= _LARGEST_FILE:
+        return None
+    return f"the image takes {size} bytes, but a message holds at most {_LARGEST_FILE}; send a smaller image"
+
+
 def _png(image: PillowImage.Image) -> bytes:
     """The image as a PNG file, with the EXIF orientation but no other metadata.
 
     Raises:
         ValueError: The image has a mode that cannot be converted. Pillow raises any of `_UNREADABLE`.
     """
+    image.load()  # first, because a TIFF image turns itself when it is loaded
     orientation = _orientation(image)
     if image.mode not in _PNG_MODES:
         image = _converted(image)

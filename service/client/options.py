@@ -73,9 +73,12 @@ class Options:
             given, missing = ("certificate", "key") if self.key is None else ("key", "certificate")
             raise ValueError(f"{given} is given without {missing}: mutual TLS needs both PEM files")
         for name in ("attempts", "max_shared_requests"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} is {value!r}; it must be a whole number, at least 1")
         check_timeout(self.timeout)
+        if self.token is not None and not isinstance(self.token, str):
+            raise ValueError(f"the token is of type {type(self.token).__name__}; it must be a str")
         if self.token and not can_be_sent(self.token):
             raise ValueError(
                 "the token holds a character that cannot be sent, but must consist of printable ASCII characters; look "

@@ -4,8 +4,9 @@ import contextlib
 import csv
 import io
 import json
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Protocol
 
@@ -74,9 +75,8 @@ class CsvWriter:
 
     def __init__(self, classes: int) -> None:
         self._classes = classes
-        self._csv = csv.writer(sys.stdout, lineterminator="\n")
         pairs = [f"{name}_{place}" for place in range(1, classes + 1) for name in ("class", "probability")]
-        self._csv.writerow(["image", *pairs, "error", "model_version"])
+        self._print(["image", *pairs, "error", "model_version"])
 
     def write(self, row: Row) -> None:
         if len(row.answer.classes) > self._classes:
@@ -87,10 +87,17 @@ class CsvWriter:
             )
         ranked = [value for ranked in row.answer.classes for value in (ranked.name, f"{ranked.probability:.6g}")]
         padding = [""] * (2 * self._classes - len(ranked))
-        self._csv.writerow([row.file.path, *ranked, *padding, row.answer.error or "", row.answer.model_version])
+        self._print([row.file.path, *ranked, *padding, row.answer.error or "", row.answer.model_version])
 
     def finish(self) -> None:
         """Nothing was kept."""
+
+    @staticmethod
+    def _print(values: Sequence[object]) -> None:
+        # The writer puts values in quotes that hold characters of its end of line: readers end lines at both.
+        line = io.StringIO(newline="")
+        csv.writer(line, lineterminator="\r\n").writerow(values)
+        print(line.getvalue().removesuffix("\r\n"))
 
 
 @contextlib.contextmanager
@@ -109,5 +116,7 @@ def standard_output() -> Iterator[None]:
         raise SystemExit(2)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a file name need not be valid text
+    with contextlib.suppress(OSError, ValueError):
+        os.set_blocking(sys.stdout.fileno(), True)  # otherwise rows are lost while the pipe to the reader is full
     with output_may_fail():
         yield

@@ -6,7 +6,7 @@ more callers there are, the more images share the cost of a request.
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -106,6 +106,26 @@ class SharedRequests(Generic[E]):
             return
         for entry in remaining:
             entry.outcome = failure.copy() if isinstance(failure, RequestFailed) else failure
+
+    def recover(self, pending: Collection[E], led: Sequence[list[E]], failure: RequestFailed) -> list[E]:
+        """Repairs what an exception from a signal handler left half done, in any of the methods above.
+
+        Frees the slots of groups that nobody sends any more. Entries that are then in no group and do not wait fail.
+
+        Args:
+            pending: The entries whose callers wait for an outcome.
+            led: The groups that a caller sends.
+            failure: The outcome of the others.
+
+        Returns:
+            The entries that have failed.
+        """
+        self._under_way = [group for group in self._under_way if any(group is each for each in led)]
+        known = {*self._waiting, *(entry for group in (*self._halves, *self._under_way) for entry in group)}
+        lost = [entry for entry in pending if entry.outcome is None and entry not in known]
+        for entry in lost:
+            entry.outcome = failure.copy()
+        return lost
 
     def _next_half(self) -> list[E]:
         while self._halves:

@@ -55,7 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line.
 
     Returns:
-        The exit code. 0: the server answers SERVING. 1: it answers something else or nothing, or a file is missing.
+        The exit code. 0: the server answers SERVING. 1: it answers something else or nothing, or a file is missing. 2:
+        an option or a variable is wrong.
     """
     chosen = _parser().parse_args(arguments)
     name = chosen.target or "this machine's server"
@@ -67,9 +68,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except grpc.RpcError as error:
         print(f"{name}: {error.code().name}: {error.details()}", file=sys.stderr)
         return 1
-    except (OSError, ValueError) as error:
+    except OSError as error:  # also a certificate that is refused, whose error is a ValueError too
         print(f"{name}: {error}", file=sys.stderr)
         return 1
+    except ValueError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return 2
     print(f"{name}: {status}")
     return 0 if status == "SERVING" else 1
 

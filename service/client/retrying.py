@@ -93,7 +93,7 @@ def check_timeout(timeout: float | None) -> None:
     """
     try:
         usable = timeout is None or timeout >= 0  # NaN is not
-    except TypeError:
+    except (TypeError, ArithmeticError):  # the second from a Decimal that is no number
         usable = False
     if not usable:
         raise ValueError(f"timeout is {timeout!r}, but must be a number of seconds, 0 or more; use None for no limit")

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Iterable, Iterator
 from dataclasses import dataclass
 
 from service.client.aio import AsyncClient
@@ -50,8 +50,10 @@ async def classify_files(
     under_way: deque[_Sent] = deque()
     size = 0
     try:
-        for file in files:
-            content = await _read(file, max_image_bytes)
+        remaining = iter(files)
+        # In a thread, because a folder of many files takes long to list.
+        while found := await asyncio.to_thread(_next, remaining, max_image_bytes):
+            file, content = found
             length = len(content) if isinstance(content, bytes) else 0
             while under_way and (len(under_way) >= _MAX_FILES or size + length > _MAX_BYTES):
                 size -= under_way[0].size
@@ -72,14 +74,17 @@ async def _first(under_way: deque[_Sent]) -> Row:
     return row
 
 
-async def _read(file: Found, limit: int) -> bytes | str:
-    """The content of the file, or the reason why there is none."""
+def _next(files: Iterator[Found], limit: int) -> tuple[Found, bytes | str] | None:
+    """The next file with its content, or with the reason why there is none; None after the last file."""
+    file = next(files, None)
+    if file is None:
+        return None
     if file.problem:
-        return file.problem
+        return file, file.problem
     try:
-        return await asyncio.to_thread(read_image, file.path, limit)
+        return file, read_image(file.path, limit)
     except OSError as error:
-        return error.strerror or str(error)
+        return file, error.strerror or str(error)
 
 
 async def _classify(client: AsyncClient, content: bytes | str, top_k: int) -> Classification:

@@ -85,7 +85,7 @@ class Client(BaseClient):
 
         Raises:
             ClassificationError: A request failed as a whole.
-            OSError: A path cannot be read.
+            OSError: A path cannot be read, or is not a regular file.
             ValueError: An array does not have the type and shape of images, top_k is negative, or timeout is not a
                 number, or NaN, or negative.
             TypeError: `images` is a single image instead of a list, or no list, or holds something that is not an
@@ -112,6 +112,7 @@ class Client(BaseClient):
         return probability_table(parts, len(self._known_classes))
 
     def _results(self, images: Images, deadline: Deadline) -> list[Results]:
+        self._check_open()
         if self._limits_may_have_changed:
             self._fetch_model(deadline)
         remaining = contents(images, self._capacity)
@@ -163,7 +164,8 @@ class Client(BaseClient):
                 if not failure.may_be_too_large:
                     raise
                 refusal = failure
-        self._fetch_model(deadline)
+        for _ in range(self._models_to_ask):
+            self._fetch_model(deadline)
         smaller = self._smaller(content, refusal)
         return [self._repeat(deadline, self._exchange, part, deadline) for part in smaller]
 

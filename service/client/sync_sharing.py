@@ -3,7 +3,6 @@
 It has no thread: one of the calling threads sends the request of its group and hands the results to the others.
 """
 
-import contextlib
 import queue
 import threading
 import time
@@ -21,7 +20,8 @@ from service.generated.cifar.v1 import image_classifier_pb2 as messages
 
 Send: TypeAlias = "Callable[[messages.ClassifyRequest, Deadline], messages.ClassifyResponse]"
 
-# A thread that a signal handler interrupted may not have woken those that wait for it. They look for themselves then.
+# A thread that a signal handler interrupted may have left its group unsent, and those that wait for it asleep. They
+# look for themselves then.
 _MAX_WAIT_SECONDS = 1.0
 
 
@@ -30,6 +30,9 @@ class _Entry(Entry):
     """An entry whose thread waits for `wake`, until it has its outcome or has to send the request of a group.
 
     A queue costs much less than an Event, which is written in Python. It may wake the thread more often than needed.
+
+    Attributes:
+        leads: The group whose request its thread has to send, from the choice of the thread to the group's outcome.
     """
 
     wake: "queue.SimpleQueue[None]" = field(default_factory=queue.SimpleQueue)
@@ -49,6 +52,7 @@ class SyncSharing:
         self._requests = SharedRequests[_Entry](slots)
         self._send, self._capacity = send, capacity
         self._lock = threading.Lock()  # held for everything that concerns `_requests` and the entries' fields
+        self._pending: set[_Entry] = set()  # those whose threads are in `exchange`
 
     def exchange(self, content: Content, deadline: Deadline) -> Results:
         """The results of one content, after one attempt.
@@ -59,29 +63,33 @@ class SyncSharing:
         entry = _Entry(content, deadline)
         try:
             with self._lock:
+                self._pending.add(entry)
                 self._requests.add(entry)
                 leaders = self._choose_leaders()
             _wake(leaders)
             while entry.outcome is None:
                 if group := self._wait(entry):
                     self._lead(group)
-        except BaseException:
+        except BaseException:  # its deadline passed, or a signal handler raised an error anywhere
             self._give_up(entry)
             raise
+        finally:
+            self._pending.discard(entry)
         return entry.result()
 
     def _wait(self, entry: _Entry) -> list[_Entry] | None:
         """The group whose request this thread has to send, if any."""
         remaining = entry.deadline.remaining()
-        with contextlib.suppress(queue.Empty):
+        try:
             entry.wake.get(timeout=_MAX_WAIT_SECONDS if remaining is None else min(remaining, _MAX_WAIT_SECONDS))
+        except queue.Empty:
+            self._recover()
         if entry.outcome is not None:  # then it leads no group
             return None
         with self._lock:
-            group, entry.leads = entry.leads, None
-            if group is None and entry.outcome is None and time.monotonic() >= entry.deadline.at:
+            if entry.leads is None and entry.outcome is None and time.monotonic() >= entry.deadline.at:
                 raise deadline_exceeded()
-            return group
+            return entry.leads
 
     def _lead(self, group: list[_Entry]) -> None:
         """Sends a group's request and hands out the results, or the failure."""
@@ -104,6 +112,9 @@ class SyncSharing:
                 self._requests.failed(group, outcome)
             else:
                 self._requests.answered(group, outcome)
+            for entry in group:
+                if entry.leads is group:
+                    entry.leads = None
             leaders = self._choose_leaders()
         # The leaders first, because the server waits for their requests. The lock is free by now: a thread that wakes
         # would otherwise only wait for it.
@@ -123,14 +134,19 @@ class SyncSharing:
     def _give_up(self, entry: _Entry) -> None:
         """Abandons an entry, interrupted or at its deadline. If its thread leads a group, another thread takes over."""
         with self._lock:
+            self._pending.discard(entry)
             self._requests.abandon(entry)
-            group, entry.leads = entry.leads, None
-            if not group:
-                return
-            self._requests.failed(group, _interrupted())
+        self._recover()
+
+    def _recover(self) -> None:
+        """Lets other threads try again what an interrupted one left half done; see `SharedRequests.recover`."""
+        with self._lock:
+            pending = list(self._pending)
+            led = [entry.leads for entry in pending if entry.leads is not None]
+            lost = self._requests.recover(pending, led, _interrupted())
             leaders = self._choose_leaders()
         _wake(leaders)
-        _wake(group)
+        _wake(lost)
 
 
 def _wake(entries: Iterable[_Entry]) -> None:

@@ -47,17 +47,54 @@ def test_a_list_that_is_not_of_ip_addresses_is_refused(target, message):
 @pytest.mark.parametrize(
     "target",
     [
-        "localhost", "[::1]", "::1", "fe80::1", "dns:classifier:50051", "dns:classifier", "dns:///classifier",
-        "ipv4:127.0.0.1:50051", "ipv6:[::1]:50051", "ipv6:[::1]", "unix:/run/classifier:1.sock", "unix:///run/a:b",
-        "unix-abstract:classifier:0", "vsock:2:99999", "xds:///classifier:name",
+        "dns:classifier:50051", "ipv4:127.0.0.1:50051", "ipv6:[::1]:50051", "ipv4:127.0.0.1:1,127.0.0.2:2",
+        "unix:/run/classifier:1.sock", "unix:///run/a:b", "unix:/run/a,b.sock", "unix-abstract:classifier:0",
+        "vsock:2:99999", "xds:///classifier:name",
     ],
 )  # fmt: skip
 def test_other_addresses_of_grpc_are_left_to_it(target):
     assert Addresses.parse(target).target == target
 
 
+@pytest.mark.parametrize(
+    "target",
+    [
+        "localhost", "127.0.0.1", "[::1]", "::1", "::1:5005", "[::1]50051", ":50051", "a:1:2", "dns:classifier",
+        "dns:///classifier", "dns:///", "dns://127.0.0.1:53", "unix:", "unix:///", "http://127.0.0.1:50051",
+        "127.0.0.1:50051/", "foo bar:50051", "dns:///10.0.0.1:1?/127.0.0.1:1", "dns:///10.0.0.1:1#/localhost:1",
+        "10.0.0.1:1?127.0.0.1:1", "ipv4:127.0.0.1:50051?/127.0.0.1:1", "ipv4:127.0.0.1:99999",
+    ],
+)  # fmt: skip
+def test_what_grpc_would_read_in_another_way_or_on_a_port_of_its_own_is_refused(target):
+    with pytest.raises(ValueError, match=r"HOST:PORT|from 1 to 65535"):
+        Client(target)
+
+
+def test_the_kind_of_addresses_that_a_list_names_must_be_theirs():
+    with pytest.raises(ValueError, match="are not of this kind"):
+        Client("ipv6:127.0.0.1:1")
+
+
+@pytest.mark.parametrize(
+    ("target", "is_loopback"),
+    [
+        ("unix:/run/classifier.sock", True), ("unix-abstract:classifier", True), ("ipv4:127.0.0.1:1", True),
+        ("ipv4:127.0.0.1:1,10.0.0.1:1", False), ("ipv6:[::1]:1", True), ("dns:127.0.0.1:1", True),
+        ("dns:localhost:1", True), ("dns:///localhost:1", True), ("LOCALHOST:1", True), ("localhost.:1", True),
+        ("dns://10.9.9.9/localhost:1", False), ("xds:///localhost:1", False), ("google-c2p:///localhost:1", False),
+        ("vsock:1:1", False), ("localhost.example:1", False),
+    ],
+)  # fmt: skip
+def test_a_token_is_sent_in_plaintext_to_this_machine_however_it_is_named(target, is_loopback):
+    if is_loopback:
+        Options(token="secret").check_safe(Addresses.parse(target))  # noqa: S106
+    else:
+        with pytest.raises(ValueError, match="without encryption"):
+            Options(token="secret").check_safe(Addresses.parse(target))  # noqa: S106
+
+
 @pytest.mark.parametrize("port", ["0", "-1", "65536", "99999", "1000000000000", "5e4", "٥", "", "http", " 1", "1]"])
-@pytest.mark.parametrize("host", ["127.0.0.1", "classifier.example", "[::1]", "dns:///classifier", "ipv4:127.0.0.1"])
+@pytest.mark.parametrize("host", ["127.0.0.1", "classifier.example", "[::1]", "dns:///classifier"])
 def test_a_port_that_is_none_is_named_with_its_range(host, port):
     with pytest.raises(ValueError, match="but must be a number from 1 to 65535") as caught:
         Client(f"{host}:{port}")
@@ -155,3 +192,14 @@ def _until_all_are_connected(client: Client, servers: list[Scripted]) -> None:
             return
         client.classify([b"connect %d" % number])
     raise AssertionError("a server was never called")
+
+
+def test_a_call_is_split_by_the_smallest_limit_of_all_servers():
+    larger, smaller = Scripted(), Scripted()
+    smaller.limits.max_images = 4
+    with serve(larger) as first, serve(smaller) as second:
+        for _ in range(4):
+            with Client(f"{first},{second}", Options(coalesce=False)) as client:
+                _until_all_are_connected(client, [larger, smaller])
+                for _ in range(5):
+                    assert all(answer.error is None for answer in client.classify(pictures(8)))

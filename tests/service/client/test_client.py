@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from PIL import Image as PillowImage
 
 from service.client import AsyncClient, ClassificationError, Client
 from tests.conftest import REPOSITORY
-from tests.service.client.scripted import Scripted, serve
+from tests.service.client.scripted import Scripted, row_in, row_of, serve
 from tests.service.exports import CLASSES, expected, pictures
 
 SAMPLES = REPOSITORY / "samples"
@@ -208,3 +209,34 @@ def test_a_proxy_in_the_environment_is_not_used_for_this_machine(server):
             cwd=REPOSITORY, env={**environment, "http_proxy": "http://127.0.0.1:1"}, capture_output=True, text=True,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
+
+
+def test_an_async_client_may_be_made_before_the_event_loop_and_belongs_to_the_loop_of_its_first_call():
+    with serve(Scripted()) as target:
+        client = AsyncClient(target)
+
+        async def call(number: int) -> None:
+            assert row_in((await client.classify([b"%d" % number]))[0]) == row_of(b"%d" % number)
+
+        with asyncio.Runner() as first, asyncio.Runner() as second:
+            first.run(call(1))
+            with pytest.raises(RuntimeError, match="was used in another event loop: make one in each event loop"):
+                second.run(call(2))
+            first.run(call(3))
+            first.run(client.close())
+
+
+def test_an_answer_that_arrives_while_the_event_loop_is_blocked_counts_after_the_deadline_too():
+    servicer = Scripted()
+    with serve(servicer) as target:
+
+        async def main() -> None:
+            async with AsyncClient(target) as client:
+                await client.model()
+                call = asyncio.create_task(client.classify([b"image"], timeout=1))
+                while not servicer.calls:
+                    await asyncio.sleep(0.01)
+                time.sleep(1.5)  # a program that blocks its event loop
+                assert row_in((await call)[0]) == row_of(b"image")
+
+        asyncio.run(main())

@@ -90,3 +90,12 @@ def test_a_task_that_pauses_before_its_next_attempt_ends_when_the_asyncio_client
 
     with serve(servicer) as target:
         asyncio.run(use(target))
+
+
+def test_a_closed_client_refuses_calls_that_need_no_server(tmp_path):
+    with serve(Scripted()) as target:
+        client = Client(target)
+        client.classify([b"image"])
+        client.close()
+        for call in (lambda: client.classify([]), lambda: client.probabilities(pictures(1)[:0])):
+            assert failure_of(call).code is grpc.StatusCode.CANCELLED

@@ -1,20 +1,25 @@
 """The command `cifar-classify`, in its form `python -m service.client`."""
 
 import csv
+import fcntl
 import io
 import json
 import os
 import pty
 import shutil
+import signal
 import subprocess
 import sys
+import termios
+import time
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from tests.conftest import REPOSITORY
+from tests.conftest import DEFAULT_SIGINT, REPOSITORY, prepared
 from tests.service.client.scripted import Scripted, serve
+from tests.service.conftest import until
 from tests.service.exports import CLASSES, expected, pictures
 
 SAMPLES = REPOSITORY / "samples"
@@ -274,3 +279,91 @@ def test_a_token_that_cannot_be_sent_is_one_line_with_the_name_of_its_file(serve
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
     assert "geheim" not in done.stderr
+
+
+@pytest.fixture
+def many(tmp_path) -> Path:
+    """A folder with 400 images, for which JSON takes more than a pipe holds."""
+    folder = tmp_path / "many"
+    folder.mkdir()
+    Image.fromarray(pictures(1)[0]).save(folder / "000.png")
+    for number in range(1, 400):
+        (folder / f"{number:03}.png").hardlink_to(folder / "000.png")
+    return folder
+
+
+def started(target: str, folder: Path, *options: str, **streams: int) -> "subprocess.Popen[bytes]":
+    words = [
+        sys.executable,
+        "-m",
+        "service.client",
+        "--server",
+        target,
+        "--json",
+        "--top-k",
+        "0",
+        *options,
+        str(folder),
+    ]
+    return subprocess.Popen(
+        prepared(DEFAULT_SIGINT, words),
+        cwd=REPOSITORY,
+        **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | streams,
+    )
+
+
+def test_no_row_is_lost_while_the_reader_pauses_for_longer_than_the_timeout_of_an_image(server, many):
+    process = started(server.target, many, "--timeout", "2")
+    until(lambda: _is_full(process.stdout))
+    time.sleep(2.5)
+    rows, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (0, b"")
+    assert len(rows.splitlines()) == 400
+
+
+def test_a_command_that_waits_for_its_reader_can_be_interrupted(server, many):
+    process = started(server.target, many)
+    until(lambda: _is_full(process.stdout))
+    process.send_signal(signal.SIGINT)
+    assert process.wait(20) == 130
+    assert process.stderr.read() == b"interrupted\n"
+    process.stdout.close()
+
+
+def _is_full(pipe: object) -> bool:
+    """Whether nothing more fits into a pipe, for a while."""
+    sizes = set()
+    for _ in range(5):
+        sizes.add(int.from_bytes(fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)), sys.byteorder))
+        time.sleep(0.1)
+    return len(sizes) == 1 and sizes.pop() > 50_000
+
+
+def test_no_row_is_lost_if_standard_output_does_not_block(server, many):
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    process = started(server.target, many, stdout=write)
+    os.close(write)
+    with os.fdopen(read, "rb") as rows:
+        until(lambda: _is_full(rows))
+        lines = rows.read().splitlines()
+    assert process.wait(20) == 0
+    assert len(lines) == 400
+
+
+def test_a_name_with_any_end_of_line_is_one_value_of_the_csv(server, tmp_path):
+    for name in ("cr\rname.jpg", "lf\nname.jpg", "crlf\r\nname.jpg"):
+        shutil.copy(SAMPLES / "cat.jpg", tmp_path / name)
+    done = subprocess.run(
+        [sys.executable, "-m", "service.client", "--server", server.target, "--csv", str(tmp_path)],
+        cwd=REPOSITORY, capture_output=True, check=True,
+    )  # fmt: skip
+    rows = list(csv.reader(io.StringIO(done.stdout.decode(), newline="")))
+    assert [Path(row[0]).name for row in rows] == ["image", "cr\rname.jpg", "crlf\r\nname.jpg", "lf\nname.jpg"]
+    assert {len(row) for row in rows} == {len(rows[0])}
+
+
+def test_messages_that_nobody_reads_change_no_exit_code(server, folder):
+    assert in_shell("2>/dev/full", "--server", server.target, "--json", folder).returncode == 1  # one is damaged
+    assert in_shell("2>/dev/full", "--server", server.target, "--json", folder / "a").returncode == 0
+    assert in_shell("2>/dev/full", "--server", "nowhere", folder).returncode == 2

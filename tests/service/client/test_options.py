@@ -1,5 +1,8 @@
 """Options that are refused because they would be unsafe or contradict each other."""
 
+import decimal
+import math
+import re
 import subprocess
 import sys
 
@@ -59,8 +62,9 @@ def test_a_certificate_and_its_key_go_together(given, missing, tmp_path):
 
 @pytest.mark.parametrize("name", ["attempts", "max_shared_requests"])
 def test_at_least_one_attempt_and_one_request_are_needed(name):
-    with pytest.raises(ValueError, match=f"{name} is 0; it must be at least 1"):
-        Options(**{name: 0})
+    for value in (0, 1.5, math.nan, "3"):
+        with pytest.raises(ValueError, match=re.escape(f"{name} is {value!r}; it must be a whole number, at least 1")):
+            Options(**{name: value})
 
 
 def test_a_file_that_is_no_pem_file_is_named(tmp_path):
@@ -98,3 +102,10 @@ def test_importing_the_package_loads_neither_grpc_nor_numpy():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_values_of_other_types_are_refused():
+    with pytest.raises(ValueError, match=r"the token is of type bytes; it must be a str"):
+        Options(token=b"secret")
+    with pytest.raises(ValueError, match=r"timeout is .*NaN.*, but must be a number of seconds"):
+        Options(timeout=decimal.Decimal("nan"))

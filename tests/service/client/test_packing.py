@@ -1,6 +1,7 @@
 """The pure logic of packing: which images go into which request, and which results belong to which call."""
 
 import io
+import os
 
 import grpc
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image as PillowImage
+from PIL import ImageOps
 
 from cifar_core.images import decode, pixels_of
 from service.client.answers import ClassificationError, Results, classifications, probability_table
@@ -325,3 +327,44 @@ def test_a_pil_image_with_damaged_exif_is_sent_with_the_orientation_that_the_dec
     sent = encoded(image)
     assert PillowImage.open(io.BytesIO(sent)).getexif().get(0x0112, 1) == orientation
     np.testing.assert_array_equal(decode(sent), decode(file.getvalue()))
+
+
+@pytest.mark.parametrize("is_loaded", [False, True])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_tiff_image_is_sent_as_it_is_shown(orientation, is_loaded):
+    shown = PillowImage.fromarray(pictures(1)[0]).resize((64, 64))
+    exif = PillowImage.Exif()
+    exif[0x0112] = orientation
+    file = io.BytesIO()
+    shown.save(file, "TIFF", exif=exif)  # the pixels as they are stored
+    with PillowImage.open(file) as image:
+        turned = ImageOps.exif_transpose(PillowImage.open(io.BytesIO(file.getvalue())))
+        if is_loaded:
+            image.load()
+        (content,) = contents([image], lambda: Capacity(10, 10**6))
+    png = io.BytesIO()
+    turned.save(png, "PNG")
+    assert np.array_equal(decode(content.images[0].encoded), decode(png.getvalue()))
+
+
+def test_a_file_that_no_message_can_hold_is_the_error_of_its_image_and_is_not_read(tmp_path):
+    with (tmp_path / "huge.png").open("wb") as file:
+        file.truncate(2**31)
+    good = tmp_path / "good.png"
+    PillowImage.fromarray(pictures(1)[0]).save(good)
+    sent = list(contents([tmp_path / "huge.png", good], lambda: Capacity(10, 10**6)))
+    assert "the image takes 2147483648 bytes, but a message holds at most" in sent[0].error
+    assert sent[1].images[0].encoded == good.read_bytes()
+
+
+def test_a_path_of_a_pipe_or_with_a_null_character_is_an_error_at_once(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    for path in (tmp_path / "pipe.png", "a\0b"):
+        with pytest.raises(OSError, match=r"not a regular file|null"):
+            list(contents([path], lambda: Capacity(10, 10**6)))
+
+
+@pytest.mark.parametrize(("images", "queued", "capacity"), [(1024, 4096, 1024), (64, 64, 16), (64, 2, 1), (64, 0, 64)])
+def test_the_requests_of_one_call_fit_into_the_server_together(images, queued, capacity):
+    limits = messages.Limits(max_images=images, max_queued_images=queued, max_message_bytes=10**6)
+    assert Capacity.of(limits, 4).images == capacity

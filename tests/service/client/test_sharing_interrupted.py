@@ -1,12 +1,16 @@
 """Threads that share requests go on when one of them is interrupted, as by Ctrl-C or a signal handler that raises."""
 
+import itertools
+import linecache
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import FrameType
 
 import pytest
 
-from service.client import sync_sharing
+from service.client import packing, sync_sharing
 from service.client.retrying import Deadline, RequestFailed
 from service.client.sync_sharing import SyncSharing
 from service.generated.cifar.v1 import image_classifier_pb2 as messages
@@ -62,3 +66,58 @@ def test_threads_that_an_interrupted_one_did_not_wake_go_on_by_themselves(monkey
     with ThreadPoolExecutor(3) as pool:
         calls = [pool.submit(sharing.exchange, content_of(number, 1, False)[0], Deadline(30)) for number in range(3)]
         assert all(call.result(20).model_version for call in calls)
+
+
+@pytest.mark.parametrize("others", [0, 2])
+def test_an_exception_of_a_signal_handler_at_any_line_leaves_no_slot_taken_and_no_thread_behind(monkeypatch, others):
+    monkeypatch.setattr(sync_sharing, "_MAX_WAIT_SECONDS", 0.02)
+    for point in itertools.count():
+        sharing = SyncSharing(1, lambda request, _: answer(request), lambda: CAPACITY)
+        with ThreadPoolExecutor(max(others, 1)) as pool:
+            waiting = [pool.submit(_repeated, sharing, number) for number in range(others)]
+            interrupted = _interrupted_at(point, sharing)
+            assert all(one.result(20) for one in waiting)
+        assert _repeated(sharing, 9)
+        if not interrupted:
+            break
+    assert point > 30
+
+
+def _repeated(sharing: SyncSharing, number: int) -> str:
+    """The version of the model that answers. As in a client, an attempt that another thread ended is repeated."""
+    for _ in range(100):
+        try:
+            return sharing.exchange(content_of(number, 1, False)[0], Deadline(5)).model_version
+        except RequestFailed as failure:
+            if not failure.temporary:
+                raise
+    raise AssertionError("no attempt succeeded")
+
+
+def _interrupted_at(point: int, sharing: SyncSharing) -> bool:
+    """Whether a call came to its line number `point` in the modules under test, where it was interrupted."""
+    lines = itertools.count()
+    raised = False
+
+    def trace_lines(frame: FrameType, event: str, _: object) -> object:
+        nonlocal raised
+        # A signal handler cannot run between the acquisition of a lock and the block that releases it.
+        is_lock = "with self._lock" in linecache.getline(frame.f_code.co_filename, frame.f_lineno)
+        if event == "line" and not is_lock and next(lines) == point:
+            raised = True
+            raise KeyboardInterrupt
+        return trace_lines
+
+    def trace_calls(frame: FrameType, event: str, argument: object) -> object:
+        is_ours = frame.f_code.co_filename in (sync_sharing.__file__, packing.__file__)
+        return trace_lines(frame, event, argument) if is_ours else None
+
+    before = sys.gettrace()
+    sys.settrace(trace_calls)
+    try:
+        sharing.exchange(content_of(8, 1, False)[0], Deadline(30))
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.settrace(before)
+    return raised
