@@ -23,7 +23,7 @@ class WritingThread:
     The end of the block waits until all rows are written, but only a second if the task was cancelled.
 
     Attributes:
-        is_stuck: Whether the thread still waits for the reader of its output after that second.
+        is_stuck: Whether the block ended although the thread still waits for the reader of its output.
     """
 
     def __init__(self) -> None:
@@ -39,13 +39,15 @@ class WritingThread:
 
     async def __aenter__(self) -> Self:
         self._thread.start()
+        self.is_stuck = True
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         end = time.monotonic() + _INTERRUPTED_SECONDS if isinstance(error, asyncio.CancelledError) else None
-        self.is_stuck = not await self._ended(end)
+        if await self._ended(end):
+            self.is_stuck = False
         if error is None and self._error is not None:
             raise self._error
 

@@ -321,7 +321,10 @@ def test_no_row_is_lost_while_the_reader_pauses_for_longer_than_the_timeout_of_a
     assert len(rows.splitlines()) == 400
 
 
-def test_a_command_that_waits_for_its_reader_can_be_interrupted(server, many):
+@pytest.mark.parametrize("answered", [False, True])
+def test_a_command_that_waits_for_its_reader_can_be_interrupted(server, many, answered):
+    for image in sorted(many.iterdir())[150 if answered else 400 :]:  # then all rows are in the queue
+        image.unlink()
     process = started(server.target, many)
     until(lambda: _is_full(process.stdout))
     process.send_signal(signal.SIGINT)
