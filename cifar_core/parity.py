@@ -86,15 +86,19 @@ def measure_parity(comparison: Comparison, exported: Predictor, calibration: Cal
     outputs.append((all_logits[:PARITY_IMAGES], all_probabilities[:PARITY_IMAGES]))
     # Also without the calibration: a small scale makes all classes nearly equal and would hide a difference.
     expected, expected_before = calibration.probabilities(expected_logits), softmax(expected_logits, axis=1)
-    difference, logit_difference, differing = 0.0, 0.0, 0
+    difference, logit_difference = 0.0, 0.0
+    other_class = np.zeros(len(images), bool)
     for logits, probabilities in outputs:
-        difference = max(
+        # NumPy's maximum of values with NaN is NaN, which is refused below; Python's may be another value.
+        differences = (
             difference,
-            float(np.abs(probabilities - expected).max()),
-            float(np.abs(softmax(logits, axis=1) - expected_before).max()),
+            np.abs(probabilities - expected).max(),
+            np.abs(softmax(logits, axis=1) - expected_before).max(),
         )
+        difference = float(np.max(differences))
         logit_difference = max(logit_difference, float(np.abs(logits - expected_logits).max()))
-        differing += int((probabilities.argmax(1) != expected_logits.argmax(1)).sum())
+        other_class |= probabilities.argmax(1) != expected_logits.argmax(1)
+    differing = int(other_class.sum())
     if not difference < PARITY_LIMIT or differing:
         raise ParityError(
             f"the exported graph differs from torch: probabilities by up to {difference:.1e} (limit "

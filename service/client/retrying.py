@@ -18,6 +18,7 @@ _CAUSED_BY_CONTENT = (
     grpc.StatusCode.UNKNOWN,
 )
 _FIRST_PAUSE, _LAST_PAUSE = 0.05, 2.0
+_MAX_DOUBLINGS = 10  # a float is too small for a thousand
 _PUSHBACK = "grpc-retry-pushback-ms"
 # gRPC counts nanoseconds in 63 bits: a deadline more than 292 years away would lie in the past.
 _LONGEST_TIMEOUT = 365 * 24 * 3600.0
@@ -145,7 +146,8 @@ class Attempts:
         if hint is None or not failure.temporary or self._made >= self._most:
             raise failure
         # Pauses double and vary randomly, so that clients that were refused together do not return together.
-        pause = hint + min(_LAST_PAUSE, _FIRST_PAUSE * 2.0 ** (self._made - 1)) * random.uniform(0.5, 1.5)
+        doubled = _FIRST_PAUSE * 2.0 ** min(self._made - 1, _MAX_DOUBLINGS)
+        pause = hint + min(_LAST_PAUSE, doubled) * random.uniform(0.5, 1.5)
         remaining = self._deadline.remaining()
         if remaining is not None and remaining <= pause:
             raise failure

@@ -33,6 +33,7 @@ _MAX_REPEATS = 3
 _IDLE_SECONDS = 10.0
 _START_SECONDS = 15.0
 _MAX_PAUSE_SECONDS = 5.0
+_MAX_DOUBLINGS = 10  # a float is too small for a thousand
 
 
 @dataclass(frozen=True)
@@ -207,7 +208,7 @@ class Lane:
             if reason is None:
                 continue
             self._failed_starts += 1
-            pause = min(0.1 * 2**self._failed_starts, _MAX_PAUSE_SECONDS)
+            pause = min(0.1 * 2 ** min(self._failed_starts, _MAX_DOUBLINGS), _MAX_PAUSE_SECONDS)
             logger.error("a decode process cannot be started: %s; next try in %g s", reason, pause)
             self._dispatch()
             await asyncio.sleep(pause)

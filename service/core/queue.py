@@ -113,7 +113,8 @@ class Queue:
             return None
         if max_delay <= 0 or self.images >= self.max_batch_size:
             return 0.0
-        return next(iter(self._requests)).queued_at + max_delay
+        # Not always the first one: what is left of a large request goes to the back.
+        return min(request.queued_at for request in self._requests) + max_delay
 
     def take(self, now: float, limit: int | None = None) -> list[Piece]:
         """The next batch: images of requests with the same `compute`, none past its deadline.

@@ -4,8 +4,9 @@ import logging
 import numpy as np
 import pytest
 
+from cifar_core.calibration import Calibration
 from cifar_core.data import load_dataset, split
-from cifar_core.parity import PARITY_IMAGES, Comparison, ParityError, check_int8, compare_on
+from cifar_core.parity import PARITY_IMAGES, Comparison, ParityError, check_int8, compare_on, measure_parity
 from cifar_core.predictors import Predictor
 
 
@@ -82,3 +83,39 @@ def test_int8_may_lose_one_percent_or_two_images_and_a_note_says_if_that_is_more
     else:
         assert len(check_int8(comparison, fp32, int8)) == images
     assert ("it loses more than 1 %" in caplog.text) == (result == "noted")
+
+
+def graph(logits, calibration):
+    """Images that hold their own numbers, and a graph that answers with these logits."""
+    images = np.zeros((len(logits), 32, 32, 3), np.uint8)
+    images[:, 0, 0, 0] = np.arange(len(logits))
+
+    def predict(batch):
+        chosen = logits[batch[:, 0, 0, 0]]
+        return chosen, calibration.probabilities(chosen).astype(np.float32)
+
+    return images, Predictor("graph", ("a", "b"), predict, None, "")
+
+
+@pytest.mark.parametrize(
+    ("theirs", "scale", "message"),
+    [
+        ((1.0, 0.001), 1.0, r"probabilities by up to 2\.0e-04"),
+        ((1.0, 0.001), 0.05, r"probabilities by up to 2\.0e-04"),  # the calibration would hide it
+        ((1.0, 1.000002), 1.0, r"the class of 1 images \(limit 0\)"),
+        ((np.nan, np.nan), 1.0, "probabilities by up to nan"),
+    ],
+)
+def test_a_graph_with_other_probabilities_or_classes_is_refused(theirs, scale, message):
+    calibration = Calibration("temperature", (float(np.log(np.expm1(scale))),))
+    torch_logits = np.tile(np.float32([1.0, 0.0]), (20, 1))
+    if theirs[1] > 0.5:
+        torch_logits[4] = [1.000002, 1.0]
+    labels = np.zeros(20, np.int64)
+    images, same = graph(torch_logits, calibration)
+    comparison = Comparison(images, labels, torch_logits)
+    assert measure_parity(comparison, same, calibration)[0].images == 20
+    changed = torch_logits.copy()
+    changed[4] = theirs
+    with pytest.raises(ParityError, match=message):
+        measure_parity(comparison, graph(changed, calibration)[1], calibration)

@@ -106,3 +106,24 @@ def test_workers_share_the_cores(monkeypatch):
     assert parse(["--workers", "2"]).engine_threads == 4
     assert parse(["--workers", "16"]).engine_threads == 1
     assert parse(["--workers", "2", "--threads", "3"]).engine_threads == 3
+
+
+@pytest.mark.parametrize(
+    ("option", "allowed", "refused"),
+    [
+        ("--max-queue-delay-ms", "60000", "60001"),
+        ("--threads", "1024", "1025"),
+        ("--decode-processes", "1024", "1025"),
+        ("--max-batch-seconds", "0.001", "0"),
+        ("--receive-timeout", "0.001", "0"),
+    ],
+)
+def test_limits_of_numbers_are_those_that_the_error_names(option, allowed, refused):
+    parse([option, allowed])
+    with pytest.raises(StartError, match=f"{option} {refused}: Input should be (less|greater) than"):
+        parse([option, refused])
+
+
+def test_no_more_messages_are_received_at_once_than_fit_into_the_limit():
+    assert parse(["--max-message-bytes", "1000", "--max-receiving-bytes", "2999"]).receiving_slots == 2
+    assert parse(["--max-message-bytes", "1000", "--max-receiving-bytes", "1000"]).receiving_slots == 1

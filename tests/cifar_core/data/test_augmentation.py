@@ -109,3 +109,31 @@ def test_augmented_images_are_the_same_on_cuda(images, size):
         seen.append(augmentation.batch(torch.arange(40, device=device)))
     assert seen[1].is_cuda
     assert torch.equal(seen[1].cpu(), seen[0])
+
+
+def test_brightness_and_contrast_change_all_pixels_of_an_image_alike_and_both_ways():
+    levels = torch.arange(88, 168, dtype=torch.uint8).view(1, 8, 10, 1).expand(200, 8, 10, 3).contiguous()
+    seen = {}
+    for name, brightness, contrast in (("brightness", 0.2, 0.0), ("contrast", 0.0, 0.5), ("both", 0.2, 0.5)):
+        augmentation = Augmentation(levels, SEED, "none", 0, 0, brightness, contrast)
+        augmentation.start_epoch(0)
+        seen[name] = augmentation.batch(torch.arange(200)).float()
+    shift = (seen["brightness"] - levels.float()).flatten(1)
+    assert (shift.max(1).values == shift.min(1).values).all()
+    assert -51 <= shift.min() < -40
+    assert 40 < shift.max() <= 51
+    from_grey = levels.float() - 128
+    slope = ((seen["contrast"] - 128) * from_grey).sum((1, 2, 3)) / (from_grey**2).sum((1, 2, 3))
+    assert ((seen["contrast"] - 128 - slope.view(-1, 1, 1, 1) * from_grey).abs() < 1).all()
+    assert 0.49 < slope.min() < 0.6
+    assert 1.4 < slope.max() < 1.51
+    assert abs(float(torch.corrcoef(torch.stack([shift[:, 0], slope]))[0, 1])) < 0.3  # they are independent
+
+
+def test_brighter_pixels_end_at_white_and_darker_ones_at_black():
+    images = torch.tensor([0, 255], dtype=torch.uint8).view(1, 1, 2, 1).expand(100, 4, 2, 3).contiguous()
+    augmentation = Augmentation(images, SEED, "none", 0, 0, 0.5)
+    augmentation.start_epoch(0)
+    seen = augmentation.batch(torch.arange(100))
+    assert (seen[:, :, 0] <= 128).all()
+    assert (seen[:, :, 1] >= 127).all()

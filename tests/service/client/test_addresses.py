@@ -203,3 +203,9 @@ def test_a_call_is_split_by_the_smallest_limit_of_all_servers():
                 _until_all_are_connected(client, [larger, smaller])
                 for _ in range(5):
                     assert all(answer.error is None for answer in client.classify(pictures(8)))
+
+
+def test_shared_requests_are_counted_for_each_address():
+    with Client("127.0.0.1:1,127.0.0.2:1,127.0.0.3:1", Options(max_shared_requests=2)) as client:
+        assert client._shared_requests == 6
+        assert client._window == 6  # and so are the requests of one call

@@ -368,3 +368,17 @@ def test_a_path_of_a_pipe_or_with_a_null_character_is_an_error_at_once(tmp_path)
 def test_the_requests_of_one_call_fit_into_the_server_together(images, queued, capacity):
     limits = messages.Limits(max_images=images, max_queued_images=queued, max_message_bytes=10**6)
     assert Capacity.of(limits, 4).images == capacity
+
+
+def test_each_entry_of_a_failed_request_has_an_exception_of_its_own():
+    requests = SharedRequests[Entry](1)
+    entries = [Entry(Content(pixels=pixels(seed)), Deadline(None)) for seed in range(3)]
+    for entry in entries:
+        requests.add(entry)
+    group = requests.next_group(Capacity(10, 10**6))
+    assert group == entries
+    requests.failed(group, RequestFailed(grpc.StatusCode.UNAVAILABLE, "gone", "20"))
+    assert len({id(entry.outcome) for entry in entries}) == 3
+    assert {(each.outcome.code.name, each.outcome.details, each.outcome.pushback) for each in entries} == {
+        ("UNAVAILABLE", "gone", "20")
+    }

@@ -155,3 +155,16 @@ def test_a_request_within_the_limits_is_not_sent_again_after_they_were_asked_for
         with pytest.raises(ClassificationError, match="INVALID_ARGUMENT: scripted"):
             client.classify(pictures(5))
         assert (servicer.calls, servicer.model_calls) == ([5], 2)
+
+
+def test_pauses_vary_so_that_clients_do_not_return_together():
+    pauses = [Attempts(10, Deadline(None)).pause_after(RequestFailed(UNAVAILABLE, "")) for _ in range(100)]
+    assert max(pauses) - min(pauses) > 0.02
+    assert all(0.025 <= pause <= 0.075 for pause in pauses)
+
+
+def test_any_number_of_attempts_is_made():
+    attempts = Attempts(3000, Deadline(None))
+    assert all(attempts.pause_after(RequestFailed(UNAVAILABLE, "")) <= 3 for _ in range(2999))
+    with pytest.raises(RequestFailed):
+        attempts.pause_after(RequestFailed(UNAVAILABLE, ""))

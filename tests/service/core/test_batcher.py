@@ -272,3 +272,20 @@ def test_a_batch_uses_all_cores_unless_others_leave_at_most_one():
         await batches.close()
 
     run(test)
+
+
+def test_how_long_batches_run_is_counted_from_the_oldest_one():
+    async def test():
+        gate = Gate()
+        batches = batcher(threads=2)
+        tasks = [asyncio.create_task(batches.submit(numbered(0), gate))]
+        await begun(gate)
+        await asyncio.sleep(0.2)
+        tasks.append(asyncio.create_task(batches.submit(numbered(1, 2, 3, 4), gate)))
+        await begun(gate)  # beside the first
+        assert batches.running_seconds() >= 0.2
+        gate.permits.release(2)
+        await asyncio.gather(*tasks)
+        await batches.close()
+
+    run(test)

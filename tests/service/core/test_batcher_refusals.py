@@ -172,3 +172,46 @@ def test_closing_computes_the_queued_images_first():
         await closing
 
     run(test)
+
+
+def test_images_of_a_failed_request_that_still_wait_are_not_computed():
+    async def test():
+        gate, seen = Gate(), []
+        batches = batcher()
+
+        def compute(images: Images, *, alone: bool) -> Outputs:
+            seen.append(images[:, 0].tolist())
+            if len(seen) == 1:
+                raise RuntimeError("unlucky")
+            return gate(images, alone=alone)
+
+        with pytest.raises(EngineFailed):  # while the engine computes the second piece
+            await batches.submit(numbered(*range(12)), compute)
+        assert batches.waiting_images == 0
+        gate.permits.release(5)
+        await batches.close()
+        assert [8, 9, 10, 11] not in seen
+
+    run(test)
+
+
+def test_requests_of_exactly_as_many_bytes_as_allowed_are_admitted():
+    async def test():
+        batches = batcher(max_bytes=1000)
+        with batches.admit(1, 900), batches.admit(1, 100):
+            assert batches.admitted_bytes == 1000
+        await batches.close()
+
+    run(test)
+
+
+@pytest.mark.parametrize(("held", "least", "most"), [(10, 0.02, 0.1), (2000, 0.5, 2), (10**6, 5, 5)])
+def test_the_retry_hint_grows_with_the_number_of_images_that_are_held(held: int, least: float, most: float):
+    async def test():
+        batches = batcher(max_images=held)
+        with batches.admit(held, 1), pytest.raises(Overloaded) as caught:
+            batches.admit(1, 1)
+        assert least <= caught.value.retry_after <= most
+        await batches.close()
+
+    run(test)

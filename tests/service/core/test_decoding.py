@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import resource
 import signal
 import time
 from pathlib import Path
@@ -327,5 +328,77 @@ def test_a_large_file_is_decoded_although_none_came_for_long(monkeypatch):
                 (pixels,) = await decoder.decode([large])
                 assert (pixels == decode(large)).all()
                 await until(lambda: len(decoder.pids) == 1)
+
+    asyncio.run(test())
+
+
+def test_processes_start_after_any_number_of_failed_attempts(monkeypatch):
+    monkeypatch.setattr(decode_lane, "_MAX_PAUSE_SECONDS", 0.0)
+
+    async def test():
+        attempts, start_process = [], decode_lane.start_process
+
+        def fail(*arguments: object) -> object:
+            attempts.append(1)
+            if len(attempts) > 1100:
+                return start_process(*arguments)
+            raise OSError("no process left")
+
+        monkeypatch.setattr(decode_lane, "start_process", fail)
+        decoder = Decoder(1, LIMITS)
+        await until(lambda: any(process.is_ready for process in decoder._fast._processes), seconds=20)
+        assert isinstance((await decoder.decode([SMALL]))[0], np.ndarray)
+        decoder.close()
+
+    asyncio.run(test())
+
+
+def test_a_file_that_ends_every_process_at_once_is_given_up():
+    async def test():
+        ended = []
+        async with running(1, on_ended=ended.append) as decoder:
+
+            async def kill() -> None:
+                while True:
+                    if decoder.busy_processes():
+                        for process in decoder._fast._processes:
+                            process.kill()
+                    await asyncio.sleep(0)
+
+            killing = asyncio.create_task(kill())
+            (result,) = await asyncio.wait_for(decoder.decode([MEDIUM]), 20)
+            killing.cancel()
+            assert isinstance(result, ImageRejected)
+            assert result.internal
+            assert len(ended) == 4  # it was repeated three times
+
+    asyncio.run(test())
+
+
+def test_requests_that_wait_when_the_decoder_is_closed_are_refused():
+    async def test():
+        async with running(1) as decoder:
+            waiting = asyncio.create_task(decoder.decode([MEDIUM] * 100))
+            await asyncio.sleep(0.02)
+            decoder.close()
+            with pytest.raises(Overloaded, match="shutting down"):
+                await asyncio.wait_for(waiting, 5)
+
+    asyncio.run(test())
+
+
+def test_the_kernel_limits_what_a_process_may_do():
+    async def test():
+        async with running(1) as decoder:
+            await decoder.decode([noise_png(1300)])  # so there is a process of each lane
+            for pid in decoder.pids:
+                for limit, value in (
+                    (resource.RLIMIT_CORE, 0),
+                    (resource.RLIMIT_FSIZE, 0),
+                    (resource.RLIMIT_NOFILE, 64),
+                ):
+                    assert resource.prlimit(pid, limit) == (value, value)
+                assert resource.prlimit(pid, resource.RLIMIT_AS)[1] < 2**33
+                assert "NoNewPrivs:\t1" in Path(f"/proc/{pid}/status").read_text()
 
     asyncio.run(test())

@@ -88,3 +88,18 @@ def test_a_piece_writes_only_its_own_rows():
     assert done == [request]
     assert request.outputs is not None
     assert request.outputs[0][:, 0].tolist() == [0, 1, 2, 3, 4]
+
+
+def test_the_delay_is_counted_from_the_oldest_request():
+    queue = Queue(8)
+    for queued_at in (10.0, 13.0, 12.0):
+        queue.put(Request(numbered(1), None, None, queued_at))  # type: ignore[arg-type]
+    assert queue.ready_at(5.0) == 15.0
+
+
+def test_the_delay_of_what_is_left_of_a_large_request_is_counted_from_its_arrival():
+    queue = Queue(4)
+    for images, queued_at in ((6, 0.0), (1, 50.0)):
+        queue.put(Request(numbered(*range(images)), None, None, queued_at))  # type: ignore[arg-type]
+    assert sum(piece.stop - piece.start for piece in queue.take(50.0)) == 4
+    assert queue.ready_at(60.0) == 60.0

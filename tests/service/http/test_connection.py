@@ -7,11 +7,12 @@ import ssl
 from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import cast
 
+import h11
 import trustme
 from uvicorn.config import Config
 from uvicorn.server import ServerState
 
-from service.http.connection import Connection
+from service.http.connection import Connection, _Parser
 
 
 async def application(scope: object, receive: object, send: object) -> None:
@@ -68,3 +69,15 @@ def test_a_tls_connection_that_is_closed_twice_while_its_client_does_not_answer_
                 await asyncio.sleep(0)
 
     run(test)
+
+
+def test_the_limit_of_chunks_holds_for_each_request_of_a_connection():
+    parser = _Parser()
+    head = b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n"
+    for _ in range(3):
+        parser.receive_data(head + b"1\r\nx\r\n" * 300 + b"0\r\n\r\n")
+        while not isinstance(parser.next_event(), h11.EndOfMessage):
+            pass
+        parser.send(h11.Response(status_code=200, headers=[("Content-Length", "0")]))
+        parser.send(h11.EndOfMessage())
+        parser.start_next_cycle()

@@ -1,10 +1,16 @@
+import asyncio
+import contextlib
 import time
 
+import grpc
 import pytest
 
+from service.core.metrics import Metrics
 from service.errors import Overloaded
-from service.rpc import connections
+from service.rpc import connections, streams
+from service.rpc.calls import Call, Calls
 from service.rpc.connections import Connections
+from service.rpc.statuses import Failure
 
 
 @pytest.fixture
@@ -70,3 +76,44 @@ def test_all_connections_are_held_if_each_recent_caller_has_a_waiting_call(clock
         with known.held("b"):
             assert known.all_held(since=1050.0)
     assert not known.all_held(since=1050.0)
+
+
+def test_a_limited_number_of_connections_is_remembered(monkeypatch):
+    monkeypatch.setattr(connections, "MAX_REMEMBERED", 3)
+    known = Connections()
+    for number in range(10):
+        known.check(f"{number}")
+    assert list(known._last_call) == ["7", "8", "9"]
+
+
+def test_long_calls_are_limited_on_each_connection_and_in_total():
+    calls = streams.LongCalls()
+    with contextlib.ExitStack() as stack:
+        for number in range(streams.MAX_LONG_CALLS):
+            connection = f"{number // streams.MAX_LONG_CALLS_PER_CONNECTION}"
+            stack.enter_context(calls.enter(connection))
+            if number == streams.MAX_LONG_CALLS_PER_CONNECTION - 1:
+                with pytest.raises(Overloaded), calls.enter(connection):
+                    pass
+        with pytest.raises(Overloaded), calls.enter("another"):
+            pass
+    assert not calls._open
+    with calls.enter("another"):
+        pass
+
+
+def test_a_call_gets_an_error_in_place_of_its_answer_once_many_bytes_are_unread():
+    async def test() -> None:
+        known = Connections()
+        calls = Calls(Metrics(), None, known)  # type: ignore[arg-type]
+
+        async def behaviour(request: object, call: Call) -> object:
+            known.sending("a", connections.MAX_UNREAD_BYTES + 1)  # of another call, meanwhile
+            return "answer"
+
+        with pytest.raises(Failure) as caught:
+            await calls.answer(behaviour, "request", Call("service/Method", "a", None, 1, None))  # type: ignore[arg-type]
+        assert caught.value.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert calls.answered == 0
+
+    asyncio.run(test())

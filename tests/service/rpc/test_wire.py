@@ -120,3 +120,10 @@ def test_pixels_as_single_numbers_are_limited_by_their_bytes():
 def test_bytes_that_are_not_a_message_are_refused_with_the_reason(message, reason):
     with pytest.raises(InvalidRequest, match=f"not a message of its type: .*{reason}"):
         FieldCounter(cifar.ClassifyRequest, 5).check(message)
+
+
+def test_the_limit_of_numbers_holds_for_each_message_and_not_for_all_together():
+    numbers = {"uint_contents": [1] * (open_inference.MAX_NUMBER_BYTES // 2)}
+    message = inference.ModelInferRequest(inputs=[{"contents": numbers}])
+    counter = open_inference.field_counter(4)  # a server has one for all requests
+    assert all(accepted(counter, message) for _ in range(3))
