@@ -260,3 +260,12 @@ def test_training_on_cuda_learns_and_resumes(small, tmp_path, name, changes):
     history = run(again, resume=True)
     assert [line["epoch"] for line in history] == [1, 2, 3]
     assert history[-1]["train_loss"] < history[0]["train_loss"]
+
+
+def test_shifts_and_squares_shrink_with_the_images(small, tmp_path):
+    overrides = ("epochs=4", "sizes=16:2", "translate=4", "cutout=12")
+    trainer = make_trainer(small, tmp_path, "deep-fast", overrides)
+    for epoch, translate, cutout in ((0, 2, 6), (2, 4, 12)):
+        trainer.state.epoch = epoch
+        trainer._augment()
+        assert (trainer._augmentation.translate, trainer._augmentation.cutout) == (translate, cutout)

@@ -276,3 +276,72 @@ def test_an_idle_stream_is_ended_only_while_others_wait(monkeypatch):
             pass
 
     running(test)
+
+
+def test_the_behaviour_of_a_limited_number_of_connections_is_remembered(monkeypatch):
+    monkeypatch.setattr(receiving, "MAX_REMEMBERED", 3)
+
+    async def test():
+        slots = receiver()
+        for number in range(10):
+            await slots.read(Sender().arrive(), f"{number}")
+        assert list(slots._behaviour) == ["7", "8", "9"]
+
+    running(test)
+
+
+def test_a_receiver_with_a_single_slot_takes_a_stream_too():
+    async def test():
+        slots = receiver(slots=1, per_connection=1)
+        async with slots.stream("a") as slot:
+            assert await slots.read_stream(Sender().arrive(), slot) == b"message"
+
+    running(test)
+
+
+def test_among_equals_the_connection_with_the_fewest_slots_is_served_first():
+    async def test():
+        slots, order = receiver(slots=3, per_connection=3), []
+        senders = [Sender() for _ in range(3)]
+        reads = [asyncio.create_task(slots.read(sender, name)) for sender, name in zip(senders, "aac", strict=True)]
+        for first, sender in zip(reads, senders, strict=True):
+            await begin(first, sender)
+
+        async def read(name: str) -> None:
+            await slots.read(Sender().arrive(), name)
+            order.append(name)
+
+        tasks = []
+        for name in "ab":
+            tasks.append(asyncio.create_task(read(name)))
+            await asyncio.sleep(0)
+        senders[2].arrive()
+        await asyncio.gather(*tasks)
+        assert order == ["b", "a"]
+        for first in reads:
+            first.cancel()
+
+    running(test)
+
+
+def test_connections_that_are_equal_take_turns():
+    async def test():
+        slots, order = receiver(slots=1), []
+
+        async def read(name: str) -> None:
+            await slots.read(Sender().arrive(), name)
+            order.append(name)
+
+        await read("a")
+        await read("b")
+        occupying, tasks = Sender(), []
+        first = asyncio.create_task(slots.read(occupying, "c"))
+        await begin(first, occupying)
+        for name in "aaabb":
+            tasks.append(asyncio.create_task(read(name)))
+            await asyncio.sleep(0)
+        occupying.arrive()
+        await asyncio.gather(first, *tasks)
+        assert "".join(order) == "ab" + "ababa"
+
+    running(test)

@@ -1,6 +1,8 @@
+import hashlib
 import io
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +16,7 @@ from cifar_core import images
 from cifar_core.data import DataError, load_dataset
 from cifar_core.data import image_folder as loader
 from cifar_core.data.image_folder import read_image_folder
+from cifar_core.data.stratify import stratified_split
 from cifar_core.pixels import EXTENSIONS
 from tests.conftest import REPOSITORY
 
@@ -380,3 +383,35 @@ def test_a_user_without_a_home_folder_is_told_that_nothing_is_cached(tmp_path, m
     monkeypatch.setattr(Path, "home", no_home)
     assert len(read_image_folder(folder).train[1]) == 2
     assert "this user has no home folder" in caplog.text
+
+
+def by_digest(count):
+    """Different images, in the order of the SHA-256 of their pixels."""
+    images = np.random.default_rng(0).integers(0, 256, (count, 32, 32, 3), np.uint8)
+    return np.stack(sorted(images, key=lambda image: hashlib.sha256(image.tobytes()).hexdigest()))
+
+
+def test_test_images_that_a_class_shares_with_an_earlier_one_count_in_its_fifth():
+    images = by_digest(180)
+    shared = images[:20]  # the test images of the first class
+    both = np.concatenate([images[:100], shared, images[100:]])
+    split = stratified_split(both, np.repeat([0, 1], 100), ["a", "b"], "data")
+    assert np.bincount(split.test[1]).tolist() == [20, 20]
+
+
+def test_of_images_with_many_copies_the_one_with_the_fewest_is_the_test_set():
+    first, second, *others = by_digest(12)
+    images = np.stack([*[first] * 5, *[second] * 4, *others])
+    split = stratified_split(images, np.repeat([0, 1], [9, 10]), ["a", "b"], "data")
+    of_first_class = split.test[0][split.test[1] == 0]
+    assert len(of_first_class) == 4
+    assert (of_first_class == second).all()
+
+
+def test_hidden_folders_are_no_classes(small, tmp_path):
+    folder = write_flat(small, tmp_path / "flat")
+    classes = read_image_folder(folder).classes
+    (folder / ".thumbnails").mkdir()
+    shutil.copy(next((folder / "ring").iterdir()), folder / ".thumbnails" / "a.png")
+    content = read_image_folder(folder)
+    assert (content.classes, content.left_out) == (classes, [])

@@ -402,3 +402,44 @@ def test_the_kernel_limits_what_a_process_may_do():
                 assert "NoNewPrivs:\t1" in Path(f"/proc/{pid}/status").read_text()
 
     asyncio.run(test())
+
+
+def test_failed_starts_are_forgotten_once_a_process_has_started(monkeypatch):
+    async def test():
+        def fail(*arguments: object) -> None:
+            raise OSError("no process left")
+
+        monkeypatch.setattr(decode_lane, "start_process", fail)
+        decoder = Decoder(1, LIMITS)
+        with pytest.raises(Overloaded):
+            await asyncio.wait_for(decoder.decode([SMALL]), 10)
+        monkeypatch.undo()
+        await until(lambda: any(process.is_ready for process in decoder._fast._processes))
+        start_process = decode_lane.start_process
+
+        def start_slowly(*arguments: object) -> object:
+            time.sleep(0.3)
+            return start_process(*arguments)
+
+        monkeypatch.setattr(decode_lane, "start_process", start_slowly)
+        os.kill(decoder.pids[0], signal.SIGKILL)
+        await until(lambda: not decoder.pids)
+        assert isinstance((await decoder.decode([SMALL]))[0], np.ndarray)  # it waits for the next process
+        decoder.close()
+
+    asyncio.run(test())
+
+
+def test_after_a_process_exceeded_a_limit_no_file_waits_behind_another_in_a_process():
+    async def test():
+        most = 0
+        async with running(1) as decoder:
+            os.kill(decoder.pids[0], signal.SIGPROF)  # as the kernel does at the limit of CPU time
+            await until(lambda: decoder._fast._cautious_until > time.monotonic())
+            task = asyncio.create_task(decoder.decode([SMALL] * 50))
+            while not task.done():
+                most = max([most, *(len(process.jobs) for process in decoder._fast._processes)])
+                await asyncio.sleep(0)
+        assert most == 1
+
+    asyncio.run(test())

@@ -100,3 +100,19 @@ def test_metrics_of_processes_have_their_name_and_ended_processes_are_left_out()
     assert seen['process_resident_memory_bytes{process="server"}'] > 10**6
     assert abs(seen['process_start_time_seconds{process="other"}'] - time.time()) < 60
     assert not any('process="other"' in name for name in samples(metrics))
+
+
+def test_the_time_of_a_batch_counts_for_each_request_that_begins_in_it():
+    metrics = Metrics()
+    metrics.on_batch(2, [0.1, 0.2], 0.5, failed=False)
+    assert metrics.statistics.read(1).phases["compute_infer"].nanoseconds == 1_000_000_000
+
+
+def test_all_phases_have_the_number_of_requests_that_have_passed_them_all():
+    metrics = Metrics()
+    recorder = metrics.statistics.recorder(1)
+    recorder.add("queue", 0.3, 3)
+    recorder.add("success", 1.0, 2)
+    recorder.add("fail", 1.0)
+    counts = {name: duration.count for name, duration in metrics.statistics.read(1).phases.items()}
+    assert counts == {**dict.fromkeys(counts, 2), "fail": 1}

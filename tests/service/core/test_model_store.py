@@ -7,8 +7,10 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
+from onnx import helper, numpy_helper
 
 from cifar_core.int8 import EXACT_INT8
 from service.core.engine import CUDA, Engine
@@ -367,3 +369,46 @@ def test_a_reload_does_not_move_the_model_from_cuda_to_the_cpu(tmp_path, caplog)
 
     asyncio.run(test())
     assert "--device cuda" in caplog.text
+
+
+def test_a_model_file_that_is_damaged_while_it_is_served_is_reported(tmp_path, fast_polls):
+    async def test():
+        reloads = Reloads(write_export(tmp_path, graph(), "first"))
+        async with reloads.watching():
+            (tmp_path / "model.onnx").write_bytes(b"damaged")
+            await reloads.until(None)
+        assert reloads.store.current.version == "first"
+
+    asyncio.run(test())
+
+
+def with_nodes(change):
+    """The graph of a linear model after `change` of its nodes and initializers."""
+    model = onnx.load_from_string(graph())
+    change(model.graph)
+    return model.SerializeToString()
+
+
+def test_a_graph_whose_answers_depend_on_the_other_images_of_a_batch_is_refused(tmp_path):
+    def subtract_mean_of_batch(graph):
+        product = next(node for node in graph.node if node.output[0] == "product")
+        product.output[0] = "before"
+        place = list(graph.node).index(product) + 1
+        graph.node.insert(place, helper.make_node("Sub", ["before", "mean"], ["product"]))
+        graph.node.insert(place, helper.make_node("ReduceMean", ["before", "axis"], ["mean"], keepdims=1))
+        graph.initializer.append(numpy_helper.from_array(np.array([0]), "axis"))
+
+    with pytest.raises(StartError, match="an image's probabilities depend on the others in its batch"):
+        loaded(write_export(tmp_path, with_nodes(subtract_mean_of_batch)))
+
+
+def test_a_graph_whose_outputs_have_different_numbers_of_classes_is_refused(tmp_path):
+    model = onnx.load_from_string(graph())
+    probabilities = next(node for node in model.graph.node if node.output[0] == "probabilities")
+    probabilities.output[0] = "all"
+    model.graph.initializer.append(numpy_helper.from_array(np.arange(9), "nine"))
+    model.graph.node.append(helper.make_node("Gather", ["all", "nine"], ["probabilities"], axis=1))
+    output = next(output for output in model.graph.output if output.name == "probabilities")
+    output.type.tensor_type.shape.dim[1].dim_value = 9
+    with pytest.raises(StartError, match="'logits' and 'probabilities' have different numbers of classes"):
+        loaded(write_export(tmp_path, model.SerializeToString()))

@@ -9,7 +9,7 @@ from PIL import Image
 
 from tests.cifar_core.image_corpus import gradient, saved
 from tests.service.exports import CLASSES, expected, pictures
-from tests.service.http.web import Reply, Web, multipart
+from tests.service.http.web import Raw, Reply, Web, multipart
 
 BROKEN = b"This is not a picture."
 
@@ -188,3 +188,17 @@ def test_a_method_that_a_path_does_not_have_is_refused(web):
     reply = web.get("/v1/classify")
     assert (reply.status, reply.headers["allow"], reply.kind) == (405, "POST", "application/problem+json")
     assert web.request("HEAD", "/healthz").status == 200
+
+
+def test_of_a_repeated_header_the_first_counts(http_server):
+    body = png(pictures(1)[0])
+    head = f"POST /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n".encode()
+    for values, status in (((b"10", b"soon"), 200), ((b"soon", b"10"), 400)):
+        lines = b"".join(b"X-Request-Timeout: " + value + b"\r\n" for value in values)
+        with Raw(http_server.http_url) as raw:
+            assert raw.send(head + lines + b"\r\n" + body).reply().status == status
+
+
+def test_the_longest_timeout_is_a_day(web):
+    for timeout, status in (("86400", 200), ("86401", 400)):
+        assert web.post("/v1/classify", png(pictures(1)[0]), X_Request_Timeout=timeout).status == status

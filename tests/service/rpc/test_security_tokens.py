@@ -244,3 +244,19 @@ def test_every_token_is_compared_in_constant_time(token_file, monkeypatch):
 
 def test_repr_shows_no_token(token_file):
     assert "secret" not in repr(Tokens(token_file)) + repr(vars(Tokens(token_file)))
+
+
+def test_a_call_whose_token_was_revoked_a_moment_before_is_ended(token_file):
+    async def test() -> None:
+        tokens = Tokens(token_file)
+
+        async def call(digest: bytes) -> None:
+            with tokens.running(digest) as running:
+                assert running.revoked
+                await asyncio.sleep(10)
+
+        with pytest.raises(asyncio.CancelledError):
+            await asyncio.create_task(call(b"of a token that the file no longer holds"))
+        assert not tokens._calls  # nothing is kept of calls that are over
+
+    asyncio.run(test())

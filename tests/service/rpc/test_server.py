@@ -410,3 +410,10 @@ def test_memory_stays_flat_over_many_requests(server):
         for _ in range(150):
             stub.Classify(request)
         assert resident() - before < 20 * 2**20
+
+
+def test_a_watch_of_a_service_that_does_not_exist_says_so(server):
+    with grpc.insecure_channel(server.target) as channel:
+        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(service="none"), timeout=30)
+        assert next(watch).status == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
+        watch.cancel()

@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from service.workers import hang
 from service.workers.hang import (
     BUSY_SECONDS,
     CHECK_SECONDS,
@@ -141,3 +142,31 @@ def test_the_kernel_shows_what_a_real_process_does():
     assert after is not None
     assert after.waiting
     assert after.cpu_seconds - before.cpu_seconds >= 0.1
+
+
+@pytest.mark.parametrize(
+    ("states", "expected"),
+    [
+        ("SS", Activity(stopped=False, waiting=False, cpu_seconds=2.0)),
+        ("SR", Activity(stopped=False, waiting=True, cpu_seconds=2.0)),
+        ("SD", Activity(stopped=False, waiting=True, cpu_seconds=2.0)),  # waits for a disk
+        ("TT", Activity(stopped=True, waiting=False, cpu_seconds=2.0)),
+        ("tt", Activity(stopped=True, waiting=False, cpu_seconds=2.0)),  # stopped by a debugger
+    ],
+)
+def test_the_states_of_all_threads_are_read(tmp_path, monkeypatch, states, expected):
+    ticks = hang._TICKS_PER_SECOND
+    for number, state in enumerate(states):
+        for folder in (tmp_path / "proc/7", tmp_path / f"proc/7/task/{7 + number}"):
+            folder.mkdir(parents=True, exist_ok=True)
+            if number == 0 or "task" in str(folder):
+                (folder / "stat").write_text(f"7 (a) b) {state} {'0 ' * 10}{ticks} {ticks} 0")
+    monkeypatch.setattr(hang, "Path", lambda path: tmp_path / path.removeprefix("/"))
+    assert read_activity(7) == expected
+
+
+def test_a_thread_that_is_seen_ready_to_run_once_proves_nothing(simulation):
+    simulation.activity = STARVED
+    assert simulation.silence(2 * CHECK_SECONDS) is None  # one look at the worker
+    simulation.activity = IDLE
+    assert simulation.silence(IDLE_SECONDS) is not None

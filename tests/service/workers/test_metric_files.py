@@ -3,13 +3,17 @@
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.mmap_dict import MmapedDict
 from prometheus_client.multiprocess import MultiProcessCollector
 
+from service.core.metrics import Metrics
+from service.core.statistics import read_values
 from service.workers.metric_files import MetricFiles
 from tests.conftest import REPOSITORY
 
@@ -120,3 +124,35 @@ def test_what_could_not_be_merged_is_merged_with_the_next(tmp_path, ended, caplo
     files.remove(2)
     assert scrape(tmp_path)["cifar_service_engine_images_total"] == 2 * before
     assert not list(tmp_path.glob("counter_[0-9]*.db"))
+
+
+def test_times_of_ended_workers_are_not_added_up(tmp_path, ended):
+    copy(tmp_path, ended, 2)
+    before, files = scrape(tmp_path), MetricFiles(tmp_path)
+    files.remove(ended)
+    files.remove(2)
+    name = 'cifar_service_model_last_inference_timestamp_seconds{number="1"}'
+    assert scrape(tmp_path)[name] == before[name] > 0
+
+
+def test_the_last_inference_is_the_latest_of_all_workers(tmp_path, ended, monkeypatch):
+    metrics = Metrics()
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    latest = metrics.statistics.read(1).last_inference
+    assert latest > 0
+    for pid in (1, 99_999_999):  # the first and the last by name
+        copy(tmp_path, ended, pid)
+        path = tmp_path / f"gauge_max_{pid}.db"
+        file = MmapedDict(str(path))
+        for key, value in read_values(path):
+            file.write_value(key, value - 100, 0.0)
+        file.close()
+    assert metrics.statistics.read(1).last_inference == latest
+
+
+def test_statistics_wait_while_the_values_of_an_ended_worker_are_in_no_file(tmp_path, ended, monkeypatch):
+    metrics = Metrics()
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    merged = (tmp_path / f"counter_{ended}.db").rename(tmp_path / "counter_ended.new")
+    threading.Timer(0.03, merged.rename, (tmp_path / "counter_ended.db",)).start()
+    assert metrics.statistics.read(1).images == 3
