@@ -1,15 +1,17 @@
 """Calls of several requests, which `Client` sends from threads of its own, and limits that change between calls."""
 
+import asyncio
 import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import pytest
 
-from service.client import ClassificationError, Client, Options
+from service.client import AsyncClient, ClassificationError, Client, Options
 from tests.conftest import DEFAULT_SIGINT, REPOSITORY, prepared
 from tests.service.client.scripted import Blocked, Scripted, row_in, row_of, serve
 from tests.service.exports import pictures
@@ -73,3 +75,51 @@ def test_an_image_that_was_too_large_is_sent_once_the_server_takes_larger_messag
         answers = client.classify([small, image, small])
         assert [answer.error is None for answer in answers] == [True, False, True]
         assert row_in(answers[2]) == row_of(small)
+
+
+class OneFails(Blocked):
+    """Of the four requests of a large call, the first fails when the others have arrived; these then wait."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ended = threading.Semaphore(0)
+
+    def Classify(self, request, context):  # noqa: N802
+        self.calls.append(1)
+        if request.packed_rgb.startswith(LARGE[0].tobytes()):
+            for _ in range(3):
+                assert self.arrived.acquire(timeout=30)
+            context.abort(grpc.StatusCode.INTERNAL, "scripted")
+        context.add_callback(self.ended.release)
+        self.arrived.release()
+        self.go_on.wait(30)
+        context.abort(grpc.StatusCode.UNAVAILABLE, "scripted")
+
+
+def test_after_one_request_of_a_large_call_failed_the_others_are_not_repeated():
+    servicer = OneFails()
+    with serve(servicer) as target, Client(target, Options(coalesce=False)) as client:
+        with pytest.raises(ClassificationError, match="INTERNAL"):
+            client.classify(LARGE)
+        servicer.go_on.set()
+        for _ in range(3):
+            assert servicer.ended.acquire(timeout=10)
+        time.sleep(0.5)  # longer than the pause before another attempt
+        assert len(servicer.calls) == 4
+
+
+def test_after_one_request_of_a_large_call_failed_the_asyncio_client_cancels_the_others():
+    servicer = OneFails()
+
+    async def use(target):
+        async with AsyncClient(target, Options(coalesce=False)) as client:
+            with pytest.raises(ClassificationError, match="INTERNAL"):
+                await client.classify(LARGE)
+            for _ in range(3):
+                assert await asyncio.to_thread(servicer.ended.acquire, timeout=5)
+
+    with serve(servicer) as target:
+        try:
+            asyncio.run(use(target))
+        finally:
+            servicer.go_on.set()

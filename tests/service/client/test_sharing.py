@@ -367,3 +367,23 @@ def test_every_answer_of_many_concurrent_calls_to_a_real_server_is_right(server,
         asyncio.run(use_async())
     else:
         use_threads()
+
+
+def test_a_request_that_threads_share_has_the_latest_of_their_deadlines():
+    go_on, seen = threading.Event(), []
+
+    def send(request: messages.ClassifyRequest, deadline: Deadline) -> messages.ClassifyResponse:
+        seen.append(deadline)
+        assert go_on.wait(30)
+        return answer(request)
+
+    sharing, deadlines = SyncSharing(1, send, lambda: CAPACITY), [Deadline(seconds) for seconds in (60, 20, 50, 30)]
+    with ThreadPoolExecutor(4) as pool:
+        calls = []
+        for number, deadline in enumerate(deadlines):
+            calls.append(pool.submit(sharing.exchange, content_of(number, 1, False)[0], deadline))
+            time.sleep(0.05)
+        go_on.set()
+        for call in calls:
+            call.result(30)
+    assert seen == [deadlines[0], deadlines[2]]

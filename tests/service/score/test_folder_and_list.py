@@ -9,8 +9,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from cifar_core.pixels import EXTENSIONS
-from service.score import image_files
+from cifar_core.pixels import EXTENSIONS, ImageRejected
+from service.score import image_files, scorer
 from service.score.errors import ScoreError
 from tests.cifar_core.image_corpus import gradient, saved
 from tests.service import exports
@@ -236,3 +236,38 @@ def test_the_command_prints_an_error_in_one_line(tmp_path, linear):
     )
     assert done.returncode == 2
     assert done.stderr == f"error: {tmp_path}/missing: there is no such file or folder\n"
+
+
+def test_an_image_whose_decode_process_failed_is_decoded_again(tmp_path, linear, monkeypatch):
+    calls = []
+
+    class Unlucky(scorer.Decoder):
+        async def decode(self, files, deadline=None, client=None):
+            calls.append(len(files))
+            if len(calls) < 3:
+                return [ImageRejected("the decode process ended", internal=True) for _ in files]
+            return await super().decode(files, deadline, client)
+
+    monkeypatch.setattr(scorer, "Decoder", Unlucky)
+    images = exports.pictures(4)
+    write_images(tmp_path / "in", images)
+    assert score(tmp_path / "in", tmp_path / "out", model=linear) == 0
+    assert_classified(rows(tmp_path / "out"), images)
+    assert calls == [4, 4, 4]
+
+
+def test_files_of_a_batch_are_read_in_groups_of_limited_size(tmp_path, linear, monkeypatch):
+    read, sizes = scorer._read_all, []
+
+    def recorded(files, max_bytes):
+        sizes.append(sum(file.size for file in files))
+        return read(files, max_bytes)
+
+    images = exports.pictures(8)
+    write_images(tmp_path / "in", images)
+    most = max(file.stat().st_size for file in (tmp_path / "in").iterdir())
+    monkeypatch.setattr(scorer, "_read_all", recorded)
+    monkeypatch.setattr(scorer, "_GROUP_BYTES", 2 * most)
+    assert score(tmp_path / "in", tmp_path / "out", "--batch-size", 8, model=linear) == 0
+    assert len(sizes) > 2
+    assert max(sizes) < 3 * most

@@ -4,6 +4,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from service.score.errors import ScoreError
+from service.score.parquet_rows import ParquetRows
 from tests.cifar_core.image_corpus import gradient, saved
 from tests.service import exports
 from tests.service.score.pictures import assert_classified, packed, rows, score
@@ -186,3 +187,13 @@ def test_files_without_rows_are_named(tmp_path, linear):
         score(file, tmp_path / "out", model=linear)
     with pytest.raises(ScoreError, match=rf"^{tmp_path}/in: the folder's \.parquet files hold no rows$"):
         score(tmp_path / "in", tmp_path / "out", model=linear)
+
+
+def test_parts_of_a_row_group_can_be_read_in_any_order(tmp_path):
+    pq.write_table(pa.table({"image": packed(IMAGES[:30])}), tmp_path / "a.parquet")
+    source = ParquetRows(tmp_path / "a.parquet", None, "pixels", None)
+    source.write_inventory(tmp_path / "inventory", 10)
+    for part in (1, 0, 2, 0):
+        (found,) = source.rows(tmp_path / "inventory", part, 10)
+        assert found.keys.to_pylist() == [f"a.parquet:{row}" for row in range(10 * part, 10 * part + 10)]
+        assert (found.pixels == IMAGES[10 * part : 10 * part + 10]).all()

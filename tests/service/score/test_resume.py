@@ -175,3 +175,13 @@ def session_of(pid):
     except OSError:
         return None
     return None if fields[0] == "Z" else int(fields[3])
+
+
+def test_a_run_with_a_parquet_file_without_rows_can_be_continued(tmp_path, linear):
+    source = tmp_path / "in"
+    source.mkdir()
+    for name, count in (("a", 0), ("b", 5)):
+        images = packed(exports.pictures(count)) if count else packed(exports.pictures(1)[:0])
+        pq.write_table(pa.table({"image": images}), source / f"{name}.parquet")
+    for options in ((), ("--resume",)):
+        assert score(source, tmp_path / "out", "--content", "pixels", *options, model=linear) == 0

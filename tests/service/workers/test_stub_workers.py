@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from prometheus_client import generate_latest
@@ -15,6 +16,8 @@ from prometheus_client import generate_latest
 from service.errors import StartError
 from service.settings import parse
 from service.workers import supervisor as supervisor_module
+from service.workers.pipe import Kind, Message
+from service.workers.process import STUCK_SECONDS, WorkerProcess
 from service.workers.supervisor import FIRST_DELAY, LAST_DELAY, STABLE_SECONDS, Backoff, Supervisor
 from tests.service.conftest import until
 from tests.service.workers.test_supervisor import running
@@ -196,3 +199,17 @@ def test_a_worker_that_ended_unnoticed_before_a_signal_was_sent_to_it_is_taken_n
         assert await asyncio.wait_for(worker.ended, 20) == 0
 
     assert run("sys.exit(0)", during) == 0
+
+
+def test_a_worker_whose_engine_returned_in_time_is_not_stuck():
+    worker = object.__new__(WorkerProcess)  # without a process
+    killed = []
+    worker._hung, worker._stuck_at, worker.number = "", None, 1
+    worker.kill = lambda: killed.append(True)
+    worker._hang = SimpleNamespace(on_heartbeat=lambda: None, check=lambda: None)
+    for kind in (Kind.STUCK, Kind.HEALTHY):
+        worker._receiver = SimpleNamespace(receive=lambda kind=kind: [Message(kind)])
+        worker._receive()
+        worker._stuck_at = worker._stuck_at and worker._stuck_at - STUCK_SECONDS - 1  # as if time had passed
+    worker.kill_if_hanging()
+    assert not killed
