@@ -13,6 +13,7 @@ import socket
 import struct
 import termios
 import time
+from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any, cast
 
@@ -145,6 +146,7 @@ class Connection(H11Protocol):
     Args:
         config: uvicorn's configuration; holds the application.
         state: What all connections of the server share.
+        on_open: Called once this is one of the connections in `state`: with TLS, after the handshake.
 
     Attributes:
         peer: Address of the client's end.
@@ -153,8 +155,9 @@ class Connection(H11Protocol):
         is_malformed: Whether what it sent was refused because it is not HTTP. Nothing follows on the connection.
     """
 
-    def __init__(self, config: Config, state: ServerState) -> None:
+    def __init__(self, config: Config, state: ServerState, on_open: Callable[[], None] = lambda: None) -> None:
         super().__init__(config, state, {"connection": self})
+        self._on_open = on_open
         self.conn = _Parser()
         self.peer = ""
         self.task: asyncio.Task[Any] | None = None
@@ -172,6 +175,7 @@ class Connection(H11Protocol):
         super().connection_made(cast(asyncio.Transport, _Transport(cast(asyncio.Transport, transport))))
         self.peer = "http:" + ":".join(map(str, (transport.get_extra_info("peername") or ("unknown",))[:2]))
         self._socket = transport.get_extra_info("socket")
+        self._on_open()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """See asyncio.Protocol. Nobody waits for the answer any more, so its task is cancelled."""

@@ -191,10 +191,16 @@ class HttpServer:
 
     async def _open(self, client: socket.socket) -> None:
         context = self._certificates.current.context if self._certificates else None
+        task = asyncio.current_task()
+
+        def connection() -> Connection:
+            # From when it is one of the connections, it is no longer counted as one that is being opened.
+            return Connection(self._config, self._state, on_open=lambda: self._opening.discard(cast(Any, task)))
+
         tls = {"ssl_handshake_timeout": HANDSHAKE_SECONDS, "ssl_shutdown_timeout": _TLS_CLOSE_SECONDS}
         try:
             await asyncio.get_running_loop().connect_accepted_socket(
-                lambda: Connection(self._config, self._state), client, ssl=context, **(tls if context else {})
+                connection, client, ssl=context, **(tls if context else {})
             )
         except OSError as error:  # the client has vanished, or does not speak TLS, or has no valid certificate
             logger.debug("a connection ended before its first request: %s", error)

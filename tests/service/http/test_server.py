@@ -1,5 +1,6 @@
 """Start, metrics, deadlines, overload, draining and several processes of a server with HTTP."""
 
+import contextlib
 import json
 import os
 import signal
@@ -280,3 +281,28 @@ def test_grpc_is_answered_beside_http(http_server):
     with Client(http_server.target) as client:
         assert len(client.classify(pictures(3))) == 3
     assert time.monotonic() - began < 20
+
+
+def test_as_many_connections_as_allowed_are_served_also_if_they_open_at_the_same_moment(start_server, linear):
+    server = start_server("--model", linear, "--http-port", "0", "--max-connections", "3").ready()
+    for _ in range(5):
+        with contextlib.ExitStack() as stack:
+            held = [stack.enter_context(Raw(server.http_url)) for _ in range(3)]
+            get = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
+            assert [each.send(get).reply().status for each in held] == [200, 200, 200]
+        time.sleep(0.2)
+
+
+def test_a_new_connection_takes_the_place_of_the_one_that_was_idle_for_longest(start_server, linear):
+    get = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
+    server = start_server("--model", linear, "--http-port", "0", "--max-connections", "3").ready()
+    with contextlib.ExitStack() as stack:
+        held: list[Raw] = []
+        for _ in range(3):
+            held.append(stack.enter_context(Raw(server.http_url)))
+            assert held[-1].send(get).reply().status == 200
+            time.sleep(0.05)
+        assert held[0].send(get).reply().status == 200  # so the second one has been idle for longest
+        assert stack.enter_context(Raw(server.http_url)).send(get).reply().status == 200
+        assert held[1].readable(5)  # its end
+        assert [held[place].send(get).reply().status for place in (0, 2)] == [200, 200]
