@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.mmap_dict import MmapedDict
 from prometheus_client.multiprocess import MultiProcessCollector
 
+from service.core import statistics
 from service.core.metrics import Metrics
 from service.core.statistics import read_values
 from service.workers.metric_files import MetricFiles
@@ -152,6 +153,7 @@ def test_the_last_inference_is_the_latest_of_all_workers(tmp_path, ended, monkey
 
 def test_statistics_wait_while_the_values_of_an_ended_worker_are_in_no_file(tmp_path, ended, monkeypatch):
     metrics = Metrics()
+    monkeypatch.setattr(statistics, "_ATTEMPTS", 10_000)  # the machine may be busy
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
     merged = (tmp_path / f"counter_{ended}.db").rename(tmp_path / "counter_ended.new")
     threading.Timer(0.03, merged.rename, (tmp_path / "counter_ended.db",)).start()
