@@ -18,7 +18,7 @@ _CAUSED_BY_CONTENT = (
     grpc.StatusCode.UNKNOWN,
 )
 _FIRST_PAUSE, _LAST_PAUSE = 0.05, 2.0
-_MAX_DOUBLINGS = 10  # a float is too small for a thousand
+_MAX_DOUBLINGS = 10  # 2.0**1024 is too large for a float
 _PUSHBACK = "grpc-retry-pushback-ms"
 # gRPC counts nanoseconds in 63 bits: a deadline more than 292 years away would lie in the past.
 _LONGEST_TIMEOUT = 365 * 24 * 3600.0

@@ -33,7 +33,7 @@ _MAX_REPEATS = 3
 _IDLE_SECONDS = 10.0
 _START_SECONDS = 15.0
 _MAX_PAUSE_SECONDS = 5.0
-_MAX_DOUBLINGS = 10  # a float is too small for a thousand
+_MAX_DOUBLINGS = 10  # 2.0**1024 is too large for a float
 
 
 @dataclass(frozen=True)
