@@ -1,8 +1,10 @@
 """The log on standard error: one line for each event, as text or as JSON. Contains neither secrets nor images.
 
-Lines of the log go straight to standard error, so that none is lost when the process crashes. Native libraries, gRPC
-above all, write lines of their own to file descriptor 2. For a JSON log that descriptor is replaced by a pipe, and a
-thread turns what arrives there into records of the log.
+Lines of the log go straight to standard error, so that none is lost when the process crashes. A program that reads them
+too slowly, or stops reading, must not stop the server: then lines are lost, and the log says how many.
+
+Native libraries, gRPC above all, write lines of their own to file descriptor 2. For a JSON log that descriptor is
+replaced by a pipe, and a thread turns what arrives there into records of the log.
 """
 
 import atexit
@@ -13,8 +15,11 @@ import json
 import logging
 import os
 import re
+import select
+import stat
 import sys
 import threading
+import time
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, TextIO
 
@@ -36,6 +41,8 @@ _at_exit = contextlib.ExitStack()
 atexit.register(_at_exit.close)
 _END = b"\0end of the pipe\n"
 _GRPC = "grpc.core"  # for lines of gRPC's C library; its Python package has loggers of its own
+# All lines together wait at most so long in a minute for the reader of a full log; see `_Descriptor`.
+_PATIENCE_SECONDS = 1.0
 
 
 class _HumanFormatter(logging.Formatter):
@@ -78,14 +85,16 @@ def configure(
         descriptor: File descriptor to log to, as `log_descriptor` of the parent process returns it. The parent process
             then also handles the lines of this process's native libraries. None: standard error.
     """
+    _never_block(_STDERR if descriptor is None else descriptor)
     if style == "json" and descriptor is None:
-        stream = _redirect_native_lines()
+        target = _redirect_native_lines()
     else:
-        stream = _open(_STDERR if descriptor is None else descriptor)
+        target = _Descriptor(_STDERR if descriptor is None else descriptor)
+    stream = io.TextIOWrapper(target, encoding="utf-8", errors="backslashreplace", write_through=True)
     # Python's own messages do not go through the pipe, because lines in the pipe are lost in a crash.
     sys.stderr = stream
     faulthandler.enable(stream)
-    handler = logging.StreamHandler(stream)
+    handler = _Handler(stream, target)
     handler.setFormatter(_formatter(style, worker))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     for name in ("service", _GRPC):
@@ -132,9 +141,24 @@ class _Descriptor(io.FileIO):
 
     A larger buffer keeps what cannot be written, for example because the disk is full, and each later flush fails: also
     those of `multiprocessing` before it starts a process.
+
+    A pipe, a socket or a terminal is full if its reader does not read. A line then waits a moment and is lost.
+
+    Attributes:
+        lost: Number of lines that were lost because there was no room for them; the owner may set it to 0.
     """
 
-    _line = b""
+    def __init__(self, descriptor: int) -> None:
+        super().__init__(descriptor, "w", closefd=False)
+        self.lost = 0
+        self._line = b""
+        self._was_cut = False
+        self._patience, self._updated = _PATIENCE_SECONDS, time.monotonic()
+        self._poll = select.poll()
+        self._poll.register(descriptor, select.POLLOUT)
+        # A file takes any number of bytes. Others that block have room for so many if `poll` says that they have room.
+        can_block = os.get_blocking(descriptor) and not stat.S_ISREG(os.fstat(descriptor).st_mode)
+        self._piece = select.PIPE_BUF if can_block else None
 
     def write(self, data: "ReadableBuffer", /) -> int:
         """Writes whole lines at once, since several processes write to one log. Keeps the beginning of a line."""
@@ -145,18 +169,61 @@ class _Descriptor(io.FileIO):
         return len(text)
 
     def flush(self) -> None:
-        """Writes all that was kept, or as much as a descriptor accepts that does not block."""
-        rest, self._line = memoryview(self._line), b""
-        while rest and (written := super().write(rest)):
-            rest = rest[written:]
+        """Writes all that was kept. If there is no room for it in time, the rest is lost."""
+        if not self._line:
+            return
+        line, self._line = (b"\n" if self._was_cut else b"") + self._line, b""
+        rest = memoryview(line)
+        while rest and self._has_room():
+            # None: another process was faster and filled it.
+            rest = rest[super().write(rest[: self._piece]) or 0 :]
+        if rest:
+            self.lost += 1
+            self._was_cut = self._was_cut or len(rest) < len(line)
+        else:
+            self._was_cut = False
+
+    def _has_room(self) -> bool:
+        """Whether there is room for a part of a line, after a wait if necessary and if patience is left."""
+        began = time.monotonic()
+        self._patience = min(_PATIENCE_SECONDS, self._patience + (began - self._updated) * _PATIENCE_SECONDS / 60)
+        ready = self._poll.poll(0) or self._poll.poll(int(self._patience * 1000))
+        self._updated = time.monotonic()
+        self._patience = max(0.0, self._patience - (self._updated - began))
+        return bool(ready)
 
 
-def _open(descriptor: int) -> TextIO:
-    stream = _Descriptor(descriptor, "w", closefd=False)
-    return io.TextIOWrapper(stream, encoding="utf-8", errors="backslashreplace", write_through=True)
+class _Handler(logging.StreamHandler[TextIO]):
+    """Writes records to the log. The first one after lost lines is followed by one that says how many were lost."""
+
+    def __init__(self, stream: TextIO, descriptor: _Descriptor) -> None:
+        super().__init__(stream)
+        self._descriptor = descriptor
+
+    def emit(self, record: logging.LogRecord) -> None:
+        lost = self._descriptor.lost
+        super().emit(record)
+        if not lost or self._descriptor.lost != lost:
+            return
+        self._descriptor.lost = 0
+        text = "%d lines of the log before the last one were lost, because they were not read in time"
+        super().emit(logging.LogRecord(__name__, logging.WARNING, __file__, 0, text, (lost,), None))
+        if self._descriptor.lost:
+            self._descriptor.lost = lost
 
 
-def _redirect_native_lines() -> TextIO:
+def _never_block(descriptor: int) -> None:
+    """Makes writing to a full pipe or terminal fail instead of blocking, for this process and its children alone."""
+    if not (stat.S_ISFIFO(os.fstat(descriptor).st_mode) or os.isatty(descriptor)):
+        return
+    # Setting O_NONBLOCK on the descriptor would change it for the other programs that write to the same place.
+    with contextlib.suppress(OSError):  # no /proc, or it belongs to another user: `_Descriptor` copes
+        own = os.open(f"/proc/self/fd/{descriptor}", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
+        os.dup2(own, descriptor, inheritable=os.get_inheritable(descriptor))
+        os.close(own)
+
+
+def _redirect_native_lines() -> _Descriptor:
     """Replaces file descriptor 2 by a pipe and starts the thread that reads it; returns the true standard error."""
     standard_error = os.dup(_STDERR)
     reading, writing = os.pipe()
@@ -176,7 +243,7 @@ def _redirect_native_lines() -> TextIO:
             reader.join(1)
 
     _at_exit.callback(restore)
-    return _open(standard_error)
+    return _Descriptor(standard_error)
 
 
 def _log_native_lines(descriptor: int) -> None:

@@ -1,18 +1,24 @@
 """The log, written by real processes: what reaches standard error, also from native libraries and in a crash."""
 
+import contextlib
 import json
 import os
+import re
+import select
 import signal
 import socket
 import subprocess
 import sys
 import time
+import tty
 from pathlib import Path
 
 import grpc
+import numpy as np
 import pytest
 import trustme
 
+from service.client import Client, Options
 from tests.conftest import REPOSITORY
 
 SETUP = "import logging, os, sys; from service import logs; log = logging.getLogger('service.test')\n"
@@ -213,3 +219,86 @@ def test_failed_handshakes_with_a_tls_server_are_json_too(start_server, linear, 
     assert server.stop() == 0
     assert all(json.loads(line) for line in server.lines), server.log
     assert Path(f"/proc/{server.process.pid}").exists() is False
+
+
+@pytest.mark.parametrize(
+    ("kind", "style"),
+    [("pipe", "json"), ("pipe of another user", "human"), ("socket", "human"), ("terminal", "human")],
+)
+def test_a_log_that_nobody_reads_loses_lines_and_stops_nothing(kind, style):
+    """Each line that is not lost is whole, and the first one after the others is followed by their number."""
+    with contextlib.ExitStack() as stack:
+        reading, writing = socket_pair() if kind == "socket" else os.openpty() if kind == "terminal" else os.pipe()
+        stack.callback(os.close, reading)
+        if kind == "terminal":
+            tty.setraw(writing)
+        process = stack.enter_context(
+            subprocess.Popen(
+                [
+                    sys.executable,
+                    "-c",
+                    SETUP
+                    + ("logs._never_block = lambda descriptor: None\n" if kind == "pipe of another user" else "")
+                    + f"logs.configure('info', '{style}')\n"
+                    # As other workers do meanwhile, lines of several lengths.
+                    "for number in range(3000): log.warning('%s end', number * 'x')\n"
+                    "print(flush=True); input(); log.warning('after'); print(flush=True); input()",
+                ],
+                cwd=REPOSITORY,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=writing,
+            )
+        )
+        stack.callback(process.kill)
+        os.close(writing)
+        assert process.stdin
+        assert process.stdout
+        assert process.stdout.readline() == b"\n"  # nothing was read so far
+        log = read_available(reading)
+        process.stdin.write(b"\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == b"\n"
+        log += read_available(reading)
+        process.stdin.write(b"\n")
+        process.stdin.flush()
+        assert process.wait(60) == 0
+    *lines, after, note = log.decode().splitlines()
+    whole = [line for line in lines if line.endswith((" end", ' end"}'))]
+    assert len(lines) - len(whole) <= 1  # the beginning of the first line without room
+    assert 0 < len(whole) < 3000
+    assert "after" in after
+    assert f"{3000 - len(whole)} lines of the log before the last one were lost" in note
+    if style == "json":
+        assert [record["message"] for record in records(whole)] == [f"{n * 'x'} end" for n in range(len(whole))]
+
+
+def socket_pair() -> tuple[int, int]:
+    """The descriptors of two connected sockets."""
+    reading, writing = socket.socketpair()
+    return reading.detach(), writing.detach()
+
+
+def read_available(descriptor: int) -> bytes:
+    """What can be read without waiting longer than a moment."""
+    content = b""
+    while select.select([descriptor], [], [], 0.2)[0]:
+        content += os.read(descriptor, 65536)
+    return content
+
+
+def test_a_server_whose_log_nobody_reads_answers(linear):
+    """As with a log collector that hangs. The worker writes to the same pipe as the supervisor."""
+    options = ["--port", "0", "--model", str(linear), "--log-level", "debug", "--workers", "2"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "service", *options], cwd=REPOSITORY, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE
+    ) as server:
+        try:
+            assert server.stderr
+            port = next(int(found[1]) for line in server.stderr if (found := re.search(rb"port=(\d+)", line)))
+            image = np.zeros((32, 32, 3), np.uint8)
+            with Client(f"127.0.0.1:{port}", Options(timeout=30)) as client:
+                for _ in range(1000):  # each makes one line of more than 100 bytes
+                    assert client.classify([image])
+        finally:
+            server.kill()
