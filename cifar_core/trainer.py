@@ -8,7 +8,7 @@ import datetime
 import functools
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cifar_core.data import (
-    Augmentation,
-    Batches,
-    Dataset,
-    Images,
-    batch_sizes,
-    epoch_generator,
-    resize,
-    split,
-    subset_sampler,
-    weighted_sampler,
-)
+from cifar_core.data import Dataset, Images, batch_sizes, split
 from cifar_core.device import describe_environment, keep_freed_memory
 from cifar_core.distributed import ALONE, RankError, Ranks
+from cifar_core.epoch_batches import EpochBatches
 from cifar_core.errors import CifarError
 from cifar_core.files import FileWriteError
 from cifar_core.hard_images import HardImages, trained_images
@@ -38,7 +28,6 @@ from cifar_core.initial_weights import InitialWeights, check_initial_weights, st
 from cifar_core.models import Network, WhitenedConvNet
 from cifar_core.optimizers import make_optimizer, muon_dtype, set_learning_rate
 from cifar_core.passes import recompute_statistics, validate
-from cifar_core.pixels import IMAGE_SIZE
 from cifar_core.recipe import Precision, Recipe
 from cifar_core.resuming import check_same_run
 from cifar_core.run_folder import RunError, RunFolder, load_checkpoint
@@ -127,8 +116,7 @@ class Trainer:
             correct=torch.zeros(self.steps, dtype=torch.int64, device=device),
             hard_images=self._make_hard_images(),
         )
-        self._augmentation: Augmentation | None = None
-        self._teacher_logits: Tensor | None = None
+        self.epoch_batches = EpochBatches(recipe, seed, self.train_data, self.train_indices, ranks.part)
 
     def _make_model(self) -> Network:
         recipe = self.recipe
@@ -240,50 +228,14 @@ class Trainer:
     # Steps
 
     def batches(self) -> Iterable[tuple[Tensor, ...]]:
-        """The remaining batches of the current epoch, in order: images, labels, and the teacher's logits if any.
+        """The remaining batches of the current epoch; see `EpochBatches.remaining`.
 
         All ranks draw the same order, and each yields its part of every batch.
         """
-        generator = epoch_generator(self.seed, self.state.epoch)
-        if self.recipe.sampler == "weighted":
-            sampler = weighted_sampler(self.train_indices, len(self.train_data), generator)
-        else:
-            sampler = subset_sampler(self.train_indices, generator)  # type: ignore[assignment]
-        data, augment, even = self.train_data, self._augment(), self.recipe.batch_norm
-        if self._teacher_logits is not None:
-            data = Images(data.images, torch.arange(len(data), device=self.device))
-        batches = Batches(data, sampler, self.recipe.batch_size, self.state.step, augment, even, self.ranks.part)
-        return batches if self._teacher_logits is None else self._with_teacher(batches, self._teacher_logits)
-
-    def _with_teacher(self, batches: Batches, logits: Tensor) -> Iterator[tuple[Tensor, ...]]:
-        for images, indices in batches:
-            mirrored = self._augmentation.is_mirrored(indices) if self._augmentation else torch.zeros_like(indices)
-            yield images, self.train_data.labels[indices], logits[mirrored.long(), indices]
+        return self.epoch_batches.remaining(self.state.epoch, self.state.step)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
-
-    def _augment(self) -> Callable[[Tensor], Tensor] | None:
-        """Returns the augmented images of the current epoch by index; None if the recipe does not change them."""
-        recipe, epoch = self.recipe, self.state.epoch
-        size = recipe.image_size(epoch)
-        unchanged = not (recipe.translate or recipe.cutout or recipe.brightness or recipe.contrast)
-        if recipe.flip == "none" and unchanged and size == IMAGE_SIZE:
-            self._augmentation = None
-            return None
-        if self._augmentation is None or self._augmentation.size != (size, size):
-            scale = size / IMAGE_SIZE
-            self._augmentation = Augmentation(
-                resize(self.train_data.images, size),
-                self.seed,
-                recipe.flip,
-                round(recipe.translate * scale),
-                round(recipe.cutout * scale),
-                recipe.brightness,
-                recipe.contrast,
-            )
-        self._augmentation.start_epoch(epoch)
-        return self._augmentation.batch
 
     def train_step(self, images: Tensor, labels: Tensor, teacher: Tensor | None = None) -> None:
         """One optimizer step on a batch. The loss stays on the device, so that no step waits for a copy.
@@ -357,10 +309,10 @@ class Trainer:
         if bias is not None and self.state.epoch >= self.recipe.whiten_bias_epochs:
             bias.requires_grad_(False)
             bias.grad = None
-        if self.teacher is not None and self._teacher_logits is None:
+        if self.teacher is not None and self.epoch_batches.teacher_logits is None:
             logits = functools.partial(self.teacher.logits, self.dataset.train.images, self.folder.path / "teacher.npz")
             with self._autocast():
-                self._teacher_logits = self.ranks.first_then_others(logits).to(self.device)
+                self.epoch_batches.teacher_logits = self.ranks.first_then_others(logits).to(self.device)
 
     def _log_steps(self, log: RunLog) -> None:
         self._check_finite()

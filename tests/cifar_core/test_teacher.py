@@ -6,10 +6,10 @@ import torch
 
 from cifar_core.device import CPU
 from cifar_core.manifest import read_manifest
-from cifar_core.predictors import predict_all
+from cifar_core.predictors import Predictor, predict_all
 from cifar_core.recipes import get_recipe
 from cifar_core.run_folder import RunFolder
-from cifar_core.teacher import TeacherError, distillation_loss, read_teacher
+from cifar_core.teacher import Teacher, TeacherError, distillation_loss, read_teacher
 from cifar_core.train import run
 from cifar_core.trainer import Trainer
 from tests.cifar_core.training import make_trainer
@@ -56,7 +56,7 @@ def test_the_teacher_computes_in_the_precision_of_the_run(small, teacher_run, tm
         )
         ours.folder.path.mkdir()
         ours._start_epoch()
-        logits[precision] = ours._teacher_logits
+        logits[precision] = ours.epoch_batches.teacher_logits
     rounding = (logits["bf16"] - logits["fp32"]).abs() / logits["fp32"].abs().max()
     assert 1e-5 < float(rounding.max()) < 0.05
 
@@ -69,6 +69,42 @@ def test_a_run_with_a_teacher_computes_its_outputs_once(small, teacher_run, tmp_
     again = teacher.logits(small.train.images, tmp_path / "teacher.npz")
     assert again.shape == (2, 300, 10)
     assert run(student(small, tmp_path, teacher, "distillation=0.9"), resume=True) == first
+
+
+def constant(answer, digest):
+    """A teacher that gives this logit to every image and class."""
+
+    def predict(images):
+        logits = np.full((len(images), 10), answer, np.float32)
+        return logits, logits
+
+    return Teacher(Predictor("constant", tuple("0123456789"), predict, None, ""), digest)
+
+
+def test_kept_outputs_of_another_teacher_or_of_another_number_of_images_are_computed_again(tmp_path):
+    images, file = torch.zeros(4, 32, 32, 3, dtype=torch.uint8), tmp_path / "teacher.npz"
+    assert (constant(1, "a").logits(images, file) == 1).all()
+    assert (constant(2, "a").logits(images, file) == 1).all()  # of the same weights: those that are kept
+    assert (constant(3, "b").logits(images, file) == 3).all()
+    for count in (3, 5):
+        more = torch.zeros(count, 32, 32, 3, dtype=torch.uint8)
+        assert constant(count, "b").logits(more, file).shape == (2, count, 10)
+        assert (constant(9, "b").logits(more, file) == count).all()  # they replaced the others
+    np.savez(file, teacher=np.asarray("b"), logits=np.zeros((1, 4, 10), np.float32))  # without the mirrored images
+    assert constant(4, "b").logits(images, file).shape == (2, 4, 10)
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut off", "not written by this library", "without the teacher"])
+def test_damaged_outputs_of_a_teacher_are_computed_again(tmp_path, damage):
+    images, file = torch.zeros(4, 32, 32, 3, dtype=torch.uint8), tmp_path / "teacher.npz"
+    constant(1, "a").logits(images, file)
+    whole = file.read_bytes()
+    if damage == "without the teacher":
+        np.savez(file, logits=np.ones((2, 4, 10), np.float32))
+    else:
+        file.write_bytes({"empty": b"", "cut off": whole[: len(whole) // 2]}.get(damage, b"text"))
+    assert (constant(2, "a").logits(images, file) == 2).all()
+    assert (constant(3, "a").logits(images, file) == 2).all()
 
 
 def test_a_teacher_that_is_missing_not_wanted_or_of_other_classes_is_refused(small, teacher_run, tmp_path):

@@ -267,5 +267,6 @@ def test_shifts_and_squares_shrink_with_the_images(small, tmp_path):
     trainer = make_trainer(small, tmp_path, "deep-fast", overrides)
     for epoch, translate, cutout in ((0, 2, 6), (2, 4, 12)):
         trainer.state.epoch = epoch
-        trainer._augment()
-        assert (trainer._augmentation.translate, trainer._augmentation.cutout) == (translate, cutout)
+        trainer.batches()
+        augmentation = trainer.epoch_batches.augmentation
+        assert (augmentation.translate, augmentation.cutout) == (translate, cutout)
