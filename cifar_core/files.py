@@ -7,12 +7,29 @@ import argparse
 import contextlib
 import errno
 import json
+import lzma
 import os
 import stat
+import struct
 import tempfile
+import zipfile
+import zlib
 from pathlib import Path
 
 from cifar_core.errors import CifarError
+
+ARCHIVE_ERRORS = (
+    OSError,
+    RuntimeError,  # encrypted, or with a method that is not supported
+    ValueError,
+    KeyError,
+    EOFError,
+    struct.error,
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+)
+"""What may be raised for a damaged zip archive, the format of NumPy's and torch's files."""
 
 
 class FileWriteError(CifarError):

@@ -18,7 +18,6 @@ import logging
 import os
 import pickle
 import re
-import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,7 +27,7 @@ import torch
 from torch import Tensor
 
 from cifar_core.errors import CifarError
-from cifar_core.files import FileWriteError, atomic_write, read_regular, to_json
+from cifar_core.files import ARCHIVE_ERRORS, FileWriteError, atomic_write, read_regular, to_json
 from cifar_core.history import fault, from_lines, to_lines
 
 logger = logging.getLogger(__name__)
@@ -72,7 +71,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             f"{path}: not a checkpoint of this library: it holds more than tensors and plain values, or is damaged; "
             "train again, or use another file"
         ) from error
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+    except ARCHIVE_ERRORS as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise RunError(
             f"{path}: not a checkpoint of this library, or a damaged one ({reason}); train again, or use another file"

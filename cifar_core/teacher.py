@@ -5,7 +5,6 @@ After Hinton et al. 2015, "Distilling the Knowledge in a Neural Network" (arXiv 
 
 import hashlib
 import io
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from cifar_core.data import Dataset
 from cifar_core.errors import CifarError
-from cifar_core.files import atomic_write
+from cifar_core.files import ARCHIVE_ERRORS, atomic_write
 from cifar_core.held_out import TrainedOn, reason_against
 from cifar_core.predictors import Predictor, load_predictor, model_file, predict_all
 from cifar_core.recipe import Recipe
@@ -64,7 +63,7 @@ class Teacher:
                 logits = arrays["logits"]
                 same = str(arrays["teacher"]) == self.digest and logits.shape[:2] == (2, count)
                 return logits if same else None
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        except (*ARCHIVE_ERRORS, MemoryError):
             return None  # missing or damaged: it is computed and written anew
 
 

@@ -9,7 +9,6 @@ import contextlib
 import hashlib
 import logging
 import os
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from tqdm import tqdm
 
 from cifar_core.data.errors import OTHER_DATA, DataError
 from cifar_core.data.stratify import Labelled, stratified_split
+from cifar_core.files import ARCHIVE_ERRORS
 from cifar_core.images import DECODER_VERSION, decode
 from cifar_core.pixels import EXTENSIONS, IMAGE_SIZE, ImageRejected
 
@@ -345,7 +345,7 @@ def _read_cache(file: Path | None, key: str) -> ImageFolder | None:
             )
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except (*ARCHIVE_ERRORS, MemoryError) as error:
         logger.warning("%s: this cache cannot be read (%s); the images are decoded again", file, error)
         return None
 

@@ -28,7 +28,7 @@ _MIB = 2**20
 # Allowance beyond the estimate of a file, for buffers, tables and errors of the estimate.
 _MARGIN_BYTES = 32 * _MIB
 _OPEN_FILES = 64
-_OOM_SCORE = "500"
+_MORE_OOM_SCORE, _MAX_OOM_SCORE = 500, 1000
 
 
 def main(connection: socket.socket, limits: ProcessLimits, image_limits: ImageLimits) -> None:
@@ -99,7 +99,8 @@ def _confine(connection: socket.socket, limits: ProcessLimits) -> None:
         resource.setrlimit(limit, (value, value))
     # When memory runs out, the kernel should end this process before the server. Some systems do not permit this.
     with contextlib.suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text(_OOM_SCORE)
+        score = Path("/proc/self/oom_score_adj")
+        score.write_text(str(min(_MAX_OOM_SCORE, int(score.read_text()) + _MORE_OOM_SCORE)))
 
 
 def _address_space() -> int:

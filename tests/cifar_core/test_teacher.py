@@ -94,7 +94,15 @@ def test_kept_outputs_of_another_teacher_or_of_another_number_of_images_are_comp
     assert constant(4, "b").logits(images, file).shape == (2, 4, 10)
 
 
-@pytest.mark.parametrize("damage", ["empty", "cut off", "not written by this library", "without the teacher"])
+def encrypted(archive: bytes) -> bytes:
+    """A zip archive whose directory says that its files are encrypted."""
+    entry = archive.index(b"PK\x01\x02")
+    return archive[: entry + 8] + b"\x01" + archive[entry + 9 :]
+
+
+@pytest.mark.parametrize(
+    "damage", ["empty", "cut off", "encrypted", "not written by this library", "without the teacher"]
+)
 def test_damaged_outputs_of_a_teacher_are_computed_again(tmp_path, damage):
     images, file = torch.zeros(4, 32, 32, 3, dtype=torch.uint8), tmp_path / "teacher.npz"
     constant(1, "a").logits(images, file)
@@ -102,7 +110,8 @@ def test_damaged_outputs_of_a_teacher_are_computed_again(tmp_path, damage):
     if damage == "without the teacher":
         np.savez(file, logits=np.ones((2, 4, 10), np.float32))
     else:
-        file.write_bytes({"empty": b"", "cut off": whole[: len(whole) // 2]}.get(damage, b"text"))
+        damaged = {"empty": b"", "cut off": whole[: len(whole) // 2], "encrypted": encrypted(whole)}
+        file.write_bytes(damaged.get(damage, b"text"))
     assert (constant(2, "a").logits(images, file) == 2).all()
     assert (constant(3, "a").logits(images, file) == 2).all()
 

@@ -197,6 +197,48 @@ def test_a_damaged_cache_is_reported_and_written_again(image_folder, caplog):
     assert not caplog.text
 
 
+@pytest.mark.parametrize("damage", ["empty", "cut off", "unknown compression", "without an array"])
+def test_an_incomplete_cache_is_written_again(tmp_path, monkeypatch, caplog, damage):
+    folder = write_classes(tmp_path / "pictures", {"ramp.png": encode(GREY_RAMP, "PNG")})
+    before = read_image_folder(folder)
+    (file,) = Path(os.environ["XDG_CACHE_HOME"]).rglob("*.npz")
+    whole = file.read_bytes()
+    if damage == "without an array":
+        arrays = dict(np.load(file))
+        del arrays["test_labels"]
+        np.savez(file, **arrays)
+    else:
+        entry = whole.index(b"PK\x01\x02")
+        unknown = whole[: entry + 10] + b"\x63" + whole[entry + 11 :]
+        file.write_bytes({"cut off": whole[: len(whole) // 2], "unknown compression": unknown}.get(damage, b""))
+    again = read_image_folder(folder)
+    assert f"{file}: this cache cannot be read" in caplog.text
+    caplog.clear()
+    refuse_to_decode(monkeypatch)
+    for content in (again, read_image_folder(folder)):
+        assert content.classes == before.classes
+        for split, same in ((content.train, before.train), (content.test, before.test)):
+            assert all(np.array_equal(array, other) for array, other in zip(split, same, strict=True))
+    assert not caplog.text
+
+
+def test_a_cache_that_could_be_written_only_in_part_is_not_kept(tmp_path, monkeypatch, caplog):
+    def write_a_part(stream, **arrays):
+        stream.write(b"PK")
+        raise OSError(28, "No space left on device")
+
+    folder = write_classes(tmp_path / "pictures", {"ramp.png": encode(GREY_RAMP, "PNG")})
+    read_image_folder(folder)
+    (file,) = Path(os.environ["XDG_CACHE_HOME"]).rglob("*.npz")
+    whole = file.read_bytes()
+    GREY_RAMP.save(folder / "train" / "a" / "more.png")
+    monkeypatch.setattr(np, "savez", write_a_part)
+    assert len(read_image_folder(folder).train[1]) == 3
+    assert "could not be cached ([Errno 28] No space left on device)" in caplog.text
+    assert file.read_bytes() == whole
+    assert list(file.parent.iterdir()) == [file]
+
+
 def test_an_image_that_was_not_decoded_for_lack_of_memory_is_not_left_out_for_ever(tmp_path):
     large = encode(Image.new("RGB", (9000, 9000)), "PNG", compress_level=1)
     folder = write_classes(tmp_path / "pictures", {"large.png": large})

@@ -4,7 +4,11 @@ import asyncio
 import os
 import resource
 import signal
+import subprocess
+import sys
 import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +20,10 @@ from cifar_core.pixels import ImageLimits, ImageRejected
 from service.core import decode_lane, decode_worker
 from service.core.decode_messages import Kind, ProcessLimits
 from service.core.decoding import Decoder
+from service.core.fair_queue import DecodeRequest, Job
 from service.errors import DeadlineExpired, Overloaded
 from tests.cifar_core.image_corpus import gradient, saved
+from tests.conftest import REPOSITORY
 from tests.service.core.decoders import LIMITS, cpu_seconds, niceness, running, until
 from tests.service.core.hostile_images import noise_png, progressive_jpeg
 from tests.service.exports import pictures
@@ -441,5 +447,110 @@ def test_after_a_process_exceeded_a_limit_no_file_waits_behind_another_in_a_proc
                 most = max([most, *(len(process.jobs) for process in decoder._fast._processes)])
                 await asyncio.sleep(0)
         assert most == 1
+
+    asyncio.run(test())
+
+
+def test_when_memory_runs_out_the_kernel_ends_a_decode_process_before_the_server():
+    score = Path("/proc/self/oom_score_adj")
+    if not score.exists():
+        pytest.skip("this system has no oom_score_adj")
+    own = max(int(score.read_text()), 953)  # what Kubernetes gives to a server that requests 5 % of a node's memory
+    if own == 1000:
+        pytest.skip("this process has the highest score already")
+    script = f"""
+import asyncio
+from pathlib import Path
+from tests.service.core.decoders import running
+
+async def main():
+    async with running(1) as decoder:
+        print(Path(f"/proc/{{decoder.pids[0]}}/oom_score_adj").read_text())
+
+if __name__ == "__main__":
+    Path("/proc/self/oom_score_adj").write_text("{own}")
+    asyncio.run(main())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert int(done.stdout) > own
+
+
+class Process:
+    """A process of a lane that keeps its jobs until the test removes them.
+
+    Attributes:
+        received: The memory of all jobs that it ever got, in order.
+    """
+
+    def __init__(self) -> None:
+        self.is_ready, self.unanswered_bytes = True, 0
+        self.jobs: deque[Job] = deque()
+        self.received: list[int] = []
+
+    def send(self, job: Job) -> None:
+        self.jobs.append(job)
+        self.received.append(job.memory)
+
+
+def lane_with(processes: list[Process], files_ahead: int) -> decode_lane.Lane:
+    """A lane whose files may need 100 bytes; those that need more than 10 bytes share them."""
+    options = decode_lane.LaneOptions(
+        name="test",
+        limits=ProcessLimits(1.0, 2**20, max_memory=100, niceness=0),
+        processes=0,  # it starts none of its own
+        on_demand=True,
+        files_ahead=files_ahead,
+        max_seconds=1.0,
+        common_memory=10,
+    )
+    nothing = lambda *_: None  # noqa: E731
+    lane = decode_lane.Lane(options, LIMITS, ThreadPoolExecutor(1), nothing, nothing, nothing)
+    lane._processes += processes
+    return lane
+
+
+def jobs_of(*memory: int) -> list[Job]:
+    """The jobs of one request, which need this much memory."""
+    request = DecodeRequest([SMALL] * len(memory), "client", None, asyncio.get_running_loop().create_future())
+    return [Job(request, index, size) for index, size in enumerate(memory)]
+
+
+def test_files_that_need_much_memory_alternate_with_the_others():
+    async def test():
+        process = Process()
+        lane_with([process], files_ahead=8).add(jobs_of(1, 2, 3, 4, 11, 12, 13))
+        assert process.received == [11, 1, 12, 2, 13, 3, 4]
+
+    asyncio.run(test())
+
+
+def test_a_file_that_all_processes_may_decode_at_the_same_time_does_not_count_as_one_of_much_memory():
+    async def test():
+        process = Process()
+        lane_with([process], files_ahead=8).add(jobs_of(10, 10, 11))
+        assert process.received == [11, 10, 10]
+
+    asyncio.run(test())
+
+
+def test_files_that_need_much_memory_wait_until_it_is_free_while_others_pass():
+    async def test():
+        first, second = Process(), Process()
+        lane = lane_with([first, second], files_ahead=8)
+
+        def in_use() -> list[int]:
+            return sorted(job.memory for process in (first, second) for job in process.jobs)
+
+        lane.add(jobs_of(10))
+        lane.add(jobs_of(60))
+        assert [job.memory for job in second.jobs] == [60]
+        lane.add(jobs_of(41, 10, 10))  # 60 and 41 together would be more than 100
+        assert in_use() == [10, 10, 10, 60]
+        lane._on_reply(second.jobs.popleft(), Kind.REJECTED, b"")
+        assert in_use() == [10, 10, 10, 41]
+        lane.add(jobs_of(59))
+        assert in_use() == [10, 10, 10, 41, 59]
 
     asyncio.run(test())
