@@ -119,6 +119,36 @@ def test_a_scale_of_their_own_for_the_other_classes_mends_what_one_scale_cannot(
     assert loss(chosen, others, true) < one_scale - 0.01
 
 
+@pytest.mark.parametrize("count", [200, 203])
+def test_each_image_is_scored_once_by_a_calibration_that_was_fitted_on_all_others_of_its_fold(monkeypatch, count):
+    fits, scored = [], []
+
+    def record_fit(form, logits, labels):
+        assert (labels == logits[:, 0]).all()
+        fits.append((form, set(labels)))
+        return UNCALIBRATED
+
+    def record_scores(calibration, logits, labels):
+        assert (labels == logits[:, 0]).all()
+        scored.append(set(labels))
+        return np.zeros(len(labels))
+
+    monkeypatch.setattr("cifar_core.calibration.fit", record_fit)
+    monkeypatch.setattr("cifar_core.calibration._losses", record_scores)
+    numbers = np.arange(count)  # every image is known by its label and its logits
+    choose_calibration(np.stack([numbers, numbers * 0.0], axis=1), numbers)
+    *in_folds, last = fits
+    assert last == ("temperature", set(numbers))
+    assert len(in_folds) == len(scored) == 5 * len(FORMS)
+    for (_, fitted), part in zip(in_folds, scored, strict=True):
+        assert not fitted & part
+        assert fitted | part == set(numbers)
+    for form in FORMS:
+        parts = [part for (name, _), part in zip(in_folds, scored, strict=True) if name == form]
+        assert sorted(number for part in parts for number in part) == list(numbers)
+        assert {len(part) for part in parts} <= {count // 5, count // 5 + 1}
+
+
 def test_few_images_get_a_temperature(logits, labels):
     assert choose_calibration(smoothed(logits)[:199], labels[:199]).form == "temperature"
     assert "only 199 images are held out" in caution(199)

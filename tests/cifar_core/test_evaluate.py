@@ -8,10 +8,18 @@ from scipy.special import softmax
 from scipy.stats import binomtest
 from sklearn.metrics import confusion_matrix, log_loss
 
-from cifar_core.calibration import expected_calibration_error
+from cifar_core.calibration import Calibration, expected_calibration_error
 from cifar_core.data import split
 from cifar_core.device import CPU
-from cifar_core.evaluate import EvaluationError, choose_split, evaluate, main, report, wilson_interval
+from cifar_core.evaluate import (
+    EvaluationError,
+    choose_split,
+    evaluate,
+    main,
+    manifest_scale,
+    report,
+    wilson_interval,
+)
 from cifar_core.predictors import Predictor, predict_all, torch_predictor
 
 
@@ -206,3 +214,10 @@ def test_an_address_that_is_none_is_one_line(command):
     assert done.returncode == 2
     assert done.stderr.startswith("error: grpc://localhost:99999 is not the address of a server: the port")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(("images", "prior"), [(199, {"prior_deviation": 0.5}), (200, {}), (201, {})])
+def test_the_manifest_says_which_prior_was_assumed_for_fewer_than_200_images(images, prior):
+    scale = manifest_scale(Calibration("temperature", (0.25,)), images, True)
+    expected = {"form": "temperature", "coefficients": (0.25,), "images": images, "chose_epoch": True}
+    assert scale.model_dump(exclude_unset=True) == expected | prior

@@ -119,3 +119,19 @@ def test_a_graph_with_other_probabilities_or_classes_is_refused(theirs, scale, m
     changed[4] = theirs
     with pytest.raises(ParityError, match=message):
         measure_parity(comparison, graph(changed, calibration)[1], calibration)
+
+
+@pytest.mark.parametrize("size", [1, 7, 256])
+def test_a_graph_that_differs_in_batches_of_one_size_only_is_refused(size):
+    calibration = Calibration("temperature", (float(np.log(np.expm1(1.0))),))
+    torch_logits = np.tile(np.float32([1.0, 0.0]), (256, 1))
+    images, same = graph(torch_logits, calibration)
+
+    def predict(batch):
+        logits, probabilities = same.predict(batch)
+        return logits, probabilities[:, ::-1] if len(batch) == size else probabilities
+
+    comparison = Comparison(images, np.zeros(256, np.int64), torch_logits)
+    assert measure_parity(comparison, same, calibration)[0].batch_sizes == (1, 7, 256)
+    with pytest.raises(ParityError, match=r"the class of \d+ images"):
+        measure_parity(comparison, dataclasses.replace(same, predict=predict), calibration)

@@ -1,6 +1,7 @@
 """Files that are made to be expensive: they are refused or contained, and do not delay the images of other clients."""
 
 import asyncio
+import struct
 import time
 from dataclasses import replace
 
@@ -10,9 +11,9 @@ import pytest
 from cifar_core.pixels import ImageRejected
 from service.core import decode_checks
 from service.core.decoding import Decoder
-from tests.cifar_core.image_corpus import gradient, lossless_jpeg, saved
+from tests.cifar_core.image_corpus import gradient, half_transparent, lossless_jpeg, saved
 from tests.service.core import hostile_images as hostile
-from tests.service.core.decoders import CpuMeter, resident_mib, running
+from tests.service.core.decoders import LIMITS, CpuMeter, resident_mib, running
 
 HONEST = saved(gradient(48, 32))
 HONEST_SECONDS = 0.3
@@ -191,3 +192,152 @@ def test_a_file_that_needs_more_memory_than_allowed_is_refused_by_its_header():
     demand = decode_checks.Demand(pixels=10**8, memory=500 * 2**20)
     with pytest.raises(ImageRejected, match="needs about 500 MiB of memory; at most 224 MiB are allowed"):
         decode_checks.check_memory(demand, 224 * 2**20)
+
+
+# The sizes that headers claim. Width and height differ, and neither fits into a byte.
+
+WEBP = {
+    "VP8 ": saved(gradient(300, 517), "WEBP"),
+    "VP8L": saved(half_transparent(300, 517), "WEBP", lossless=True),  # a bit above the height says that it has alpha
+    "VP8X": saved(half_transparent(300, 517), "WEBP"),
+}
+
+
+def size_of(file: bytes) -> tuple[int, int]:
+    """Pixels, and bytes of memory without those of the file, by the header alone."""
+    demand = decode_checks.demand_by_header(file, LIMITS)
+    assert demand is not None
+    return demand.pixels, demand.memory - len(file)
+
+
+def assert_size(file: bytes, width: int, height: int, bytes_per_pixel: int) -> None:
+    assert size_of(file) == (width * height, width * height * bytes_per_pixel)
+    with pytest.raises(ImageRejected, match=f"the image has {width} x {height} ="):
+        decode_checks.demand_by_header(file, replace(LIMITS, max_pixels=width * height - 1))
+    decode_checks.demand_by_header(file, replace(LIMITS, max_pixels=width * height))
+
+
+@pytest.mark.parametrize("kind", WEBP)
+def test_the_header_of_every_kind_of_webp_gives_its_size(kind):
+    assert WEBP[kind][12:16] == kind.encode()
+    assert_size(WEBP[kind], 300, 517, bytes_per_pixel=16)
+
+
+def test_the_largest_sizes_that_a_webp_header_can_hold_are_read():
+    scaled = struct.pack("<HH", 0x4000 | 300, 0x8000 | 517)  # the upper two bits are for scaling by the viewer
+    assert_size(WEBP["VP8 "][:26] + scaled + WEBP["VP8 "][30:], 300, 517, bytes_per_pixel=16)
+    limits = replace(LIMITS, max_pixels=2**49)
+    for kind, start, end, side in (
+        ("VP8 ", 26, 30, 2**14 - 1),
+        ("VP8L", 21, 25, 2**14),
+        ("VP8X", 24, 30, 2**24),
+    ):
+        file = WEBP[kind][:start] + b"\xff" * (end - start) + WEBP[kind][end:]
+        demand = decode_checks.demand_by_header(file, limits)
+        assert demand is not None
+        assert demand.pixels == side * side
+
+
+@pytest.mark.parametrize("kind", WEBP)
+def test_a_webp_whose_header_is_cut_off_or_unknown_is_left_to_the_decoder(kind):
+    file = WEBP[kind]
+    assert decode_checks.demand_by_header(file[:30], LIMITS) is not None
+    for damaged in (
+        file[:29],
+        b"",
+        b"RIFX" + file[4:],
+        file[:8] + b"WAVE" + file[12:],
+        file[:12] + b"VP9 " + file[16:],
+    ):
+        assert decode_checks.demand_by_header(damaged, LIMITS) is None
+
+
+def gif(canvas: tuple[int, int], frame: tuple[int, int, int, int] | None, before: bytes = b"", flags: int = 0) -> bytes:
+    """A canvas, blocks, and the header of a frame: left, top, width and height."""
+    head = b"GIF89a" + struct.pack("<HHBBB", *canvas, flags, 0, 0)
+    return head + before + (b"" if frame is None else b"," + struct.pack("<HHHHB", *frame, 0))
+
+
+@pytest.mark.parametrize(
+    ("frame", "width", "height"),
+    [
+        (None, 300, 517),
+        ((0, 0, 10, 20), 300, 517),
+        ((290, 0, 11, 20), 301, 517),
+        ((0, 510, 10, 8), 300, 518),
+        ((1000, 2000, 300, 400), 1300, 2400),
+    ],
+)
+def test_the_size_of_a_gif_is_that_of_its_canvas_or_of_a_first_frame_beyond_it(frame, width, height):
+    assert_size(gif((300, 517), frame), width, height, bytes_per_pixel=2)
+    assert_size(gif((300, 517), frame).replace(b"GIF89a", b"GIF87a"), width, height, bytes_per_pixel=2)
+
+
+def test_the_first_frame_of_a_gif_is_found_after_its_colours_its_extensions_and_bytes_that_begin_no_block():
+    frame = (1000, 2000, 300, 400)
+    colours, comment = b"," * 3 * 2**6, b"!\xfe\x03,,,\x02,,\x00"
+    for before, flags in (
+        (colours, 0x85),
+        (b"", 2),
+        (comment, 0),
+        (b"\0x", 0),
+        (colours + comment + b"\0" + comment, 0x85),
+    ):
+        assert_size(gif((300, 517), frame, before, flags), 1300, 2400, bytes_per_pixel=2)
+    assert_size(gif((300, 517), frame, b";"), 300, 517, bytes_per_pixel=2)  # the file ends before the frame
+
+
+def test_a_gif_that_is_cut_off_has_the_size_of_the_part_that_is_there():
+    file = gif((300, 517), (1000, 2000, 300, 400))
+    assert_size(file[:22], 1300, 2400, bytes_per_pixel=2)
+    for end in (13, 14, 21):
+        assert_size(file[:end], 300, 517, bytes_per_pixel=2)
+    assert decode_checks.demand_by_header(file[:12], LIMITS) is None
+
+
+def test_only_webp_and_gif_files_are_measured_by_their_header():
+    for format_ in ("PNG", "JPEG", "BMP"):
+        assert decode_checks.demand_by_header(saved(gradient(64, 48), format_), LIMITS) is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "most", "message"),
+    [
+        (b"zTXt", 32, "more than 32 text chunks"),
+        (b"iTXt", 32, "more than 32 text chunks"),
+        (b"tEXt", 255, "more than 256 chunks of metadata"),  # the header of the file (IHDR) is one of the 256
+        (b"IDAT", 16_382, "more than 16384 chunks"),  # besides the header and the pixels
+        (b"fcTL", 16_382, "more than 16384 chunks"),
+        (b"fdAT", 16_382, "more than 16384 chunks"),
+    ],
+)
+def test_a_png_may_have_chunks_of_each_kind_up_to_the_limit(kind, most, message):
+    decode_checks.check_structure(hostile.png_of_many_chunks(kind, most))
+    with pytest.raises(ImageRejected, match=message):
+        decode_checks.check_structure(hostile.png_of_many_chunks(kind, most + 1))
+
+
+def test_chunks_of_a_png_count_up_to_its_end_and_damage_is_left_to_the_decoder():
+    file = saved(gradient(32, 32))
+    texts = hostile.png_chunk(b"iTXt", b"k\0\0\0\0\0") * 100
+    decode_checks.check_structure(file + texts)
+    end = len(file) - 12
+    with pytest.raises(ImageRejected, match="more than 32 text chunks"):
+        decode_checks.check_structure(file[:end] + texts + file[end:])
+    endless = struct.pack(">I", 2**32 - 1) + b"teSt"
+    decode_checks.check_structure(file[:end] + endless + texts)  # a chunk that claims to be longer than the file
+
+
+def test_a_gif_may_have_4096_blocks_before_its_first_picture():
+    extension, comment = b"!\xfe\0", b"!\xfe\x01x\0"  # one block, and one with a part
+    for most in (extension * 4096, comment * 2048):
+        decode_checks.check_structure(gif((300, 517), (0, 0, 300, 517), most))
+        with pytest.raises(ImageRejected, match="more than 4096 blocks"):
+            decode_checks.check_structure(gif((300, 517), (0, 0, 300, 517), most + extension))
+
+
+def test_a_webp_may_have_4096_chunks_each_of_which_ends_at_an_even_place():
+    chunk = b"junk" + struct.pack("<I", 1) + b"x\0"
+    decode_checks.check_structure(WEBP["VP8X"][:12] + chunk * 4096)
+    with pytest.raises(ImageRejected, match="more than 4096 chunks"):
+        decode_checks.check_structure(WEBP["VP8X"][:12] + chunk * 4097)

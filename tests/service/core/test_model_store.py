@@ -62,6 +62,38 @@ def test_auto_uses_the_cpu_without_cuda_and_logs_it(caplog):
     assert "computing on the CPU" in caplog.text
 
 
+class Session:
+    """A session that computes nothing, and remembers the sizes of its batches."""
+
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+
+    def run(self, outputs: object, inputs: dict[str, np.ndarray]) -> None:
+        assert inputs["images"].shape[1:] == (32, 32, 3)
+        self.sizes.append(len(inputs["images"]))
+
+
+@pytest.mark.parametrize(
+    ("device", "parallel", "largest", "main", "beside_others"),
+    [
+        ("cpu", True, 24, [24], [1]),
+        ("cpu", True, 1, [1], [1]),
+        ("cpu", False, 24, [24], None),
+        ("cuda", False, 24, [1, 2, 4, 8, 16, 24], None),
+        ("cuda", False, 32, [1, 2, 4, 8, 16, 32], None),
+    ],
+)
+def test_the_warm_up_computes_the_largest_batch_and_on_cuda_every_power_of_two(
+    device, parallel, largest, main, beside_others
+):
+    engine = Engine(graph(), "cpu", 1)
+    engine.device, engine._session = device, Session()
+    engine._single = Session() if parallel else engine._session
+    engine.warm_up(largest)
+    assert engine._session.sizes == main
+    assert not parallel or engine._single.sizes == beside_others
+
+
 @pytest.mark.cuda
 @pytest.mark.skipif(CUDA not in onnxruntime.get_available_providers(), reason="this onnxruntime has no CUDA")
 def test_on_cuda_the_engine_gives_the_same_answers():
